@@ -1,0 +1,37 @@
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+CONFIG ?= serve_config.yaml
+ARGS ?=
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Make .venv, or bring it up to date (EPD_EXTRA=cpu|gpu overrides the choice by GPU)
+	@bash scripts/setup.sh
+
+# The environment's bin comes first in PATH: engines call tools that live there, such as ninja.
+.PHONY: serve
+serve: setup ## Serve (CONFIG=serve_config.yaml)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" serve run $(CONFIG)
+
+.PHONY: test
+test: setup ## Run the tests (ARGS="-k name -x")
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(ARGS)
+
+.PHONY: check
+check: setup ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: setup ## Format, and fix what lint can fix
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+.PHONY: clean
+clean: ## Remove .venv, caches and build files
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

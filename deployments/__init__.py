@@ -1,0 +1,1 @@
+"""The Ray Serve deployments: encoder, prefill, decode and ingress, one module each."""

@@ -1,0 +1,30 @@
+"""Decode replicas: a prompt and the KV blocks of its prefill in, a stream of tokens out."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from ray import serve
+
+from deployments._replica import EngineReplica
+from serve_app.config import Stage
+from serve_app.handoff import Chunk, StageRequest
+
+
+@serve.deployment(name="Decode")
+class Decode(EngineReplica):
+    """Prefills, and encodes, by itself where the topology has no stage for it."""
+
+    stage = Stage.DECODE
+
+    async def generate(self, request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+        """New tokens as they come, with this replica's id. What piles up while the caller is busy comes as one chunk."""
+        from serve_app.engine import to_chunk
+
+        async with aclosing(self.engine.generate(request)) as outputs:
+            async for output in outputs:
+                yield to_chunk(output), self.replica
+
+    async def release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
+        """Give back the blocks of a prefill whose request will not be decoded."""
+        await self.engine.release(request_id, kv_transfer_params)

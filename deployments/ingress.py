@@ -1,0 +1,69 @@
+"""Ingress replicas: vLLM's OpenAI app in front of the stages. They have no engine and need no GPU."""
+
+import asyncio
+import os
+import time
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.config import EPDConfig, Stage
+from serve_app.roles import ingress_args, model_path, replica_env
+from serve_app.routing import StageHandle
+
+HEALTH_CACHE_S = 1.0
+
+
+@serve.deployment(name="Ingress")
+@serve.ingress()
+class Ingress:
+    def __init__(self, config: EPDConfig, **handles: DeploymentHandle[Any]) -> None:
+        self._config = config
+        self._stages = {Stage(name): StageHandle(Stage(name), handle) for name, handle in handles.items()}
+        self._app_name = serve.get_replica_context().app_name
+        self._health: tuple[float, dict[str, str]] = (-HEALTH_CACHE_S, {})
+        self._probing = asyncio.Lock()
+        for key, value in replica_env(config, None).items():
+            os.environ.setdefault(key, value)
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Build the app while the stages load, and take requests only when every stage can serve."""
+        # Only now: vLLM reads its environment when it is imported.
+        from serve_app import openai_app
+        from serve_app.client import EPDClient
+
+        args = ingress_args(self._config, model_path(self._config))
+        client = EPDClient(self._config, openai_app.ingress_vllm_config(args), self._stages)
+        app = await openai_app.make_app(self._config, openai_app.server_args(self._config, args), client, self._probe)
+        await self._stages_ready()
+        return app
+
+    async def _stages_ready(self) -> None:
+        async with asyncio.timeout(self._config.startup_timeout_s):
+            while any(state != "healthy" for state in (await self._probe()).values()):
+                await asyncio.sleep(0.2)
+
+    async def _probe(self) -> dict[str, str]:
+        """State per stage, as Serve's controller and the replicas themselves tell it; asked at most once a second."""
+        async with self._probing:
+            asked, states = self._health
+            if time.monotonic() - asked >= HEALTH_CACHE_S:
+                states = dict(zip(self._stages, await asyncio.gather(*map(self._state, self._stages)), strict=True))
+                self._health = (time.monotonic(), states)
+            return states
+
+    async def _state(self, stage: Stage) -> str:
+        status = await asyncio.to_thread(serve.status)
+        deployment = status.applications[self._app_name].deployments.get(stage.capitalize())
+        if deployment is None:
+            return "not deployed"
+        if deployment.replica_states.get("RUNNING", 0) == 0:
+            idle = deployment.status == "HEALTHY"
+            return "healthy" if idle else f"no replica ({deployment.status})"
+        try:
+            replies = await self._stages[stage].broadcast("check_health", timeout_s=5.0)
+        except Exception as error:
+            return f"unhealthy: {error}"
+        alive = [reply for reply in replies if not isinstance(reply, Exception)]
+        return "healthy" if alive else f"unhealthy: {replies[0] if replies else 'no replica'}"

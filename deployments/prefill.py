@@ -1,0 +1,20 @@
+"""Prefill replicas: a prompt in, KV blocks held for one decode request out."""
+
+from ray import serve
+
+from deployments._replica import EngineReplica
+from serve_app.config import Stage
+from serve_app.errors import HandoffLost
+from serve_app.handoff import PrefillReply, StageRequest
+
+
+@serve.deployment(name="Prefill")
+class Prefill(EngineReplica):
+    stage = Stage.PREFILL
+
+    async def prefill(self, request: StageRequest) -> PrefillReply:
+        """Run the prompt; its blocks stay until decode has pulled them or the lease ends."""
+        output = await self.engine.final(request)
+        if output.kv_transfer_params is None:
+            raise HandoffLost(self.stage, "ended without KV blocks to hand over")
+        return PrefillReply(output.kv_transfer_params, output.prompt_logprobs, output.num_cached_tokens, self.replica)

@@ -1,0 +1,1 @@
+"""Serve multimodal models as encode → prefill → decode on Ray Serve with vLLM."""

@@ -1,0 +1,85 @@
+"""The graph: encode → prefill → decode behind one ingress.
+
+::
+
+    client ── HTTP ──> Ingress ─ handle ─> Encoder   one call per item      ══ EC connector ══> Prefill, Decode
+                               ─ handle ─> Prefill   one call per choice    ══ KV connector ══> Decode
+                               ─ handle ─> Decode    one stream per choice
+
+``serve run serve_config.yaml`` calls ``build_app`` with the mapping under ``args:``.
+"""
+
+import logging
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray.serve import Application
+
+from deployments.decode import Decode
+from deployments.encoder import Encoder
+from deployments.ingress import Ingress
+from deployments.prefill import Prefill
+from serve_app.config import EPDConfig, Stage
+from serve_app.errors import ConfigError
+from serve_app.placement import Cluster, actor_options, resolve
+
+logger = logging.getLogger("ray.serve")
+
+DEPLOYMENTS = {Stage.ENCODER: Encoder, Stage.PREFILL: Prefill, Stage.DECODE: Decode}
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """The application of a config.
+
+    Raises ``ConfigError`` with one sentence per mistake, before anything is started.
+    """
+    resolved = resolve(parse(args), cluster())
+    config = resolved.config
+    check_vllm_args(config)
+    logger.info(f"EPD {config.topology}: {resolved.reason}; model: {config.model}")
+
+    handles = {
+        stage.value: DEPLOYMENTS[stage]
+        .options(
+            ray_actor_options=actor_options(stage_config, config.accelerator),
+            max_ongoing_requests=stage_config.max_ongoing_requests,
+        )
+        .bind(config)
+        for stage, stage_config in config.stages.items()
+    }
+    ingress = Ingress.options(ray_actor_options={"num_cpus": config.ingress_cpus}, max_ongoing_requests=1024)
+    return ingress.bind(config, **handles)
+
+
+def parse(args: dict[str, Any]) -> EPDConfig:
+    try:
+        return EPDConfig.model_validate(args)
+    except ValidationError as error:
+        mistakes = [
+            f"{'.'.join(map(str, mistake['loc'])) or 'args'}: {mistake['msg'].removeprefix('Value error, ')}"
+            for mistake in error.errors()
+        ]
+        raise ConfigError("The configuration under `args:` cannot be used.\n  " + "\n  ".join(mistakes)) from None
+
+
+def cluster() -> Cluster:
+    """What the connected Ray cluster has."""
+    from ray._private.state import state
+
+    resources = ray.cluster_resources()
+    types = tuple(sorted(name.removeprefix("accelerator_type:") for name in resources if "accelerator_type:" in name))
+    elastic = state.get_max_resources_from_cluster_config() is not None
+    return Cluster(resources.get("GPU", 0.0), resources.get("CPU", 0.0), types, elastic)
+
+
+def check_vllm_args(config: EPDConfig) -> None:
+    """Refuse names that vLLM does not know; it is imported only when there are any."""
+    if config.api or config.engine_args or any(stage.engine_args for stage in config.stages.values()):
+        from serve_app.engine import check_engine_args
+        from serve_app.openai_app import check_api_args
+
+        check_engine_args(config.engine_args, "engine_args")
+        for stage, stage_config in config.stages.items():
+            check_engine_args(stage_config.engine_args, f"{stage}.engine_args")
+        check_api_args(config.api)

@@ -1,0 +1,400 @@
+"""``EPDClient``: vLLM's ``EngineClient`` whose ``generate()`` is encode → prefill → decode over Ray Serve handles.
+
+vLLM's OpenAI app calls it as it would call an engine of its own. By then the prompt is rendered: token ids and processed
+items. Nothing of a request is kept here after its last token, so any ingress replica can serve any request.
+"""
+
+import asyncio
+import contextvars
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from vllm.config import VllmConfig
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.renderers import renderer_from_config
+from vllm.renderers.inputs.preprocess import extract_prompt_components
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.input_processor import InputProcessor
+
+from serve_app import handoff, trace
+from serve_app.config import EPDConfig, Stage
+from serve_app.engine import ENCODE_PARAMS, from_engine_input
+from serve_app.errors import BadRequest, EPDError, HandoffLost, StageError, StageTimeout
+from serve_app.handoff import Chunk, EncodeReply, PrefillReply, Prompt, StageRequest
+from serve_app.routing import StageHandle
+from serve_app.trace import Trace
+
+TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
+
+
+class EPDClient(EngineClient):
+    """The pipeline of one ingress replica."""
+
+    def __init__(self, config: EPDConfig, vllm_config: VllmConfig, stages: Mapping[Stage, StageHandle]) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.stages = stages
+        self._config = config
+        self._declared: dict[str, frozenset[str]] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+
+    # ---- the pipeline
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        prompt_text: str | None = None,
+        lora_request: Any = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+        session_id: str | None = None,
+        kv_hints: Any = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Encode the items, prefill and decode each choice, and yield as one engine would.
+
+        Closing the generator aborts what is running on any stage and gives back KV blocks that nobody will pull.
+        Raises vLLM's own exceptions: ``VLLMClientError`` (4xx) or ``GracefulHTTPError`` with 503 or 504.
+        """
+        record = trace.current.get() or Trace(request_id)
+        options = {
+            "lora_request": lora_request,
+            "trace_headers": trace_headers,
+            "priority": priority,
+            "reasoning_ended": reasoning_ended,
+            "reasoning_parser_kwargs": reasoning_parser_kwargs,
+        }
+        try:
+            request = self._admit(prompt, sampling_params, request_id, options)
+            record.rendered = record.rendered or time.perf_counter()
+            record.items += len(request.prompt.items)
+            record.prompt_tokens += len(request.prompt.token_ids)
+            deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
+            encoded = await self._within(deadline, Stage.ENCODER, self._encode(request, record))
+            choices = [self._choice(request, encoded, index, deadline, record) for index in range(sampling_params.n)]
+            text = prompt_text if prompt_text is not None else extract_prompt_components(self.model_config, prompt)[0]
+            assembled = assemble(request, text, merge(choices))
+            async with aclosing(assembled):
+                async for output in assembled:
+                    yield output
+        except Exception as error:
+            mapped = to_vllm_error(error)
+            record.fail(mapped)
+            raise mapped from error
+
+    def _admit(self, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]) -> StageRequest:
+        """Refuse here what any stage would refuse, before a stage is called."""
+        for key in TRANSFER_KEYS:
+            if params.extra_args and key in params.extra_args:
+                raise BadRequest(f"`{key}` is passed between the stages of this server and cannot be set by a client.")
+        self.input_processor.process_inputs(
+            request_id, prompt, params, supported_tasks=("generate",), lora_request=options["lora_request"]
+        )
+        return StageRequest(request_id, from_engine_input(prompt), params, options)
+
+    async def _encode(self, request: StageRequest, record: Trace) -> dict[str, Any] | None:
+        """Encode the items of a prompt, one call per distinct item, all at the same time.
+
+        Returns ``ec_transfer_params`` for the consumers; None where no encoder is needed.
+        """
+        prompt = request.prompt
+        encoder = self.stages.get(Stage.ENCODER)
+        if encoder is None or not prompt.items:
+            return None
+
+        async def encode(index: int) -> EncodeReply:
+            call = StageRequest(
+                handoff.child_id(request.request_id, index),
+                handoff.for_encoder(prompt, index),
+                ENCODE_PARAMS,
+                {"lora_request": request.options["lora_request"], "priority": request.options["priority"]},
+            )
+            reply: EncodeReply = await encoder.call("encode", call)
+            record.saw(Stage.ENCODER, reply.replica)
+            return reply
+
+        try:
+            async with asyncio.TaskGroup() as group:  # one failure cancels the others
+                tasks = {i: group.create_task(encode(i)) for i in handoff.distinct(prompt.items).values()}
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        try:
+            merged = handoff.merge_ec_params({i: task.result() for i, task in tasks.items()}, prompt)
+        except ValueError as error:
+            raise HandoffLost(Stage.ENCODER, f"gave an unusable answer: {error}") from error
+        record.encoded = time.perf_counter()
+        return merged
+
+    async def _choice(
+        self, request: StageRequest, encoded: dict[str, Any] | None, index: int, deadline: float, record: Trace
+    ) -> AsyncIterator[Chunk]:
+        """Prefill and decode one choice. Each has its own hand-off: ``kv_transfer_params`` are used once."""
+        prompt = request.prompt if encoded is None else handoff.without_pixels(request.prompt, self._declared_fields)
+        prefilled = await self._within(deadline, Stage.PREFILL, self._prefill(request, prompt, encoded, record))
+        kv = prefilled.kv_transfer_params if prefilled else None
+        decode = StageRequest(
+            request.request_id,
+            prompt,
+            handoff.decode_params(request.params, kv, encoded, index),
+            request.options,
+        )
+        pulled = False
+        stream = self.stages[Stage.DECODE].stream("generate", decode)
+        try:
+            async with aclosing(stream):
+                while True:
+                    try:
+                        # Only the first token has a deadline: from then on the client sees what comes.
+                        coming = anext(stream)
+                        chunk, replica = await (coming if pulled else self._within(deadline, Stage.DECODE, coming))
+                    except StopAsyncIteration:
+                        return
+                    record.saw(Stage.DECODE, replica)
+                    record.token(len(chunk.token_ids))
+                    if prefilled and not pulled:
+                        chunk = with_prefill(chunk, prefilled)
+                    pulled = True
+                    yield chunk
+        finally:
+            if kv is not None and not pulled:
+                self._release(request.request_id, kv)
+
+    async def _prefill(
+        self, request: StageRequest, prompt: Prompt, encoded: dict[str, Any] | None, record: Trace
+    ) -> PrefillReply | None:
+        prefill = self.stages.get(Stage.PREFILL)
+        if prefill is None:
+            return None
+        call = StageRequest(
+            request.request_id, prompt, handoff.prefill_params(request.params, encoded), request.options
+        )
+        reply: PrefillReply = await prefill.call("prefill", call)
+        record.saw(Stage.PREFILL, reply.replica)
+        record.prefilled = time.perf_counter()
+        return reply
+
+    def _release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
+        """Give back, in the background, the blocks of a prefill that no decode engine pulled.
+
+        In a context of its own: the request's is being cancelled, and Serve would cancel this call with it.
+        """
+        call = self.stages[Stage.DECODE].call("release", request_id, kv_transfer_params)
+        task = asyncio.get_running_loop().create_task(_quietly(call), context=contextvars.Context())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _within(self, deadline: float, stage: Stage, work: Any) -> Any:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await work
+        except TimeoutError:
+            raise StageTimeout(stage, f"did not answer within {self._config.request_timeout_s:g} s") from None
+
+    def _declared_fields(self, modality: str) -> frozenset[str]:
+        """Fields that the model declares as placeholder metadata of a modality; empty for models that declare none."""
+        if modality not in self._declared:
+            processor = self.renderer.mm_processor
+            fields = processor.info.data_parser.placeholder_metadata_fields(modality) if processor else ()
+            self._declared[modality] = frozenset(fields)
+        return self._declared[modality]
+
+    # ---- the rest of vLLM's protocol
+
+    is_running = True
+    is_stopped = False
+    errored = False
+
+    @property
+    def dead_error(self) -> BaseException:
+        return RuntimeError("the ingress has no engine that could die")
+
+    async def get_supported_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    async def abort(self, request_id: Any) -> None:
+        """Nothing to do: a request is aborted by closing its generator."""
+
+    async def check_health(self) -> None: ...
+
+    async def do_log_stats(self) -> None: ...
+
+    async def is_tracing_enabled(self) -> bool:
+        return False
+
+    async def is_sleeping(self) -> bool:
+        return False
+
+    async def is_paused(self) -> bool:
+        return False
+
+    async def reset_mm_cache(self) -> None: ...
+
+    async def notify_kv_transfer_request_rejected(
+        self, request_id: str, kv_transfer_params: dict[str, Any], *, data_parallel_rank: int | None = None
+    ) -> None: ...
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.renderer.shutdown()
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        raise not_disaggregated("Pooling")
+
+    async def add_lora(self, lora_request: Any) -> bool:
+        raise not_disaggregated("Loading LoRA adapters at run time")
+
+    async def start_profile(self, profile_prefix: str | None = None, **overrides: Any) -> None:
+        raise not_disaggregated("vLLM's own profile route")
+
+    async def stop_profile(self) -> None:
+        raise not_disaggregated("vLLM's own profile route")
+
+    async def reset_encoder_cache(self) -> None:
+        raise not_disaggregated("Resetting caches")
+
+    async def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        raise not_disaggregated("Resetting caches")
+
+    async def sleep(self, *args: Any, **kwargs: Any) -> None:
+        raise not_disaggregated("Sleep mode")
+
+    async def wake_up(self, tags: list[str] | None = None) -> bool:
+        raise not_disaggregated("Sleep mode")
+
+    async def release_kv_cache_memory(self) -> None:
+        raise not_disaggregated("Sleep mode")
+
+    async def pause_generation(self, *args: Any, **kwargs: Any) -> None:
+        raise not_disaggregated("Pausing generation")
+
+    async def resume_generation(self) -> None:
+        raise not_disaggregated("Pausing generation")
+
+
+def not_disaggregated(what: str) -> VLLMValidationError:
+    return VLLMValidationError(f"{what} is not available here: this server is an ingress in front of several engines.")
+
+
+def to_vllm_error(error: Exception) -> Exception:
+    """The exception of vLLM's whose HTTP status and body the app knows already."""
+    match error:
+        case StageError():
+            return GracefulHTTPError(str(error), HTTPStatus(error.status))
+        case BadRequest():
+            return VLLMValidationError(str(error))
+        case EPDError():
+            return GracefulHTTPError(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
+        case _:
+            return error
+
+
+def with_prefill(chunk: Chunk, prefilled: PrefillReply) -> Chunk:
+    """The first chunk of a choice with what only prefill knows."""
+    return msgspec.structs.replace(
+        chunk, prompt_logprobs=prefilled.prompt_logprobs, num_cached_tokens=prefilled.num_cached_tokens
+    )
+
+
+async def merge(sources: list[AsyncIterator[Chunk]]) -> AsyncIterator[tuple[int, Chunk]]:
+    """Chunks of all choices with their index, as they come. The first failure ends all; so does closing."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]):  # type: ignore[type-var]
+            async for chunk in sources[0]:
+                yield 0, chunk
+        return
+    queue: asyncio.Queue[tuple[int, Chunk] | Exception | None] = asyncio.Queue()
+
+    async def pump(index: int, source: AsyncIterator[Chunk]) -> None:
+        try:
+            async with aclosing(source):  # type: ignore[type-var]
+                async for chunk in source:
+                    queue.put_nowait((index, chunk))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
+    running = len(tasks)
+    try:
+        while running:
+            match await queue.get():
+                case None:
+                    running -= 1
+                case Exception() as error:
+                    raise error
+                case pair:
+                    yield pair
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def assemble(
+    request: StageRequest, text: str | None, chunks: AsyncIterator[tuple[int, Chunk]]
+) -> AsyncIterator[RequestOutput]:
+    """vLLM's outputs from the chunks of all choices, by the request's output kind as ``ParentRequest`` has it:
+    streamed, each chunk as it comes; otherwise one output with all choices at the end."""
+    params = request.params
+    last_only = params.output_kind is RequestOutputKind.FINAL_ONLY
+    unfinished = set(range(params.n))
+    done: dict[int, Chunk] = {}
+    async with aclosing(chunks):  # type: ignore[type-var]
+        async for index, chunk in chunks:
+            if chunk.finish_reason is not None:
+                unfinished.discard(index)
+            if not last_only:
+                yield to_output(request, text, {index: chunk}, finished=not unfinished)
+            elif chunk.finish_reason is not None:
+                done[index] = chunk
+    if unfinished:
+        raise StageError(Stage.DECODE, "ended its stream without a finish reason")
+    if last_only:
+        yield to_output(request, text, dict(sorted(done.items())), finished=True)
+
+
+def to_output(request: StageRequest, text: str | None, chunks: dict[int, Chunk], finished: bool) -> RequestOutput:
+    first = next(iter(chunks.values()))
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=text,
+        prompt_token_ids=request.prompt.token_ids,
+        prompt_logprobs=first.prompt_logprobs,
+        outputs=[
+            CompletionOutput(
+                index=index,
+                text=chunk.text,
+                token_ids=chunk.token_ids,
+                cumulative_logprob=chunk.cumulative_logprob,
+                logprobs=chunk.logprobs,
+                finish_reason=chunk.finish_reason,
+                stop_reason=chunk.stop_reason,
+                lora_request=request.options.get("lora_request"),
+            )
+            for index, chunk in chunks.items()
+        ],
+        finished=finished,
+        num_cached_tokens=first.num_cached_tokens,
+    )
+
+
+async def _quietly(call: Any) -> None:
+    """A clean-up whose failure changes nothing: the lease ends by itself."""
+    try:
+        async with asyncio.timeout(10):
+            await call
+    except (EPDError, TimeoutError):
+        pass

@@ -1,0 +1,275 @@
+"""The configuration of one application: what stands under ``args:`` in ``serve_config.yaml``.
+
+Replica counts and ``autoscaling_config`` are Ray Serve's own and stand under ``deployments:``. Everything here is checked
+when the application is built, so a mistake is a sentence at start-up and not a failing replica ten minutes later.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DEMO_MODEL = "demo"
+"""Name of the built-in model (see ``serve_app.demo``): tiny, random weights, made locally, no download."""
+
+GPU_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+"""Model when none is named and the cluster has GPUs: the reference's default."""
+
+
+class Stage(StrEnum):
+    ENCODER = "encoder"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Accelerator(StrEnum):
+    AUTO = "auto"
+    CUDA = "cuda"
+    XPU = "xpu"
+    CPU = "cpu"
+
+
+ROLE_ARGS = frozenset({"ec_transfer_config", "kv_transfer_config", "mm_encoder_only", "mm_processor_cache_gb"})
+"""Engine arguments that the topology decides."""
+
+SHARED_ARGS = frozenset(
+    {
+        "model",
+        "served_model_name",
+        "tokenizer",
+        "revision",
+        "tokenizer_revision",
+        "trust_remote_code",
+        "dtype",
+        "max_model_len",
+        "hf_overrides",
+        "block_size",
+        "kv_cache_dtype",
+        "limit_mm_per_prompt",
+        "mm_processor_kwargs",
+        "media_io_kwargs",
+        "generation_config",
+        "override_generation_config",
+        "enable_lora",
+    }
+)
+"""Engine arguments that change token ids, item hashes or KV layout, and so must be equal on all stages."""
+
+OWN_KEYS = {
+    "model": "`model:`",
+    "served_model_name": "`served_model_name:`",
+    "ec_transfer_config": "`ec:`",
+    "kv_transfer_config": "`kv:`",
+    "limit_mm_per_prompt": "`media.limits:`",
+    "mm_processor_kwargs": "`media.processor_kwargs:`",
+    "media_io_kwargs": "`media.io_kwargs:`",
+    "allowed_local_media_path": "`media.allowed_local_path:`",
+    "allowed_media_domains": "`media.allowed_domains:`",
+    "mm_encoder_only": "the topology: a stage under `encoder:` is encoder-only",
+    "mm_processor_cache_gb": "the stages, which do not share a processor cache (it is off)",
+}
+"""Engine arguments that have a key, or an owner, of their own here."""
+
+EngineArgs = Annotated[
+    dict[str, Any], Field(description="vLLM engine arguments by name, as in `vllm serve --help`, with underscores.")
+]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StageConfig(Strict):
+    """One engine stage. Its replicas and autoscaling stand under ``deployments:``."""
+
+    engine_args: EngineArgs = {}
+    gpus_per_replica: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs that one replica claims from Ray; below 1 to share a card. None: see placement.py.",
+    )
+    cpus_per_replica: float | None = Field(
+        None, ge=0, description="CPUs that one replica claims from Ray. None: 1, less on a small machine."
+    )
+    resources: dict[str, float] = Field(
+        {}, description="Custom Ray resources that one replica claims, to place a stage."
+    )
+    devices: str | None = Field(
+        None,
+        description='Cards by index, as in CUDA_VISIBLE_DEVICES ("0" or "0,1"), in place of the ones Ray would pick.',
+    )
+    env: dict[str, str] = Field(
+        {}, description="Environment variables of the replica and its engine, UCX_* for instance."
+    )
+    max_ongoing_requests: int = Field(256, ge=1, description="Calls that one replica takes at a time; more wait.")
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return int(self.engine_args.get("tensor_parallel_size", 1))
+
+    @property
+    def world_size(self) -> int:
+        """Cards of one engine."""
+        return self.tensor_parallel_size * int(self.engine_args.get("pipeline_parallel_size", 1))
+
+    @field_validator("engine_args")
+    @classmethod
+    def _no_shared_args(cls, args: dict[str, Any]) -> dict[str, Any]:
+        for key in args:
+            if key in OWN_KEYS:
+                raise ValueError(f"`{key}` is set by {OWN_KEYS[key]}")
+            if key in SHARED_ARGS:
+                raise ValueError(
+                    f"`{key}` must be equal on all stages: put it under the top-level `engine_args:`, not under one stage"
+                )
+        return args
+
+    @model_validator(mode="after")
+    def _whole_cards_for_many(self) -> Self:
+        gpus = self.gpus_per_replica
+        if gpus is None:
+            return self
+        if 1 < gpus != int(gpus):
+            raise ValueError(f"`gpus_per_replica: {gpus}`: above one card only whole cards can be claimed")
+        if self.world_size > 1 and 0 < gpus != self.world_size:
+            raise ValueError(
+                f"`gpus_per_replica: {gpus}` does not fit tensor_parallel_size × pipeline_parallel_size = {self.world_size}: "
+                "leave it out or make them equal"
+            )
+        if self.devices is not None and len(self.devices.split(",")) < max(self.world_size, gpus):
+            raise ValueError(f"`devices: {self.devices!r}` names fewer cards than one replica uses")
+        return self
+
+
+class ECConfig(Strict):
+    """How embeddings move from encoders to prefill and decode."""
+
+    connector: str = Field(
+        "SharedFolderECConnector",
+        description="SharedFolderECConnector (ours, any engine), ECExampleConnector, ECCPUConnector, ECMooncakeConnector, "
+        "or a class of your own with `module_path`.",
+    )
+    storage_path: Path | None = Field(
+        None, description="Folder that all engines share, for folder connectors. None: epd-ec-cache in the temp folder."
+    )
+    module_path: str | None = Field(None, description="Python module of a connector that vLLM does not know.")
+    extra_config: dict[str, Any] = Field({}, description="`ec_connector_extra_config`, passed on as it is.")
+
+    @property
+    def uses_folder(self) -> bool:
+        return self.connector in ("SharedFolderECConnector", "ECExampleConnector")
+
+    @model_validator(mode="after")
+    def _folder_only_where_used(self) -> Self:
+        known = ("SharedFolderECConnector", "ECExampleConnector", "ECCPUConnector", "ECMooncakeConnector")
+        if self.connector not in known and self.module_path is None:
+            raise ValueError(
+                f"`ec.connector: {self.connector}` is none of {', '.join(known)}: name its `ec.module_path`"
+            )
+        if self.storage_path is not None and not self.uses_folder and self.connector in known:
+            raise ValueError(f"`ec.storage_path` has no effect with `ec.connector: {self.connector}`")
+        return self
+
+
+class KVConfig(Strict):
+    """How KV blocks move from prefill to decode."""
+
+    connector: str = Field(
+        "NixlConnector", description="NixlConnector (pull), NixlPushConnector, or another of vLLM's."
+    )
+    buffer_device: Literal["cuda", "cpu", "xpu"] | None = Field(None, description="None: the accelerator's own memory.")
+    lease_s: int = Field(30, ge=6, description="Seconds that prefill keeps blocks which nobody pulls.")
+    module_path: str | None = Field(None, description="Python module of a connector that vLLM does not know.")
+    extra_config: dict[str, Any] = Field({}, description="`kv_connector_extra_config`, passed on as it is.")
+
+
+class MediaConfig(Strict):
+    """What a client may send, and from where the ingress fetches it."""
+
+    allowed_local_path: Path | None = Field(
+        None, description="Folder from which `file://` URLs are served. None: none."
+    )
+    allowed_domains: list[str] = Field([], description="Hosts from which media is fetched. Empty: any.")
+    limits: dict[str, int] = Field({}, description="Items per request and modality. Empty: vLLM's own limits.")
+    processor_kwargs: dict[str, Any] = Field({}, description="`mm_processor_kwargs`, min_pixels for instance.")
+    io_kwargs: dict[str, dict[str, Any]] = Field({}, description="`media_io_kwargs`, video.num_frames for instance.")
+    max_body_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="A larger request body is answered 413.")
+    fetch_timeout_s: float = Field(30.0, gt=0, description="Time to fetch one item from a URL.")
+
+
+class EPDConfig(Strict):
+    """One application: encode → prefill → decode around one model."""
+
+    model: str | None = Field(
+        None, description=f"Model name or folder, or `{DEMO_MODEL}`. None: chosen by accelerator."
+    )
+    served_model_name: str | None = Field(None, description="Name in the API. None: the model's.")
+    accelerator: Accelerator = Accelerator.AUTO
+    engine_args: EngineArgs = {}
+    encoder: StageConfig | None = StageConfig()
+    prefill: StageConfig | None = StageConfig()
+    decode: StageConfig = StageConfig()
+    ingress_cpus: float | None = Field(None, ge=0, description="CPUs that one ingress replica claims from Ray.")
+    ec: ECConfig = ECConfig()
+    kv: KVConfig = KVConfig()
+    media: MediaConfig = MediaConfig()
+    api: dict[str, Any] = Field(
+        {}, description="Arguments of vLLM's API server by name: chat_template, tool_call_parser, api_key and so on."
+    )
+    request_timeout_s: float = Field(
+        600.0, gt=0, description="A request without a first token by then is answered 504."
+    )
+    startup_timeout_s: float = Field(3600.0, gt=0, description="Time for all stages to load before the start-up fails.")
+
+    @property
+    def stages(self) -> dict[Stage, StageConfig]:
+        """The stages of this topology, in the order of the data."""
+        every = {Stage.ENCODER: self.encoder, Stage.PREFILL: self.prefill, Stage.DECODE: self.decode}
+        return {stage: config for stage, config in every.items() if config is not None}
+
+    @property
+    def topology(self) -> str:
+        """E+P+D, E+PD, P+D or PD, as in the literature; PD is one engine that does everything."""
+        return ("E+" if self.encoder else "") + ("P+D" if self.prefill else "PD")
+
+    @property
+    def model_name(self) -> str:
+        """Name in the API."""
+        return self.served_model_name or self.model or DEMO_MODEL
+
+    @field_validator("decode", mode="before")
+    @classmethod
+    def _decode_is_there(cls, decode: Any) -> Any:
+        if decode is None:
+            raise ValueError("every topology has a decode stage: leave out `prefill:` to let it prefill too")
+        return decode
+
+    @field_validator("engine_args")
+    @classmethod
+    def _no_own_keys(cls, args: dict[str, Any]) -> dict[str, Any]:
+        for key in args:
+            if key in OWN_KEYS:
+                raise ValueError(f"`{key}` is set by {OWN_KEYS[key]}")
+        return args
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        if self.encoder is None and "ec" in self.model_fields_set:
+            raise ValueError(
+                "`ec:` has no effect without an encoder stage: leave it out, or do not set `encoder: null`"
+            )
+        if self.prefill is None and "kv" in self.model_fields_set:
+            raise ValueError("`kv:` has no effect without a prefill stage: leave it out, or do not set `prefill: null`")
+        if self.encoder is not None and self.accelerator is Accelerator.CPU and self.ec.connector == "ECCPUConnector":
+            raise ValueError(
+                "`ec.connector: ECCPUConnector` needs a GPU (Triton): use SharedFolderECConnector on the CPU"
+            )
+        for stage, config in self.stages.items():
+            share, fraction = config.engine_args.get("gpu_memory_utilization"), config.gpus_per_replica
+            if share is not None and fraction is not None and 0 < fraction < 1 and share > fraction:
+                raise ValueError(
+                    f"`{stage}.engine_args.gpu_memory_utilization: {share}` is more than the share of the card that "
+                    f"`{stage}.gpus_per_replica: {fraction}` claims: the other stages on that card would not fit"
+                )
+        return self

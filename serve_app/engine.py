@@ -1,0 +1,180 @@
+"""The adapter around vLLM's ``AsyncLLM``: tokens in, tokens out. What leans on vLLM's internals is here, in ``client.py``
+and in ``openai_app.py``, and pinned to vLLM 0.32.0 by ``tests/unit/test_contracts.py``.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from prometheus_client import REGISTRY, generate_latest
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.inputs import mm_input, tokens_input
+from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from serve_app.config import Stage
+from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageUnavailable
+from serve_app.handoff import Chunk, Item, Prompt, StageRequest
+
+
+def check_engine_args(args: dict[str, Any], where: str) -> None:
+    """Refuse names that vLLM does not know, before anything is started."""
+    known = set(AsyncEngineArgs.__dataclass_fields__)
+    for key in args:
+        if key not in known:
+            raise ConfigError(
+                f"`{where}.{key}` is not an engine argument of this vLLM (`vllm serve --help` lists them)"
+            )
+
+
+def to_engine_input(prompt: Prompt) -> Any:
+    """vLLM's engine input of a prompt. Keeps ``is_embed``, which vLLM's HTTP ``GenerateRequest`` drops."""
+    if not prompt.items:
+        return tokens_input(prompt.token_ids, cache_salt=prompt.cache_salt)
+    kwargs: dict[str, list[Any]] = {}
+    hashes: dict[str, list[str]] = {}
+    ranges: dict[str, list[PlaceholderRange]] = {}
+    for item in prompt.items:
+        kwargs.setdefault(item.modality, []).append(item.data)
+        hashes.setdefault(item.modality, []).append(item.hash)
+        ranges.setdefault(item.modality, []).append(PlaceholderRange(item.offset, item.length, item.is_embed))
+    return mm_input(prompt.token_ids, MultiModalKwargsItems(kwargs), hashes, ranges, cache_salt=prompt.cache_salt)
+
+
+def from_engine_input(engine_input: Any) -> Prompt:
+    """The prompt that vLLM's renderer made, items in prompt order.
+
+    Raises ``BadRequest`` for inputs that no stage can hand on.
+    """
+    if engine_input["type"] == "token":
+        return Prompt(list(engine_input["prompt_token_ids"]), cache_salt=engine_input.get("cache_salt"))
+    if engine_input["type"] != "multimodal" or "encoder_prompt_token_ids" in engine_input:
+        raise BadRequest(
+            f"Prompts of type {engine_input['type']!r} cannot be served disaggregated: only token and multimodal prompts of "
+            "decoder-only models can be handed from stage to stage."
+        )
+    items = [
+        Item(modality, item_hash, where.offset, where.length, where.is_embed, data)
+        for modality, hashes in engine_input["mm_hashes"].items()
+        for item_hash, where, data in zip(
+            hashes, engine_input["mm_placeholders"][modality], engine_input["mm_kwargs"][modality], strict=True
+        )
+    ]
+    return Prompt(
+        list(engine_input["prompt_token_ids"]),
+        tuple(sorted(items, key=lambda item: item.offset)),
+        engine_input.get("cache_salt"),
+    )
+
+
+class StageEngine:
+    """One engine of one stage, in the process of its replica (the engine core is a child process)."""
+
+    def __init__(self, stage: Stage, args: dict[str, Any]) -> None:
+        self._stage = stage
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+
+    async def generate(self, request: StageRequest) -> AsyncIterator[RequestOutput]:
+        """Run a request; closing the iterator aborts it.
+
+        Raises ``BadRequest`` when the engine refuses it, ``StageUnavailable`` when the engine is dead or full, and
+        ``HandoffLost`` when what an earlier stage handed over could not be loaded: ``AsyncLLM`` does not raise then.
+        """
+        stream = self._llm.generate(
+            to_engine_input(request.prompt), request.params, request.request_id, **request.options
+        )
+        try:
+            async with aclosing(stream):
+                async for output in stream:
+                    if any(choice.finish_reason == "error" for choice in output.outputs):
+                        raise HandoffLost(
+                            self._stage, "could not load what the stage before handed over; send the request again"
+                        )
+                    yield output
+        except VLLMClientError as error:
+            raise BadRequest(str(error)) from error
+        except (EngineDeadError, EngineGenerateError, GracefulHTTPError) as error:
+            raise StageUnavailable(self._stage, f"failed: {error}") from error
+
+    async def final(self, request: StageRequest) -> RequestOutput:
+        """The last output of a request that is not streamed."""
+        last = None
+        async with aclosing(self.generate(request)) as stream:
+            async for output in stream:
+                last = output
+        if last is None:
+            raise StageUnavailable(self._stage, "ended without an output")
+        return last
+
+    async def release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
+        """Free the blocks that prefill holds for a request which will never be decoded (called on a decode engine)."""
+        await self._llm.notify_kv_transfer_request_rejected(request_id, kv_transfer_params)
+
+    async def check_health(self) -> None:
+        """Raises when the engine is dead, so that Serve replaces the replica."""
+        await self._llm.check_health()
+        if self._llm.errored:
+            raise self._llm.dead_error
+
+    def stats(self) -> dict[str, float]:
+        """Numbers of this engine at this moment, by name."""
+        return {"unfinished_requests": self._llm.get_num_unfinished_requests()}
+
+    def metrics(self) -> str:
+        """vLLM's metrics in Prometheus' text format."""
+        return str(generate_latest(REGISTRY).decode())
+
+    async def start_profile(self, **overrides: Any) -> None:
+        """Raises ``BadRequest`` where no profiler is configured."""
+        if self._llm.vllm_config.profiler_config.profiler is None:
+            raise BadRequest(
+                "No profiler is configured: set `engine_args: {profiler_config: {profiler: torch, torch_profiler_dir: …}}`."
+            )
+        await self._llm.start_profile(**overrides)
+
+    async def stop_profile(self) -> None:
+        await self._llm.stop_profile()
+
+    def shutdown(self) -> None:
+        """End the engine process and wait until it is gone."""
+        self._llm.shutdown(timeout=5.0)
+
+
+ENCODE_PARAMS = SamplingParams(max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+"""An encoder-only engine emits no token: the request ends when its items are encoded."""
+
+
+def to_chunk(output: RequestOutput) -> Chunk:
+    """The only choice of an output, without the prompt that every ``RequestOutput`` repeats."""
+    (choice,) = output.outputs
+    return Chunk(
+        text=choice.text,
+        token_ids=list(choice.token_ids),
+        logprobs=choice.logprobs,
+        cumulative_logprob=choice.cumulative_logprob,
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+        num_cached_tokens=output.num_cached_tokens,
+        prompt_logprobs=output.prompt_logprobs,
+    )
+
+
+def prepare_environment(env: dict[str, str], side_channels: dict[str, str]) -> None:
+    """Set the environment of this replica's engine; ``env`` yields to what is set already, addresses do not."""
+    for key, value in env.items():
+        os.environ.setdefault(key, value)
+    os.environ.update(side_channels)
+
+
+async def wait_idle(engine: StageEngine, timeout_s: float) -> None:
+    """Wait until the engine has no unfinished request; for tests and draining."""
+    async with asyncio.timeout(timeout_s):
+        while engine.stats()["unfinished_requests"]:
+            await asyncio.sleep(0.05)

@@ -1,0 +1,203 @@
+"""What crosses a handle between stages, and how a request is shaped for each stage.
+
+Small frozen types; tensors only where a stage has to see pixels. Fields typed ``Any`` hold vLLM's own objects, which this
+module passes on without importing vLLM.
+
+Sources: ``vllm/distributed/ec_transfer/ec_connector/utils.py`` (what a consumer must know of an item),
+``vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py`` (the keys of ``kv_transfer_params``).
+"""
+
+import uuid
+from collections.abc import Callable, Collection
+from typing import Any
+
+import msgspec
+
+REMOTE_DECODE = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+"""``kv_transfer_params`` of a prefill request: hold the blocks until a decode engine has pulled them."""
+
+
+class Item(msgspec.Struct, frozen=True):
+    """One image, video or audio of a prompt."""
+
+    modality: str
+    hash: str
+    """vLLM's content hash, the key of the encoder cache; also covers model, processor and media arguments."""
+    offset: int
+    """Index of its first placeholder token in the prompt."""
+    length: int
+    """Placeholder tokens."""
+    is_embed: Any | None
+    """Bool tensor of shape ``(length,)``: the placeholder tokens that take an embedding. None: all."""
+    data: Any | None
+    """vLLM's MultiModalKwargsItem: processed tensors, pixels included, or only the fields that positions need."""
+
+    @property
+    def num_embeds(self) -> int:
+        return self.length if self.is_embed is None else int(self.is_embed.sum())
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A rendered prompt: token ids with placeholders, and the items that fill them, in prompt order."""
+
+    token_ids: list[int]
+    items: tuple[Item, ...] = ()
+    cache_salt: str | None = None
+
+
+class StageRequest(msgspec.Struct, frozen=True):
+    """One call of a stage."""
+
+    request_id: str
+    prompt: Prompt
+    params: Any
+    """vLLM's SamplingParams; transfer parameters are in its ``extra_args``."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of ``AsyncLLM.generate``: lora_request, priority, trace_headers, …"""
+
+
+class EncodeReply(msgspec.Struct, frozen=True):
+    """``{hash: {"item_indices", "metadata", …}}`` as the EC connector of the encoder gave it; passed on verbatim."""
+
+    ec_transfer_params: dict[str, Any]
+    replica: str
+
+
+class PrefillReply(msgspec.Struct, frozen=True):
+    kv_transfer_params: dict[str, Any]
+    """For one decode request, once."""
+    prompt_logprobs: Any | None
+    num_cached_tokens: int | None
+    replica: str
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """New tokens of one choice: what is new since the last chunk, never the prompt."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: Any | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int | None = None
+    prompt_logprobs: Any | None = None
+
+
+def child_id(request_id: str, index: int) -> str:
+    """Id of the encode call of item ``index``: ``<id>:<item>:<short>``, as in the reference."""
+    return f"{request_id}:{index}:{uuid.uuid4().hex[:6]}"
+
+
+def for_encoder(prompt: Prompt, index: int) -> Prompt:
+    """The prompt of one encode call: item ``index`` alone, all text removed.
+
+    No cache salt: embeddings do not depend on the prompt, and the encoder has no prefix cache.
+    """
+    item = prompt.items[index]
+    return Prompt(
+        token_ids=prompt.token_ids[item.offset : item.offset + item.length],
+        items=(msgspec.structs.replace(item, offset=0),),
+    )
+
+
+def distinct(items: tuple[Item, ...]) -> dict[str, int]:
+    """``{hash: index of its first item}``: an item that stands twice in a prompt is encoded once."""
+    first: dict[str, int] = {}
+    for index, item in enumerate(items):
+        first.setdefault(item.hash, index)
+    return first
+
+
+def without_pixels(prompt: Prompt, declared: Callable[[str], Collection[str]]) -> Prompt:
+    """The prompt for an engine that gets the embeddings through the EC connector.
+
+    Items keep the fields that token positions depend on: those marked ``keep_on_cpu`` (M-RoPE grids) and those that the
+    model declares as placeholder metadata (``declared(modality)``). An item of a model that declares neither keeps all its
+    data: nothing says that its engine can do without.
+    """
+    return msgspec.structs.replace(
+        prompt, items=tuple(_metadata_only(item, declared(item.modality)) for item in prompt.items)
+    )
+
+
+def _metadata_only(item: Item, declared: Collection[str]) -> Item:
+    if item.data is None:
+        return item
+    kept = {key: field for key, field in item.data.items() if key in declared or field.field.keep_on_cpu}
+    if not kept and not declared:
+        return item
+    return msgspec.structs.replace(item, data=type(item.data)(kept))
+
+
+def merge_ec_params(replies: dict[int, EncodeReply], prompt: Prompt) -> dict[str, Any]:
+    """``ec_transfer_params`` of the whole prompt from the replies by item index.
+
+    ``item_indices`` are put back to the places of the item in this prompt: each encoder saw its item alone, at 0.
+
+    Raises ``ValueError`` when a reply does not name its item: never a guess.
+    """
+    merged: dict[str, Any] = {}
+    for index, reply in replies.items():
+        item_hash = prompt.items[index].hash
+        if set(reply.ec_transfer_params) != {item_hash}:
+            raise ValueError(f"asked for item {item_hash}, the encoder answered for {sorted(reply.ec_transfer_params)}")
+        places = [i for i, item in enumerate(prompt.items) if item.hash == item_hash]
+        merged[item_hash] = {**reply.ec_transfer_params[item_hash], "item_indices": places}
+    if missing := {item.hash for item in prompt.items} - merged.keys():
+        raise ValueError(f"no encoder answered for {sorted(missing)}")
+    return merged
+
+
+def prefill_params(params: Any, ec_transfer_params: dict[str, Any] | None) -> Any:
+    """Sampling parameters of the prefill call: one token that nobody reads, and the blocks held for decode.
+
+    Its token must not stop the request by itself: NIXL holds blocks of requests that ran to their end, and decode samples
+    the first token again from the last prompt position, with the client's own parameters.
+    """
+    prefill = params.clone()
+    prefill.n = 1
+    prefill.max_tokens = 1
+    prefill.min_tokens = 0
+    prefill.ignore_eos = True
+    prefill.stop = []
+    prefill.stop_token_ids = []
+    prefill.structured_outputs = None
+    prefill.logprobs = None
+    prefill.detokenize = prefill.prompt_logprobs is not None
+    prefill.extra_args = _extra(params, kv_transfer_params=REMOTE_DECODE, ec_transfer_params=ec_transfer_params)
+    return prefill
+
+
+def decode_params(
+    params: Any,
+    kv_transfer_params: dict[str, Any] | None,
+    ec_transfer_params: dict[str, Any] | None,
+    index: int = 0,
+) -> Any:
+    """Sampling parameters of the decode call of choice ``index``.
+
+    Seeds of choices count up as in ``vllm/v1/engine/parallel_sampling.py``. Where prefill ran elsewhere, the logits of the
+    prompt are there and not here.
+    """
+    decode = params.clone()
+    decode.n = 1
+    if decode.seed is not None:
+        decode.seed += index
+    if kv_transfer_params is not None:
+        decode.prompt_logprobs = None
+    decode.extra_args = _extra(params, kv_transfer_params=kv_transfer_params, ec_transfer_params=ec_transfer_params)
+    return decode
+
+
+def _extra(params: Any, **transfer: dict[str, Any] | None) -> dict[str, Any] | None:
+    extra = dict(params.extra_args or {})
+    extra.update({key: dict(value) for key, value in transfer.items() if value is not None})
+    return extra or None

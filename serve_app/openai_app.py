@@ -1,0 +1,284 @@
+"""vLLM's OpenAI app around our client, with the routes and the middleware that a pipeline of stages needs.
+
+- the status line of a response waits for the first token, so whatever fails before it is a real 4xx or 5xx with OpenAI's
+  error body, streaming or not;
+- ``/health``, ``/metrics``, ``/start_profile`` and ``/stop_profile`` speak for all replicas of all stages;
+- routes that would hand a client's own features or transfer parameters to an engine answer 400.
+"""
+
+import json
+import logging
+import uuid
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from serve_app import media, trace
+from serve_app.client import EPDClient
+from serve_app.config import EPDConfig
+from serve_app.errors import ConfigError, EPDError
+from serve_app.metrics import merge_metrics
+from serve_app.trace import Trace
+
+logger = logging.getLogger("ray.serve")  # Serve's own: it knows the replica and writes to its files
+
+SERVER_ARGS = frozenset(
+    {"host", "port", "uds", "grpc_port", "root_path", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs"}
+)
+"""Arguments of vLLM's server for what Ray Serve does here (``http_options:``)."""
+
+NOT_HERE = {
+    "/inference/v1/generate": "it takes features and transfer parameters from outside, and an engine that lacks them dies",
+    "/v1/load_lora_adapter": "adapters are loaded at start: `api: {lora_modules: …}`",
+    "/v1/unload_lora_adapter": "adapters are loaded at start: `api: {lora_modules: …}`",
+    "/scale_elastic_ep": "stages scale by `deployments:` in the Serve config",
+    "/is_scaling_elastic_ep": "stages scale by `deployments:` in the Serve config",
+}
+REPLACED = {"/health", "/metrics", "/start_profile", "/stop_profile"}
+
+
+def check_api_args(api: dict[str, Any]) -> None:
+    """Refuse names under ``api:`` that vLLM's server does not know, before anything is started."""
+    for key in api:
+        if key in SERVER_ARGS:
+            raise ConfigError(f"`api.{key}` is Ray Serve's here: set `http_options:` in the Serve config")
+        if key not in FrontendArgs.__dataclass_fields__:
+            raise ConfigError(
+                f"`api.{key}` is not an argument of this vLLM's API server (`vllm serve --help` lists them)"
+            )
+
+
+def server_args(config: EPDConfig, engine_args: dict[str, Any]) -> Namespace:
+    """The arguments that ``vllm serve`` would have parsed."""
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    for key, value in (engine_args | config.api).items():
+        setattr(args, key, value)
+    if isinstance(args.api_key, str):
+        args.api_key = [args.api_key]
+    args.structured_outputs_config = AsyncEngineArgs(**engine_args).create_structured_outputs_config()
+    args.disable_log_stats = True  # the engines log theirs
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`api:` {error}") from error
+    return args
+
+
+def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
+    """What rendering and validation need, made without a device as vLLM's own render server does it."""
+    parsed = AsyncEngineArgs(**engine_args)
+    model_config = parsed.create_model_config()
+    model_config.quantization = None  # weights are the engines' business
+    envs.VLLM_CPU_KVCACHE_SPACE = 0
+    vllm_config = VllmConfig(
+        model_config=model_config,
+        logging_config=parsed.create_logging_config(),
+        structured_outputs_config=parsed.create_structured_outputs_config(),
+    )
+    if parsed.max_num_seqs is not None:
+        vllm_config.scheduler_config.max_num_seqs = parsed.max_num_seqs
+    return vllm_config
+
+
+Probe = Callable[[], Awaitable[dict[str, str]]]
+"""State per stage; ``healthy`` where it can serve."""
+
+
+async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe: Probe) -> ASGIApp:
+    """The ASGI app of an ingress replica."""
+    envs.VLLM_MEDIA_CONNECTOR = media.CONNECTOR
+    envs.VLLM_IMAGE_FETCH_TIMEOUT = envs.VLLM_VIDEO_FETCH_TIMEOUT = envs.VLLM_AUDIO_FETCH_TIMEOUT = (
+        config.media.fetch_timeout_s
+    )
+    app = build_app(args, ("generate",), client.model_config)
+    await init_app_state(client, app.state, args, ("generate",))
+    drop = REPLACED | NOT_HERE.keys()
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
+    _add_routes(app, client, probe)
+    return PipelineMiddleware(app, max_body_bytes=config.media.max_body_bytes)
+
+
+def _add_routes(app: FastAPI, client: EPDClient, probe: Probe) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """200 only when every stage can serve."""
+        stages = await probe()
+        ok = all(state == "healthy" for state in stages.values())
+        return JSONResponse({"ingress": "healthy", **stages}, status_code=200 if ok else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        """vLLM's metrics of all engines, labelled with stage and replica."""
+        texts = [
+            text for replies in (await broadcast("metrics")).values() for text in replies if isinstance(text, tuple)
+        ]
+        return PlainTextResponse(merge_metrics(texts), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def broadcast(method: str, *args: Any, timeout_s: float = 10.0) -> dict[str, list[Any]]:
+        replies: dict[str, list[Any]] = {}
+        for stage, handle in client.stages.items():
+            try:
+                replies[stage] = await handle.broadcast(method, *args, timeout_s=timeout_s)
+            except EPDError as error:
+                replies[stage] = [error]
+        return replies
+
+    async def profile(method: str, *args: Any) -> JSONResponse:
+        """Every replica of every stage: the ids of those that did it, or what hindered the others."""
+        replies = await broadcast(method, *args, timeout_s=120.0)
+        failed = [str(reply) for stage in replies.values() for reply in stage if isinstance(reply, Exception)]
+        body = {stage: [str(reply) for reply in stage_replies] for stage, stage_replies in replies.items()}
+        if failed:
+            return error_response(503, "; ".join(dict.fromkeys(failed)), "ServiceUnavailableError")
+        return JSONResponse(body)
+
+    @app.post("/start_profile")
+    async def start_profile(request: Request) -> JSONResponse:
+        overrides = json.loads(await request.body() or b"{}")
+        if not isinstance(overrides, dict):
+            return error_response(400, "The body must be a JSON object.")
+        allowed = ("profile_prefix", "delay_iterations", "max_iterations")
+        return await profile(
+            "start_profile", {key: overrides[key] for key in allowed if overrides.get(key) is not None}
+        )
+
+    @app.post("/stop_profile")
+    async def stop_profile() -> JSONResponse:
+        return await profile("stop_profile")
+
+    for path, reason in NOT_HERE.items():
+        app.add_api_route(path, _refuse(path, reason), methods=["GET", "POST"], include_in_schema=False)
+
+
+def _refuse(path: str, reason: str) -> Callable[[], Awaitable[JSONResponse]]:
+    async def refuse() -> JSONResponse:
+        return error_response(400, f"{path} is not served by a disaggregated server: {reason}.")
+
+    return refuse
+
+
+def error_response(status: int, message: str, kind: str = "BadRequestError") -> JSONResponse:
+    """OpenAI's error body."""
+    return JSONResponse(
+        {"error": {"message": message, "type": kind, "param": None, "code": status}}, status_code=status
+    )
+
+
+class BodyTooLarge(Exception):
+    pass
+
+
+class PipelineMiddleware:
+    """Outermost: request id, body limit, the trace and its log line, and the status line that waits for the first token.
+
+    A streaming response starts before its generator has asked the engine for anything. Its start is held back here until
+    the trace is decided: by the first token it goes out as it is; by a failure it is replaced by that error's own response.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        headers = MutableHeaders(scope=scope)
+        request_id = headers.get("x-request-id") or uuid.uuid4().hex
+        headers["x-request-id"] = request_id  # vLLM's servings read it from there
+        record = Trace(request_id)
+        reply = _HeldReply(send, record)
+        if int(headers.get("content-length") or 0) > self.max_body_bytes:
+            return await self._too_large(scope, receive, reply)
+        token = trace.current.set(record)
+        try:
+            await self.app(scope, self._limited(receive), reply)
+        except BodyTooLarge:
+            await self._too_large(scope, receive, reply)
+        except BaseException as error:
+            reply.status = reply.status or type(error).__name__
+            raise
+        finally:
+            trace.current.reset(token)
+            if record.rendered is not None:
+                logger.info(record.line(reply.status or "cancelled"))
+
+    def _limited(self, receive: Receive) -> Receive:
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_body_bytes:
+                raise BodyTooLarge
+            return message
+
+        return limited
+
+    async def _too_large(self, scope: Scope, receive: Receive, reply: "_HeldReply") -> None:
+        message = f"The request body is larger than the {self.max_body_bytes} bytes that this server takes."
+        await error_response(413, message, "RequestEntityTooLarge")(scope, receive, reply)
+
+
+class _HeldReply:
+    """``send`` of one response: holds the start of an event stream, and what follows, until the trace is decided."""
+
+    def __init__(self, send: Send, record: Trace) -> None:
+        self._send = send
+        self._trace = record
+        self._held: list[Message] = []
+        self._holding = False
+        self._replaced = False
+        self.status: int | str | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if self._replaced:
+            return
+        if message["type"] == "http.response.start":
+            MutableHeaders(raw=message["headers"])["x-request-id"] = self._trace.request_id
+            self.status = message["status"]
+            event_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+            self._holding = event_stream and not self._trace.decided.is_set()
+        if self._holding:
+            self._held.append(message)
+            if not self._trace.decided.is_set() and message.get("more_body", True):
+                return
+            self._holding = False
+            if self._trace.error is not None and self._trace.first_token is None:
+                return await self._replace()
+            held, self._held = self._held, []
+            for earlier in held:
+                await self._send(earlier)
+            return
+        await self._send(message)
+
+    async def _replace(self) -> None:
+        """Answer with the failure's own status instead of the stream that had not begun."""
+        assert self._trace.error is not None
+        self._replaced = True
+        body = create_error_response(self._trace.error)
+        self.status = body.error.code
+        start = next(message for message in self._held if message["type"] == "http.response.start")
+        kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-type", b"content-length")]
+        content = body.model_dump_json().encode()
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": body.error.code,
+                "headers": [*kept, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))],
+            }
+        )
+        await self._send({"type": "http.response.body", "body": content})

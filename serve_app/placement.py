@@ -1,0 +1,153 @@
+"""Which device the stages run on, and what each replica claims from Ray. Pure functions of the config and the cluster."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.config import DEMO_MODEL, GPU_MODEL, Accelerator, EPDConfig, Stage, StageConfig
+from serve_app.errors import ConfigError
+
+AFFINITY_ENV = {Accelerator.CUDA: "CUDA_VISIBLE_DEVICES", Accelerator.XPU: "ZE_AFFINITY_MASK"}
+
+NO_OVERRIDE_ENV = {
+    # Ray then leaves the affinity variable as we set it.
+    Accelerator.CUDA: "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES",
+    Accelerator.XPU: "RAY_EXPERIMENTAL_NOSET_ONEAPI_DEVICE_SELECTOR",
+}
+
+# Shares of one card, for a topology on fewer cards than stages. An encoder has neither language model nor KV cache.
+SHARES_OF_ONE = {
+    (Stage.ENCODER, Stage.PREFILL, Stage.DECODE): {Stage.ENCODER: 0.1, Stage.PREFILL: 0.45, Stage.DECODE: 0.45},
+    (Stage.ENCODER, Stage.DECODE): {Stage.ENCODER: 0.1, Stage.DECODE: 0.9},
+    (Stage.PREFILL, Stage.DECODE): {Stage.PREFILL: 0.5, Stage.DECODE: 0.5},
+}
+# As in the reference: encoder and prefill on one card, decode on the other.
+SHARES_OF_TWO = {Stage.ENCODER: 0.1, Stage.PREFILL: 0.9, Stage.DECODE: 1.0}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What Ray can give. ``elastic``: an autoscaler may add nodes, so what is missing now may come."""
+
+    gpus: float
+    cpus: float
+    gpu_types: tuple[str, ...] = ()
+    elastic: bool = False
+
+    @property
+    def gpu_accelerator(self) -> Accelerator:
+        intel = any(name.lower().startswith("intel") for name in self.gpu_types)
+        return Accelerator.XPU if intel else Accelerator.CUDA
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config with accelerator, model and GPUs per replica decided, and the sentence that says why."""
+
+    config: EPDConfig
+    reason: str
+
+
+def resolve(config: EPDConfig, cluster: Cluster) -> Resolved:
+    """Decide what the config leaves open.
+
+    Raises ``ConfigError`` where the cluster can never give what the config asks for.
+    """
+    wanted = config.accelerator
+    names = f" ({', '.join(cluster.gpu_types)})" if cluster.gpu_types else ""
+    if wanted is Accelerator.AUTO:
+        accelerator = cluster.gpu_accelerator if cluster.gpus else Accelerator.CPU
+        found = f"the cluster has {cluster.gpus:g} GPUs{names}" if cluster.gpus else "the cluster has no GPU"
+        reason = f"accelerator: {accelerator}, because {found} (accelerator: auto)"
+    else:
+        accelerator = wanted
+        reason = f"accelerator: {accelerator}, as configured"
+        if wanted is not Accelerator.CPU and not cluster.gpus and not cluster.elastic:
+            raise ConfigError(
+                f"`accelerator: {wanted}` needs GPUs and the Ray cluster has none: start Ray on a machine with GPUs "
+                "(`ray status` lists them), or set `accelerator: cpu` or `auto`."
+            )
+    model = config.model or (DEMO_MODEL if accelerator is Accelerator.CPU else GPU_MODEL)
+    if config.model is None:
+        reason += f"; model: {model}, because none is named"
+    stages = fit_gpus(config.stages, accelerator, cluster)
+    cpus = cpus_per_replica(len(stages) + 1, cluster)
+    decided: dict[str, Any] = {"accelerator": accelerator, "model": model}
+    if config.ingress_cpus is None:
+        decided["ingress_cpus"] = cpus
+    for stage, stage_config in stages.items():
+        open_cpus = {} if stage_config.cpus_per_replica is not None else {"cpus_per_replica": cpus}
+        decided[stage.value] = stage_config.model_dump(exclude_unset=True) | open_cpus
+    return Resolved(EPDConfig.model_validate(config.model_dump(exclude_unset=True) | decided), reason)
+
+
+def cpus_per_replica(deployments: int, cluster: Cluster) -> float:
+    """1, or 0.1 on a machine too small for two replicas of each deployment, where claims would keep them from starting."""
+    return 1.0 if cluster.elastic or cluster.cpus >= 2 * deployments else 0.1
+
+
+def fit_gpus(
+    stages: Mapping[Stage, StageConfig], accelerator: Accelerator, cluster: Cluster
+) -> dict[Stage, StageConfig]:
+    """Fill in ``gpus_per_replica`` where it is open: whole cards where there are enough, shares where there are not.
+
+    Raises ``ConfigError`` when one replica of each stage needs more cards than the cluster has.
+    """
+    if accelerator is Accelerator.CPU:
+        return {s: c if c.gpus_per_replica is not None else _claim(c, 0) for s, c in stages.items()}
+    open_stages = [s for s, c in stages.items() if c.gpus_per_replica is None]
+    simple = len(open_stages) == len(stages) and all(c.world_size == 1 for c in stages.values())
+    shares: Mapping[Stage, float] = {}
+    if simple and not cluster.elastic and cluster.gpus < len(stages):
+        if cluster.gpus == 1:
+            shares = SHARES_OF_ONE.get(tuple(stages), {})
+        elif cluster.gpus == 2:
+            shares = SHARES_OF_TWO
+    fitted = {}
+    for stage, config in stages.items():
+        if config.gpus_per_replica is not None:
+            fitted[stage] = config
+        elif stage in shares and shares[stage] < 1:
+            # 5 % of the card stay free for what engines use besides their own share.
+            memory = {"gpu_memory_utilization": round(shares[stage] * 0.95, 3)} | config.engine_args
+            fitted[stage] = _claim(config.model_copy(update={"engine_args": memory}), shares[stage])
+        else:
+            fitted[stage] = _claim(config, float(config.world_size))
+    needed = sum(c.gpus_per_replica or 0 for c in fitted.values())
+    if needed > cluster.gpus + 1e-6 and not cluster.elastic:
+        claims = ", ".join(f"{s} {c.gpus_per_replica:g}" for s, c in fitted.items())
+        raise ConfigError(
+            f"One replica of each stage needs {needed:g} GPUs ({claims}) and the Ray cluster has {cluster.gpus:g}: "
+            "lower `gpus_per_replica` (fractions share a card), or leave stages out."
+        )
+    return fitted
+
+
+def _claim(config: StageConfig, gpus: float) -> StageConfig:
+    return StageConfig.model_validate(config.model_dump(exclude_unset=True) | {"gpus_per_replica": gpus})
+
+
+def actor_options(config: StageConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """Ray's ``ray_actor_options`` of a stage of a resolved config: it claims what it uses."""
+    env = dict(config.env)
+    if config.devices is not None and accelerator in AFFINITY_ENV:
+        env[AFFINITY_ENV[accelerator]] = config.devices
+        env[NO_OVERRIDE_ENV[accelerator]] = "1"
+    options: dict[str, Any] = {"num_cpus": config.cpus_per_replica}
+    if config.gpus_per_replica:
+        options["num_gpus"] = config.gpus_per_replica
+    if config.resources:
+        options["resources"] = dict(config.resources)
+    if env:
+        options["runtime_env"] = {"env_vars": env}
+    return options
+
+
+def xpu_affinity(
+    accelerator: Accelerator, gpu_ids: list[int] | list[str], environ: Mapping[str, str]
+) -> dict[str, str]:
+    """ZE_AFFINITY_MASK for the cards that Ray picked: vLLM reads it, Ray sets another variable."""
+    mask = AFFINITY_ENV[Accelerator.XPU]
+    if accelerator is not Accelerator.XPU or not gpu_ids or mask in environ:
+        return {}
+    return {mask: ",".join(str(gpu) for gpu in gpu_ids)}

@@ -1,0 +1,113 @@
+"""The engine arguments that make a stage: DESIGN's table of engine roles as one pure function.
+
+Order of precedence: what the topology decides, the stage's own ``engine_args:``, the shared ``engine_args:``, defaults of
+the role, defaults of the device.
+"""
+
+from typing import Any
+
+from serve_app.config import DEMO_MODEL, Accelerator, EPDConfig, Stage
+from serve_app.transfer import ec_transfer_config, kv_transfer_config
+from serve_app.vllm_plugin import STILL_NIXL_ENV
+
+ENCODER_DEFAULTS: dict[str, Any] = {
+    # The current EPD implementation of vLLM's encoder-only engine asks for these two (reference).
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    # A scheduling budget per decode step; an encoder's real limit is its encoder cache (reference).
+    "max_num_batched_tokens": 114688,
+}
+
+CPU_DEFAULTS: dict[str, Any] = {
+    # torch.compile takes minutes and there is nothing to gain for the sizes one serves on a CPU.
+    "enforce_eager": True,
+}
+
+DEMO_DEFAULTS: dict[str, Any] = {
+    # vLLM would make half precision of a float32 model; batches of other sizes would then round to other tokens.
+    "dtype": "float32",
+    "max_model_len": 4096,
+    "max_num_seqs": 32,
+    "block_size": 32,
+}
+
+CPU_ENV = {
+    # GiB of KV cache; vLLM's default is far more than a small machine has.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # vLLM would pin every engine's threads to the same cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+
+COMMON_ENV = {
+    "VLLM_NO_USAGE_STATS": "1",
+    # A replica has threads before it starts its engine: forking it could copy a held lock.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # vLLM sets it itself unless NIXL was imported before, as our plugin does on the CPU.
+    "UCX_RCACHE_MAX_UNRELEASED": "1024",
+}
+
+
+def engine_args(config: EPDConfig, stage: Stage, model_path: str) -> dict[str, Any]:
+    """Arguments of ``AsyncEngineArgs`` for a stage of a resolved config (accelerator and model known)."""
+    args: dict[str, Any] = {}
+    if config.accelerator is Accelerator.CPU:
+        args |= CPU_DEFAULTS
+    if config.model == DEMO_MODEL:
+        args |= DEMO_DEFAULTS
+    if stage is Stage.ENCODER:
+        args |= ENCODER_DEFAULTS
+    args |= shared_args(config, model_path)
+    args |= config.stages[stage].engine_args
+    # Each engine gets every item of a request once, from the ingress: a cache here would only wait for repeats that
+    # vLLM's protocol between front end and engine does not know (it sends None for items it believes cached).
+    args["mm_processor_cache_gb"] = 0
+    if (ec := ec_transfer_config(config, stage)) is not None:
+        args["ec_transfer_config"] = ec
+    if (kv := kv_transfer_config(config, stage)) is not None:
+        args["kv_transfer_config"] = kv
+    return args
+
+
+def ingress_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
+    """Engine arguments of the ingress: what rendering and validation need of the decode engine's."""
+    args = engine_args(config, Stage.DECODE, model_path)
+    return {key: value for key, value in args.items() if key not in ("ec_transfer_config", "kv_transfer_config")}
+
+
+def shared_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
+    media = config.media
+    args: dict[str, Any] = {"model": model_path, "served_model_name": [config.model_name]} | config.engine_args
+    if media.limits:
+        args["limit_mm_per_prompt"] = media.limits
+    if media.processor_kwargs:
+        args["mm_processor_kwargs"] = media.processor_kwargs
+    if media.io_kwargs:
+        args["media_io_kwargs"] = media.io_kwargs
+    if media.allowed_local_path is not None:
+        args["allowed_local_media_path"] = str(media.allowed_local_path.resolve())
+    if media.allowed_domains:
+        args["allowed_media_domains"] = media.allowed_domains
+    return args
+
+
+def replica_env(config: EPDConfig, stage: Stage | None) -> dict[str, str]:
+    """Defaults of the environment of a replica; what is already set there wins. ``stage``: None for the ingress."""
+    env = dict(COMMON_ENV)
+    if config.accelerator is Accelerator.CPU:
+        env |= CPU_ENV
+        if config.prefill is not None and stage in (Stage.PREFILL, Stage.DECODE):
+            env[STILL_NIXL_ENV] = "1"
+    if config.model == DEMO_MODEL:
+        env["HF_HUB_OFFLINE"] = "1"
+    return env
+
+
+def model_path(config: EPDConfig) -> str:
+    """Folder or name of the model; makes the built-in one where it is asked for and not there yet."""
+    if config.model == DEMO_MODEL:
+        from serve_app.demo import ensure_demo_model
+
+        return str(ensure_demo_model())
+    assert config.model is not None  # resolved
+    return config.model

@@ -1,0 +1,85 @@
+"""Calls of a stage over its Ray Serve handle: cancelled with their caller, and failing only with errors of ours.
+
+Which replica takes a call is Ray's power-of-two choice: fewest calls in flight of two at random.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.config import Stage
+from serve_app.errors import EPDError, StageUnavailable
+
+
+class StageHandle:
+    """The replicas of one stage, as the ingress sees them."""
+
+    def __init__(self, stage: Stage, handle: DeploymentHandle[Any]) -> None:
+        self.stage = stage
+        self._unary = handle
+        self._stream = handle.options(stream=True)
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Call one replica. Cancelling the caller cancels the call, and with it the replica's engine request."""
+        response = getattr(self._unary, method).remote(*args)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:
+            raise to_stage_error(self.stage, error) from error
+
+    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        """Stream from one replica; closing the iterator early cancels the call."""
+        response = getattr(self._stream, method).remote(*args)
+        finished = False
+        try:
+            async for item in response:
+                yield item
+            finished = True
+        except Exception as error:
+            finished = True
+            raise to_stage_error(self.stage, error) from error
+        finally:
+            if not finished:  # a stream from a handle has no aclose()
+                response.cancel()
+
+    async def broadcast(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[Any]:
+        """Call every replica; one result or exception of each."""
+        response = self._unary.broadcast(method, *args)
+        try:
+            results = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except Exception as error:
+            raise to_stage_error(self.stage, error) from error
+        return [to_stage_error(self.stage, r) if isinstance(r, Exception) else r for r in results]
+
+
+def to_stage_error(stage: Stage, error: Exception) -> EPDError:
+    """The error of ours for whatever a handle raised."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        return (
+            cause
+            if isinstance(cause, EPDError)
+            else StageUnavailable(stage, f"failed: {type(cause).__name__}: {cause}")
+        )
+    match error:
+        case EPDError():
+            return error
+        case BackPressureError():
+            return StageUnavailable(stage, "is full: its queue takes no more requests now")
+        case DeploymentUnavailableError():
+            return StageUnavailable(stage, "could not be deployed: see `serve status`")
+        case TaskCancelledError():
+            return StageUnavailable(stage, "cancelled the request")
+        case RayActorError():
+            return StageUnavailable(stage, "lost the replica that worked on the request")
+        case RayError() | RayServeException() | TimeoutError():
+            return StageUnavailable(stage, f"did not answer: {type(error).__name__}")
+        case _:
+            return StageUnavailable(stage, f"failed: {type(error).__name__}: {error}")

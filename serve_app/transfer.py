@@ -1,0 +1,82 @@
+"""How embeddings (EC) and KV blocks move between engines: connector settings per stage, and addresses per replica.
+
+Both connectors take a replica's own address from environment variables only (``VLLM_NIXL_SIDE_CHANNEL_*``,
+``VLLM_EC_SIDE_CHANNEL_*``). Replicas of one node share its IP, so each binds ports that are free when it starts.
+"""
+
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from serve_app.config import Accelerator, EPDConfig, Stage
+
+EC_MODULE = "serve_app.ec_connector"
+KV_ROLE = {Stage.PREFILL: "kv_producer", Stage.DECODE: "kv_consumer"}
+
+
+def storage_path(config: EPDConfig) -> Path:
+    """The folder of the encoder cache. On several nodes it has to be a shared one."""
+    return config.ec.storage_path or Path(tempfile.gettempdir()) / "epd-ec-cache"
+
+
+def ec_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None:
+    """vLLM's ``ec_transfer_config`` of a stage; None where no encoder feeds it.
+
+    Decode consumes too: a request that it preempts is prefilled again there, and needs the embeddings.
+    """
+    if config.encoder is None:
+        return None
+    ec = config.ec
+    extra = dict(ec.extra_config)
+    if ec.uses_folder:
+        extra.setdefault("shared_storage_path", str(storage_path(config)))
+    settings: dict[str, Any] = {
+        "ec_connector": ec.connector,
+        "ec_role": "ec_producer" if stage is Stage.ENCODER else "ec_consumer",
+        "ec_connector_extra_config": extra,
+    }
+    if module := ec.module_path or (EC_MODULE if ec.connector == "SharedFolderECConnector" else None):
+        settings["ec_connector_module_path"] = module
+    return settings
+
+
+def kv_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None:
+    """vLLM's ``kv_transfer_config`` of a stage; None where prefill and decode are one engine."""
+    if config.prefill is None or stage is Stage.ENCODER:
+        return None
+    kv = config.kv
+    settings: dict[str, Any] = {
+        "kv_connector": kv.connector,
+        "kv_role": KV_ROLE[stage],
+        "kv_connector_extra_config": {"kv_lease_duration": kv.lease_s, **kv.extra_config},
+    }
+    device = kv.buffer_device or ("cpu" if config.accelerator is Accelerator.CPU else None)
+    if device is not None:
+        settings["kv_buffer_device"] = device
+    if kv.module_path is not None:
+        settings["kv_connector_module_path"] = kv.module_path
+    return settings
+
+
+def side_channel_env(host: str) -> dict[str, str]:
+    """Addresses of one replica, for the environment of its engine. ``host``: the IP of its node, as others reach it."""
+    nixl_port, ec_port = free_ports(2)
+    return {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(nixl_port),
+        "VLLM_EC_SIDE_CHANNEL_HOST": host,
+        "VLLM_EC_SIDE_CHANNEL_PORT": str(ec_port),
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports that nobody listens on now. All are held until all are found, so that none comes twice."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for sock in sockets:
+            sock.bind(("", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()

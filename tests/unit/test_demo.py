@@ -1,0 +1,184 @@
+"""serve_app.demo: the built-in model's files, made once, the same everywhere, and what its prompts look like."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+from serve_app.demo import ensure_demo_model
+from serve_app.demo.cache import build_once
+from tests.models import ensure_audio_model
+
+BUILD = "import sys; from pathlib import Path; from {module} import {name} as make; print(make(Path(sys.argv[1])))"
+
+
+def in_new_process(module: str, name: str, root: Path) -> Path:
+    command = [sys.executable, "-c", BUILD.format(module=module, name=name), str(root)]
+    repository = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_demo_model(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(model / "tokenizer.json"))
+
+
+def render(folder: Path, messages: list[dict[str, Any]], **options: Any) -> str:
+    """Render as transformers does: same environment, same treatment of blocks and of JSON."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    template = environment.from_string((folder / "chat_template.jinja").read_text())
+    return template.render(messages=messages, **({"add_generation_prompt": True} | options))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("serve_app.demo", "ensure_demo_model"), ("tests.models", "ensure_audio_model")]
+)
+def test_two_builds_give_the_same_bytes(module: str, name: str, tmp_path: Path) -> None:
+    first, second = (in_new_process(module, name, tmp_path / root) for root in ("a", "b"))
+    assert first.name == second.name
+    assert digests(first) == digests(second)
+
+
+def test_processes_may_race_to_build(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(in_new_process, "serve_app.demo", "ensure_demo_model", tmp_path) for _ in range(4)]
+    made = {run.result() for run in runs}
+    assert list(tmp_path.iterdir()) == list(made)  # one folder, and no scratch folder left
+
+
+def test_losing_the_race_takes_the_winners_folder(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "file").write_text("mine")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "file").write_text("theirs")
+
+    assert (build_once(tmp_path / "model", build) / "file").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        build_once(tmp_path / "model", build)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_second_call_builds_nothing(model: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in model.iterdir()}
+    assert ensure_demo_model(model.parent) == model
+    assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
+
+
+def test_default_root_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert ensure_demo_model().parent == tmp_path / "epd-serve"
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    code = "import sys, serve_app.demo; print({'torch', 'transformers', 'vllm', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_weights_fit_the_config(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    weights = load_file(model / "model.safetensors")
+    assert {str(array.dtype) for array in weights.values()} == {"float32"}
+    assert 300_000 < sum(array.size for array in weights.values()) < 1_000_000
+    text = config["text_config"]
+    assert weights["lm_head.weight"].shape == (text["vocab_size"], text["hidden_size"])
+
+
+@pytest.mark.parametrize("text", ["What is shown?\n\n", "it's 12:30 — naïve 日本語 😀", ' {"a": [1, 2]}\t', "a  b   c"])
+def test_tokenizer_round_trips(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_special_tokens_are_one_id_each(model: Path, tokenizer: Tokenizer) -> None:
+    config = json.loads((model / "config.json").read_text())
+    assert tokenizer.encode("<|image_pad|>").ids == [config["image_token_id"]]
+    assert tokenizer.encode("<|video_pad|>").ids == [config["video_token_id"]]
+    assert tokenizer.encode("<|vision_start|>").ids == [config["vision_start_token_id"]]
+    assert tokenizer.encode("<|im_end|>").ids == [config["text_config"]["eos_token_id"]]
+    assert tokenizer.get_vocab_size() == config["text_config"]["vocab_size"]
+    assert tokenizer.decode(tokenizer.encode("<|im_start|><think></think><tool_call></tool_call>").ids) == (
+        "<think></think><tool_call></tool_call>"  # parsers read these, so they are not skipped
+    )
+
+
+def test_template_puts_media_where_they_stand(model: Path) -> None:
+    parts = [
+        {"type": "text", "text": "Compare "},
+        {"type": "image"},
+        {"type": "text", "text": " with "},
+        {"type": "video"},
+        {"type": "image_url", "image_url": {"url": "…"}},
+    ]
+    vision = "<|vision_start|><|{}_pad|><|vision_end|>"
+    assert render(model, [{"role": "user", "content": parts}]) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\nCompare {vision.format('image')} with {vision.format('video')}{vision.format('image')}"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_template_of_many_turns(model: Path) -> None:
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    assert render(model, messages, add_generation_prompt=False) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    )
+
+
+def test_template_of_tools(model: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Go"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "one"},
+        {"role": "tool", "content": [{"type": "text", "text": "two"}]},
+    ]
+    prompt = render(model, messages, tools=tools)
+    system, _, turns = prompt.partition("<|im_end|>\n")
+    assert system.startswith("<|im_start|>system\nBe brief.\n\n# Tools")
+    assert f"<tools>\n{json.dumps(tools[0])}\n</tools>" in system
+    written = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    assert turns == (
+        "<|im_start|>user\nGo<|im_end|>\n"
+        f"<|im_start|>assistant\n{written}\n{written}<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\none\n</tool_response>\n<tool_response>\ntwo\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_audio_model_takes_sounds_only(tmp_path: Path) -> None:
+    prompt = render(ensure_audio_model(tmp_path), [{"role": "user", "content": [{"type": "audio"}, {"type": "image"}]}])
+    assert "<|im_start|>user\n<|audio_bos|><|AUDIO|><|audio_eos|><|im_end|>" in prompt
