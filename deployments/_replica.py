@@ -1,7 +1,7 @@
 """What the engine replicas of all stages share: start, health, metrics, profile, shutdown."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -12,15 +12,19 @@ from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import side_channel_env, storage_path
 from serve_app.vllm_plugin import REPLICA_ENV
 
+if TYPE_CHECKING:
+    from serve_app.engine import StageEngine
+
 
 class EngineReplica:
     """One engine of one stage. Subclasses add the handle methods of their stage."""
 
     stage: Stage
+    engine: "StageEngine"
 
     def __init__(self, config: EPDConfig) -> None:
         context = serve.get_replica_context()
-        self.replica = context.replica_id.unique_id
+        self.replica: str = context.replica_id.unique_id
         env = {REPLICA_ENV: self.replica} | replica_env(config, self.stage)
         env |= xpu_affinity(config.accelerator, ray.get_gpu_ids(), os.environ)
         for key, value in env.items():

@@ -1,6 +1,6 @@
 """Decode replicas: a prompt and the KV blocks of its prefill in, a stream of tokens out."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -17,7 +17,7 @@ class Decode(EngineReplica):
 
     stage = Stage.DECODE
 
-    async def generate(self, request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+    async def generate(self, request: StageRequest) -> AsyncGenerator[tuple[Chunk, str]]:
         """New tokens as they come, with this replica's id. What piles up while the caller is busy comes as one chunk."""
         from serve_app.engine import to_chunk
 

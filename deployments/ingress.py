@@ -42,7 +42,7 @@ class Ingress:
     async def _stages_ready(self) -> None:
         async with asyncio.timeout(self._config.startup_timeout_s):
             while any(state != "healthy" for state in (await self._probe()).values()):
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.2)  # noqa: ASYNC110  (Serve's controller has no event to wait for)
 
     async def _probe(self) -> dict[str, str]:
         """State per stage, as Serve's controller and the replicas themselves tell it; asked at most once a second."""
@@ -59,8 +59,8 @@ class Ingress:
         if deployment is None:
             return "not deployed"
         if deployment.replica_states.get("RUNNING", 0) == 0:
-            idle = deployment.status == "HEALTHY"
-            return "healthy" if idle else f"no replica ({deployment.status})"
+            scaled_to_zero = deployment.status.value == "HEALTHY"
+            return "healthy" if scaled_to_zero else f"no replica ({deployment.status.value})"
         try:
             replies = await self._stages[stage].broadcast("check_health", timeout_s=5.0)
         except Exception as error:

@@ -26,7 +26,7 @@ from serve_app.placement import Cluster, actor_options, resolve
 
 logger = logging.getLogger("ray.serve")
 
-DEPLOYMENTS = {Stage.ENCODER: Encoder, Stage.PREFILL: Prefill, Stage.DECODE: Decode}
+DEPLOYMENTS: dict[Stage, Any] = {Stage.ENCODER: Encoder, Stage.PREFILL: Prefill, Stage.DECODE: Decode}
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -37,7 +37,7 @@ def build_app(args: dict[str, Any]) -> Application:
     resolved = resolve(parse(args), cluster())
     config = resolved.config
     check_vllm_args(config)
-    logger.info(f"EPD {config.topology}: {resolved.reason}; model: {config.model}")
+    logger.info(f"EPD {config.topology}: {resolved.reason}")
 
     handles = {
         stage.value: DEPLOYMENTS[stage]
@@ -48,8 +48,10 @@ def build_app(args: dict[str, Any]) -> Application:
         .bind(config)
         for stage, stage_config in config.stages.items()
     }
-    ingress = Ingress.options(ray_actor_options={"num_cpus": config.ingress_cpus}, max_ongoing_requests=1024)
-    return ingress.bind(config, **handles)
+    ingress: Any = Ingress  # the decorator made a deployment of the class
+    ingress = ingress.options(ray_actor_options={"num_cpus": config.ingress_cpus}, max_ongoing_requests=1024)
+    application: Application = ingress.bind(config, **handles)
+    return application
 
 
 def parse(args: dict[str, Any]) -> EPDConfig:

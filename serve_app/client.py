@@ -7,7 +7,7 @@ items. Nothing of a request is kept here after its last token, so any ingress re
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -141,7 +141,7 @@ class EPDClient(EngineClient):
 
     async def _choice(
         self, request: StageRequest, encoded: dict[str, Any] | None, index: int, deadline: float, record: Trace
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk]:
         """Prefill and decode one choice. Each has its own hand-off: ``kv_transfer_params`` are used once."""
         prompt = request.prompt if encoded is None else handoff.without_pixels(request.prompt, self._declared_fields)
         prefilled = await self._within(deadline, Stage.PREFILL, self._prefill(request, prompt, encoded, record))
@@ -290,15 +290,15 @@ def not_disaggregated(what: str) -> VLLMValidationError:
 
 def to_vllm_error(error: Exception) -> Exception:
     """The exception of vLLM's whose HTTP status and body the app knows already."""
+    mapped: Exception = error
     match error:
         case StageError():
-            return GracefulHTTPError(str(error), HTTPStatus(error.status))
+            mapped = GracefulHTTPError(str(error), HTTPStatus(error.status))
         case BadRequest():
-            return VLLMValidationError(str(error))
+            mapped = VLLMValidationError(str(error))
         case EPDError():
-            return GracefulHTTPError(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
-        case _:
-            return error
+            mapped = GracefulHTTPError(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
+    return mapped
 
 
 def with_prefill(chunk: Chunk, prefilled: PrefillReply) -> Chunk:
@@ -308,18 +308,18 @@ def with_prefill(chunk: Chunk, prefilled: PrefillReply) -> Chunk:
     )
 
 
-async def merge(sources: list[AsyncIterator[Chunk]]) -> AsyncIterator[tuple[int, Chunk]]:
+async def merge(sources: list[AsyncGenerator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk]]:
     """Chunks of all choices with their index, as they come. The first failure ends all; so does closing."""
     if len(sources) == 1:
-        async with aclosing(sources[0]):  # type: ignore[type-var]
+        async with aclosing(sources[0]):
             async for chunk in sources[0]:
                 yield 0, chunk
         return
     queue: asyncio.Queue[tuple[int, Chunk] | Exception | None] = asyncio.Queue()
 
-    async def pump(index: int, source: AsyncIterator[Chunk]) -> None:
+    async def pump(index: int, source: AsyncGenerator[Chunk]) -> None:
         try:
-            async with aclosing(source):  # type: ignore[type-var]
+            async with aclosing(source):
                 async for chunk in source:
                     queue.put_nowait((index, chunk))
             queue.put_nowait(None)
@@ -344,15 +344,15 @@ async def merge(sources: list[AsyncIterator[Chunk]]) -> AsyncIterator[tuple[int,
 
 
 async def assemble(
-    request: StageRequest, text: str | None, chunks: AsyncIterator[tuple[int, Chunk]]
-) -> AsyncIterator[RequestOutput]:
+    request: StageRequest, text: str | None, chunks: AsyncGenerator[tuple[int, Chunk]]
+) -> AsyncGenerator[RequestOutput]:
     """vLLM's outputs from the chunks of all choices, by the request's output kind as ``ParentRequest`` has it:
     streamed, each chunk as it comes; otherwise one output with all choices at the end."""
     params = request.params
     last_only = params.output_kind is RequestOutputKind.FINAL_ONLY
     unfinished = set(range(params.n))
     done: dict[int, Chunk] = {}
-    async with aclosing(chunks):  # type: ignore[type-var]
+    async with aclosing(chunks):
         async for index, chunk in chunks:
             if chunk.finish_reason is not None:
                 unfinished.discard(index)

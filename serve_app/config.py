@@ -134,8 +134,8 @@ class StageConfig(Strict):
             raise ValueError(f"`gpus_per_replica: {gpus}`: above one card only whole cards can be claimed")
         if self.world_size > 1 and 0 < gpus != self.world_size:
             raise ValueError(
-                f"`gpus_per_replica: {gpus}` does not fit tensor_parallel_size × pipeline_parallel_size = {self.world_size}: "
-                "leave it out or make them equal"
+                f"`gpus_per_replica: {gpus}` does not fit tensor_parallel_size × pipeline_parallel_size = "
+                f"{self.world_size}: leave it out or make them equal"
             )
         if self.devices is not None and len(self.devices.split(",")) < max(self.world_size, gpus):
             raise ValueError(f"`devices: {self.devices!r}` names fewer cards than one replica uses")
@@ -159,6 +159,11 @@ class ECConfig(Strict):
     @property
     def uses_folder(self) -> bool:
         return self.connector in ("SharedFolderECConnector", "ECExampleConnector")
+
+    @field_validator("storage_path")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser().absolute()
 
     @model_validator(mode="after")
     def _folder_only_where_used(self) -> Self:
@@ -196,6 +201,11 @@ class MediaConfig(Strict):
     io_kwargs: dict[str, dict[str, Any]] = Field({}, description="`media_io_kwargs`, video.num_frames for instance.")
     max_body_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="A larger request body is answered 413.")
     fetch_timeout_s: float = Field(30.0, gt=0, description="Time to fetch one item from a URL.")
+
+    @field_validator("allowed_local_path")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser().absolute()
 
 
 class EPDConfig(Strict):

@@ -25,6 +25,8 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 class SharedFolderStats(ECConnectorStats):
     """Counts of one interval, by name."""
 
+    data: dict[str, Any]
+
     def reset(self) -> None:
         self.data = {}
 

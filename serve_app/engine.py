@@ -2,9 +2,7 @@
 and in ``openai_app.py``, and pinned to vLLM 0.32.0 by ``tests/unit/test_contracts.py``.
 """
 
-import asyncio
-import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -81,7 +79,7 @@ class StageEngine:
         self._stage = stage
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
 
-    async def generate(self, request: StageRequest) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: StageRequest) -> AsyncGenerator[RequestOutput]:
         """Run a request; closing the iterator aborts it.
 
         Raises ``BadRequest`` when the engine refuses it, ``StageUnavailable`` when the engine is dead or full, and
@@ -164,17 +162,3 @@ def to_chunk(output: RequestOutput) -> Chunk:
         num_cached_tokens=output.num_cached_tokens,
         prompt_logprobs=output.prompt_logprobs,
     )
-
-
-def prepare_environment(env: dict[str, str], side_channels: dict[str, str]) -> None:
-    """Set the environment of this replica's engine; ``env`` yields to what is set already, addresses do not."""
-    for key, value in env.items():
-        os.environ.setdefault(key, value)
-    os.environ.update(side_channels)
-
-
-async def wait_idle(engine: StageEngine, timeout_s: float) -> None:
-    """Wait until the engine has no unfinished request; for tests and draining."""
-    async with asyncio.timeout(timeout_s):
-        while engine.stats()["unfinished_requests"]:
-            await asyncio.sleep(0.05)

@@ -27,5 +27,5 @@ def merge_metrics(pages: Iterable[tuple[str, str, str]]) -> str:
             return families.values()
 
     registry = CollectorRegistry()
-    registry.register(Collected())  # type: ignore[arg-type]
+    registry.register(Collected())
     return generate_latest(registry).decode()

@@ -42,8 +42,8 @@ SERVER_ARGS = frozenset(
 
 NOT_HERE = {
     "/inference/v1/generate": "it takes features and transfer parameters from outside, and an engine that lacks them dies",
-    "/v1/load_lora_adapter": "adapters are loaded at start: `api: {lora_modules: …}`",
-    "/v1/unload_lora_adapter": "adapters are loaded at start: `api: {lora_modules: …}`",
+    "/v1/load_lora_adapter": "LoRA adapters are not passed on to the stages",
+    "/v1/unload_lora_adapter": "LoRA adapters are not passed on to the stages",
     "/scale_elastic_ep": "stages scale by `deployments:` in the Serve config",
     "/is_scaling_elastic_ep": "stages scale by `deployments:` in the Serve config",
 }
@@ -55,6 +55,8 @@ def check_api_args(api: dict[str, Any]) -> None:
     for key in api:
         if key in SERVER_ARGS:
             raise ConfigError(f"`api.{key}` is Ray Serve's here: set `http_options:` in the Serve config")
+        if key == "lora_modules":
+            raise ConfigError("`api.lora_modules`: LoRA adapters are not passed on to the stages; serve a merged model")
         if key not in FrontendArgs.__dataclass_fields__:
             raise ConfigError(
                 f"`api.{key}` is not an argument of this vLLM's API server (`vllm serve --help` lists them)"
@@ -63,7 +65,7 @@ def check_api_args(api: dict[str, Any]) -> None:
 
 def server_args(config: EPDConfig, engine_args: dict[str, Any]) -> Namespace:
     """The arguments that ``vllm serve`` would have parsed."""
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     for key, value in (engine_args | config.api).items():
         setattr(args, key, value)
     if isinstance(args.api_key, str):
@@ -99,6 +101,9 @@ Probe = Callable[[], Awaitable[dict[str, str]]]
 
 async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe: Probe) -> ASGIApp:
     """The ASGI app of an ingress replica."""
+    folder = config.media.allowed_local_path
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
     envs.VLLM_MEDIA_CONNECTOR = media.CONNECTOR
     envs.VLLM_IMAGE_FETCH_TIMEOUT = envs.VLLM_VIDEO_FETCH_TIMEOUT = envs.VLLM_AUDIO_FETCH_TIMEOUT = (
         config.media.fetch_timeout_s

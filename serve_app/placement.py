@@ -70,6 +70,8 @@ def resolve(config: EPDConfig, cluster: Cluster) -> Resolved:
     model = config.model or (DEMO_MODEL if accelerator is Accelerator.CPU else GPU_MODEL)
     if config.model is None:
         reason += f"; model: {model}, because none is named"
+    else:
+        reason += f"; model: {model}, as configured"
     stages = fit_gpus(config.stages, accelerator, cluster)
     cpus = cpus_per_replica(len(stages) + 1, cluster)
     decided: dict[str, Any] = {"accelerator": accelerator, "model": model}

@@ -29,14 +29,18 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "max_model_len": 4096,
     "max_num_seqs": 32,
     "block_size": 32,
+    "kv_cache_memory_bytes": 128 * 1024 * 1024,  # 65,536 tokens
 }
 
 CPU_ENV = {
-    # GiB of KV cache; vLLM's default is far more than a small machine has.
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     # vLLM would pin every engine's threads to the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+}
+
+CPU_EAGER_ENV = {
+    # vLLM compiles small helpers even with enforce_eager: the first request for logprobs would wait 16 s.
+    "TORCHDYNAMO_DISABLE": "1",
 }
 
 COMMON_ENV = {
@@ -85,7 +89,7 @@ def shared_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
     if media.io_kwargs:
         args["media_io_kwargs"] = media.io_kwargs
     if media.allowed_local_path is not None:
-        args["allowed_local_media_path"] = str(media.allowed_local_path.resolve())
+        args["allowed_local_media_path"] = str(media.allowed_local_path)
     if media.allowed_domains:
         args["allowed_media_domains"] = media.allowed_domains
     return args
@@ -96,8 +100,13 @@ def replica_env(config: EPDConfig, stage: Stage | None) -> dict[str, str]:
     env = dict(COMMON_ENV)
     if config.accelerator is Accelerator.CPU:
         env |= CPU_ENV
+        if stage is None or engine_args(config, stage, "")["enforce_eager"]:
+            env |= CPU_EAGER_ENV
         if config.prefill is not None and stage in (Stage.PREFILL, Stage.DECODE):
             env[STILL_NIXL_ENV] = "1"
+        if stage is not None and "kv_cache_memory_bytes" not in engine_args(config, stage, ""):
+            # GiB of KV cache; by itself each engine would take most of the machine's memory.
+            env["VLLM_CPU_KVCACHE_SPACE"] = "1"
     if config.model == DEMO_MODEL:
         env["HF_HUB_OFFLINE"] = "1"
     return env

@@ -4,7 +4,7 @@ Which replica takes a call is Ray's power-of-two choice: fewest calls in flight 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -34,7 +34,7 @@ class StageHandle:
         except Exception as error:
             raise to_stage_error(self.stage, error) from error
 
-    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+    async def stream(self, method: str, *args: Any) -> AsyncGenerator[Any]:
         """Stream from one replica; closing the iterator early cancels the call."""
         response = getattr(self._stream, method).remote(*args)
         finished = False

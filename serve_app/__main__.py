@@ -1,0 +1,89 @@
+"""``python -m serve_app ready [serve_config.yaml]``: wait until the application of a Serve config can serve, and say what
+to try. `make serve` runs it beside `serve run`."""
+
+import argparse
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import yaml
+
+READY = """
+────────────────────────────────────────────────────────────────────────────────
+EPD is ready after {seconds:.0f} s: {url}/v1   (model: {model}; {stages})
+
+Try, in another terminal:
+
+  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{{"model": "{model}",
+    "max_tokens": 24, "messages": [{{"role": "user", "content": [
+{picture}      {{"type": "text", "text": "What is in this image?"}}]}}]}}'
+
+  {url}/docs      all routes
+  {url}/health    state per stage
+Ctrl-C ends everything.
+────────────────────────────────────────────────────────────────────────────────
+"""
+
+
+PICTURE = """\
+      {{"type": "image_url", "image_url": {{"url": "file://{path}"}}}},
+"""
+
+
+def picture_part(config: Path) -> str:
+    """The line of the example that shows a picture; empty where the config lets no local file be read."""
+    applications = (yaml.safe_load(config.read_text()) or {}).get("applications") or [{}]
+    folder = ((applications[0].get("args") or {}).get("media") or {}).get("allowed_local_path")
+    path = Path(folder or "", "shapes.png").absolute()
+    return PICTURE.format(path=path) if folder and path.is_file() else ""
+
+
+def base_url(config: Path) -> str:
+    """Where the application of a Serve config listens, as this machine reaches it."""
+    http = (yaml.safe_load(config.read_text()) or {}).get("http_options") or {}
+    host = http.get("host") or "127.0.0.1"
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port') or 8000}"
+
+
+def get(url: str) -> dict[str, object] | None:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            body: dict[str, object] = json.load(response)
+            return body
+    except (OSError, urllib.error.HTTPError, ValueError):
+        return None
+
+
+def wait_ready(config: Path, began: float) -> int:
+    """0 once every stage can serve and the message is printed; 1 when the parent process ended before that."""
+    url, parent = base_url(config), os.getppid()
+    while (health := get(f"{url}/health")) is None:
+        if os.getppid() != parent:
+            return 1
+        time.sleep(0.5)
+    models = get(f"{url}/v1/models") or {}
+    listed = models.get("data")
+    model = listed[0]["id"] if isinstance(listed, list) and listed else "?"
+    stages = ", ".join(stage for stage in health if stage != "ingress")
+    example = READY.format(
+        seconds=time.time() - began, url=url, model=model, stages=stages, picture=picture_part(config)
+    )
+    print(example, flush=True)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m serve_app", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    ready = commands.add_parser("ready", help="wait until every stage can serve, and say what to try")
+    ready.add_argument("config", nargs="?", default="serve_config.yaml", type=Path)
+    arguments = parser.parse_args()
+    return wait_ready(arguments.config, time.time())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

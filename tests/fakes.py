@@ -1,0 +1,150 @@
+"""Stand-ins for what the ingress talks to: stages, and below them Serve's handles. All come in by constructor."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from typing import Any
+
+from serve_app.config import Stage
+from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
+
+Calls = list[tuple[str, tuple[Any, ...]]]
+
+
+class FakeStage:
+    """A ``StageHandle``: methods by name, and every call in ``calls`` (and in ``log``, which stages may share)."""
+
+    def __init__(self, stage: Stage, log: list[str] | None = None, **methods: Callable[..., Any]) -> None:
+        self.stage = stage
+        self.calls: Calls = []
+        self._log = [] if log is None else log
+        self._methods = methods
+
+    async def call(self, method: str, *args: Any) -> Any:
+        self._called(method, args)
+        return await self._methods[method](*args)
+
+    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        self._called(method, args)
+        async for item in self._methods[method](*args):
+            yield item
+
+    async def broadcast(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[Any]:
+        self._called(method, args)
+        replies: list[Any] = await self._methods[method](*args)
+        return replies
+
+    def requests(self, method: str) -> list[StageRequest]:
+        """The requests of all calls of a method."""
+        return [args[0] for name, args in self.calls if name == method]
+
+    def _called(self, method: str, args: tuple[Any, ...]) -> None:
+        self.calls.append((method, args))
+        self._log.append(method)
+
+
+class FakePipeline:
+    """Encoder, prefill and decode stages that answer as engines would; each method can be replaced."""
+
+    def __init__(self, without: tuple[Stage, ...] = (), **methods: Callable[..., Any]) -> None:
+        self.log: list[str] = []
+        self.prefills = 0
+        known = {
+            Stage.ENCODER: {"encode": self.encode},
+            Stage.PREFILL: {"prefill": self.prefill},
+            Stage.DECODE: {"generate": self.generate, "release": self.release},
+        }
+        self.stages = {
+            stage: FakeStage(stage, self.log, **{name: methods.get(name, method) for name, method in own.items()})
+            for stage, own in known.items()
+            if stage not in without
+        }
+
+    @property
+    def encoder(self) -> FakeStage:
+        return self.stages[Stage.ENCODER]
+
+    @property
+    def prefiller(self) -> FakeStage:
+        return self.stages[Stage.PREFILL]
+
+    @property
+    def decoder(self) -> FakeStage:
+        return self.stages[Stage.DECODE]
+
+    async def encode(self, request: StageRequest) -> EncodeReply:
+        return encoded(request)
+
+    async def prefill(self, request: StageRequest) -> PrefillReply:
+        self.prefills += 1
+        return PrefillReply({"remote_block_ids": [self.prefills]}, None, 3, "prefill-0")
+
+    async def generate(self, request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+        yield Chunk("a", [1]), "decode-0"
+        yield Chunk("b", [2], finish_reason="stop"), "decode-0"
+
+    async def release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None: ...
+
+    def released(self) -> list[Any]:
+        return [args for method, args in self.decoder.calls if method == "release"]
+
+
+def encoded(request: StageRequest, replica: str = "encoder-0") -> EncodeReply:
+    """What an encoder answers: it saw its items alone."""
+    metadata = {item.hash: {"item_indices": [0], "metadata": {"of": item.hash}} for item in request.prompt.items}
+    return EncodeReply(metadata, replica)
+
+
+class FakeResponse:
+    """What Serve's ``handle.method.remote()`` returns, unary or streaming."""
+
+    def __init__(self, result: Awaitable[Any] | AsyncIterator[Any]) -> None:
+        self._result = result
+        self.cancelled = 0
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._result.__await__()  # type: ignore[union-attr]
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._result  # type: ignore[return-value]
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+class FakeBroadcast:
+    def __init__(self, results: list[Any] | Exception) -> None:
+        self._results = results
+        self.timeout_s: float | None = None
+
+    async def results_async(self, *, timeout_s: float | None = None, return_exceptions: bool = False) -> list[Any]:
+        self.timeout_s = timeout_s
+        assert return_exceptions
+        if isinstance(self._results, Exception):
+            raise self._results
+        return self._results
+
+
+class FakeHandle:
+    """A ``DeploymentHandle``: ``answer(method, *args)`` makes the response of a call."""
+
+    def __init__(self, answer: Callable[..., Any], streaming: bool = False) -> None:
+        self._answer = answer
+        self.streaming = streaming
+
+    def options(self, *, stream: bool) -> "FakeHandle":
+        return FakeHandle(self._answer, stream)
+
+    def broadcast(self, method: str, *args: Any) -> Any:
+        return self._answer(method, *args)
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return _Method(self, method)
+
+
+class _Method:
+    def __init__(self, handle: FakeHandle, method: str) -> None:
+        self._handle, self._method = handle, method
+
+    def remote(self, *args: Any) -> Any:
+        return self._handle._answer(self._method, *args, streaming=self._handle.streaming)

@@ -1,0 +1,207 @@
+"""Real servers for the integration tests: ours by `serve run`, and vLLM's own as the baseline. All on loopback."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+import yaml
+
+from serve_app.config import EPDConfig, Stage
+from serve_app.placement import Cluster, resolve
+from serve_app.roles import engine_args, model_path, replica_env
+from serve_app.transfer import free_ports
+
+REPOSITORY = Path(__file__).parents[2]
+API = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+START_TIMEOUT_S = 420
+
+
+@dataclass
+class Server:
+    """A running server and the processes behind it."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    session: requests.Session = field(default_factory=requests.Session)
+
+    def post(self, path: str, body: Any = None, **kwargs: Any) -> requests.Response:
+        return self.session.post(self.url + path, json=body, timeout=kwargs.pop("timeout", 120), **kwargs)
+
+    def get(self, path: str, **kwargs: Any) -> requests.Response:
+        return self.session.get(self.url + path, timeout=kwargs.pop("timeout", 30), **kwargs)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples whose labels include ``labels``."""
+        total = 0.0
+        for line in self.get("/metrics").text.splitlines():
+            if line.startswith(name + "{") and all(f'{key}="{value}"' in line for key, value in labels.items()):
+                total += float(line.rsplit(" ", 1)[1])
+        return total
+
+    def metrics_total(self, name: str) -> float:
+        return self.metric(name)
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of this server: those that carry its mark in their environment."""
+        return marked_processes(self.mark)
+
+    @property
+    def mark(self) -> str:
+        return str(self.log)
+
+    def wait_until(self, condition: Any, what: str, timeout_s: float = 60) -> None:
+        """Await a condition of the server. Fails with the end of its log."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > end:
+                raise AssertionError(f"waited {timeout_s} s for {what}\n{self.tail()}")
+            time.sleep(0.1)
+
+    def healthy(self) -> bool:
+        try:
+            return self.get("/health").status_code == 200
+        except requests.RequestException:
+            return False
+
+    def tail(self, lines: int = 60) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("EPD_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def wait_gone(mark: str, timeout_s: float = 30) -> list[str]:
+    """What is left of a server after ``timeout_s``: command lines, empty when all is well."""
+    end = time.monotonic() + timeout_s
+    while (left := marked_processes(mark)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return [" ".join(process.cmdline())[:200] or process.name() for process in left]
+
+
+def kill_all(mark: str) -> None:
+    for process in marked_processes(mark):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+@contextlib.contextmanager
+def start(command: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
+    environment = (
+        os.environ | {"EPD_TEST_MARK": str(log), "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local"} | (env or {})
+    )
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=REPOSITORY,
+            start_new_session=True,
+            # A shell that started pytest in the background made it, and all below it, ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+
+        def up() -> bool:
+            if process.poll() is not None or "DEPLOY_FAILED" in (text := log.read_text(errors="replace")):
+                raise AssertionError(f"the server did not start\n{server.tail()}")
+            return "Traceback" not in text and server.healthy()
+
+        server.wait_until(up, "the server to be ready", START_TIMEOUT_S)
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+
+
+@contextlib.contextmanager
+def serve_run(
+    folder: Path, args: dict[str, Any], deployments: dict[str, dict[str, Any]] | None = None, **kwargs: Any
+) -> Iterator[Server]:
+    """Our application by `serve run`, as a user starts it; Ctrl-C at the end, and then nothing of it may be left."""
+    (port,) = free_ports(1)
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "epd",
+                "route_prefix": "/",
+                "import_path": "serve_app.app:build_app",
+                "args": {"api": API, "ec": {"storage_path": str(folder / "ec")}} | args,
+                "deployments": [{"name": name} | options for name, options in (deployments or {}).items()],
+            }
+        ],
+    }
+    app_args = config["applications"][0]["args"]
+    if app_args.get("encoder", True) is None:
+        del app_args["ec"]
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    log = folder / "serve.log"
+    serve = str(Path(sys.executable).with_name("serve"))
+    try:
+        with start([serve, "run", str(path)], port, log, **kwargs) as server:
+            yield server
+        left = wait_gone(str(log))
+        assert not left, f"left behind after Ctrl-C: {left}"
+    finally:
+        kill_all(str(log))
+
+
+@contextlib.contextmanager
+def vllm_server(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
+    """One `AsyncLLM` behind vLLM's own API server, with the engine arguments of our decode stage."""
+    config = resolve(
+        EPDConfig.model_validate(args | {"encoder": None, "prefill": None, "accelerator": "cpu"}), Cluster(0, 64)
+    ).config
+    (port,) = free_ports(1)
+    engine = engine_args(config, Stage.DECODE, model_path(config)) | API
+    flags = ["--host", "127.0.0.1", "--port", str(port)]
+    for key, value in engine.items():
+        name = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(name if value else name.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            flags += [name, *map(str, value)]
+        else:
+            flags += [name, json.dumps(value) if isinstance(value, dict) else str(value)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+    log = folder / "vllm.log"
+    try:
+        with start(command, port, log, replica_env(config, Stage.DECODE)) as server:
+            yield server
+    finally:
+        kill_all(str(log))
+
+
+def engine_pids(server: Server) -> dict[str, list[int]]:
+    """Process ids by kind: replica name (`Encoder`, …), `EngineCore`, `Worker`."""
+    found: dict[str, list[int]] = {}
+    for process in server.processes():
+        with contextlib.suppress(psutil.Error):
+            name = " ".join(process.cmdline()) or process.name()
+            if match := re.search(r"ServeReplica:epd:(\w+)|VLLM::(\w+)", name):
+                found.setdefault(match[1] or match[2], []).append(process.pid)
+    return found

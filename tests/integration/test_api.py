@@ -1,0 +1,323 @@
+"""The API of a running E+P+D application with two replicas of each stage, through the clients that people use."""
+
+import base64
+import re
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+
+from tests.integration.answers import events
+from tests.integration.cases import CITY, LONG, WEATHER, chat, image, one_of_many, text
+from tests.integration.media import data_url, image_url, picture, png
+from tests.integration.servers import REPOSITORY, Server
+
+QUESTION: list[dict[str, Any]] = [{"role": "user", "content": [text("Describe."), image(1)]}]
+
+
+@pytest.fixture(scope="module")
+def client(epd: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=epd.url + "/v1", api_key="none", max_retries=0)
+
+
+# ---- clients
+
+
+def test_openai_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=8, temperature=0)
+    stream = client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=8, temperature=0, stream=True)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert answer.choices[0].message.content == streamed != ""
+    assert answer.usage and answer.usage.completion_tokens == 8
+
+
+def test_openai_tools(client: openai.OpenAI) -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    options: dict[str, Any] = {"tools": [WEATHER], "tool_choice": named, "max_tokens": 60, "temperature": 0}
+    answer = client.chat.completions.create(model="demo", messages=QUESTION, **options)
+    call = answer.choices[0].message.tool_calls[0].function  # type: ignore[index, union-attr]
+    stream = client.chat.completions.create(model="demo", messages=QUESTION, stream=True, **options)
+    deltas = [d for chunk in stream for d in chunk.choices[0].delta.tool_calls or []]
+    assert call.name == deltas[0].function.name == "weather"
+    assert call.arguments == "".join(d.function.arguments or "" for d in deltas) != ""
+
+
+def test_openai_structured_output(client: openai.OpenAI) -> None:
+    import pydantic
+
+    class City(pydantic.BaseModel):
+        city: str
+        days: int
+
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
+    answer = client.chat.completions.create(
+        model="demo", messages=QUESTION, response_format=schema, max_tokens=60, temperature=0
+    )
+    assert City.model_validate_json(answer.choices[0].message.content or "").city in ("Paris", "London")
+
+
+def test_openai_responses(client: openai.OpenAI) -> None:
+    content = [{"type": "input_text", "text": "Describe."}, {"type": "input_image", "image_url": image_url(1)}]
+    options: dict[str, Any] = {
+        "model": "demo",
+        "input": [{"role": "user", "content": content}],
+        "max_output_tokens": 8,
+        "temperature": 0,
+    }
+    answer = client.responses.create(**options)
+    streamed = "".join(e.delta for e in client.responses.create(stream=True, **options) if "text.delta" in e.type)
+    assert answer.output_text == streamed != ""
+
+
+def test_anthropic_messages(epd: Server) -> None:
+    claude = anthropic.Anthropic(base_url=epd.url, api_key="none", max_retries=0)
+    source = {"type": "base64", "media_type": "image/png", "data": image_url(1).partition(",")[2]}
+    content = [{"type": "image", "source": source}, {"type": "text", "text": "Describe."}]
+    options: dict[str, Any] = {"model": "demo", "max_tokens": 8, "messages": [{"role": "user", "content": content}]}
+    answer = claude.messages.create(temperature=0, **options)
+    with claude.messages.stream(temperature=0, **options) as stream:
+        streamed = "".join(stream.text_stream)
+    assert answer.content[0].text == streamed != ""
+    assert answer.usage.output_tokens == 8
+
+
+def test_models_version_ping_docs(epd: Server, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert epd.get("/version").json()["version"].startswith("0.32.0")
+    assert epd.get("/ping").status_code == epd.get("/docs").status_code == 200
+    assert "/v1/chat/completions" in epd.get("/openapi.json").json()["paths"]
+
+
+# ---- bad input
+
+BROKEN_PNG = data_url("image/png", b"\x89PNG\r\n\x1a\n" + b"\0" * 64)
+TRUNCATED_PNG = data_url("image/png", png(picture(1))[:120])
+
+
+def image_at(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+BAD: dict[str, tuple[Any, tuple[int, ...], str]] = {
+    "unknown model": (chat(text("Hi"), model="nope")[1], (404,), "nope"),
+    "empty messages": (chat(messages=[])[1], (400,), ""),
+    "messages of a wrong type": (chat(messages="Hi")[1], (400, 422), ""),
+    "negative max_tokens": (chat(text("Hi"), max_tokens=-1)[1], (400,), "max_tokens"),
+    "temperature too high": (chat(text("Hi"), temperature=9)[1], (400,), "temperature"),
+    "unknown content type": (chat({"type": "smell_url", "smell_url": {"url": "x"}})[1], (400,), ""),
+    "broken image": (chat(text("Hi"), image_at(BROKEN_PNG))[1], (400, 422), "image"),
+    "truncated image": (chat(text("Hi"), image_at(TRUNCATED_PNG))[1], (400, 422), "image"),
+    "image that is not base64": (chat(text("Hi"), image_at("data:image/png;base64,@@@"))[1], (400, 422), ""),
+    "broken video": (
+        chat({"type": "video_url", "video_url": {"url": data_url("video/mp4", b"nothing")}})[1],
+        (400, 422),
+        "",
+    ),
+    "URL of an unknown scheme": (chat(text("Hi"), image_at("gopher://example.com/x"))[1], (400, 422), "URL"),
+    "unreachable URL": (chat(text("Hi"), image_at("http://127.0.0.1:1/x.png"))[1], (422,), "fetch"),
+    "host that does not exist": (chat(text("Hi"), image_at("http://nowhere.invalid/x.png"))[1], (422,), "fetch"),
+    "file outside the allowed folder": (chat(text("Hi"), image_at("file:///etc/passwd"))[1], (400,), "folder"),
+    "file reached through ..": (
+        chat(text("Hi"), image_at(f"file://{REPOSITORY}/examples/../README.md"))[1],
+        (400,),
+        "folder",
+    ),
+    "file that is not there": (
+        chat(text("Hi"), image_at(f"file://{REPOSITORY}/examples/no.png"))[1],
+        (400,),
+        "no such file",
+    ),
+    "too many items": (chat(*[image(i) for i in range(7)])[1], (400,), "6"),
+    "audio for a model without ears": (
+        chat({"type": "audio_url", "audio_url": {"url": data_url("audio/wav", b"RIFF")}})[1],
+        (400,),
+        "audio",
+    ),
+    "too long a prompt": (chat(text(LONG * 40))[1], (400,), "4096"),
+    "too many tokens asked for": (chat(text("Hi"), max_tokens=100_000)[1], (400,), "max"),
+    "bad JSON schema": (
+        chat(text("Hi"), response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}})[
+            1
+        ],
+        (400,),
+        "",
+    ),
+    "kv_transfer_params": (chat(text("Hi"), kv_transfer_params={"do_remote_prefill": True})[1], (400,), "kv_transfer"),
+    "ec_transfer_params": (chat(text("Hi"), ec_transfer_params={"x": {}})[1], (400,), "ec_transfer"),
+    "kv_transfer_params in vllm_xargs": (
+        chat(text("Hi"), vllm_xargs={"kv_transfer_params": "x"})[1],
+        (400,),
+        "kv_transfer",
+    ),
+    "image embeddings": (chat({"type": "image_embeds", "image_embeds": "AAAA"})[1], (400,), ""),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused(epd: Server, name: str, streaming: bool) -> None:
+    body, statuses, mentions = BAD[name]
+    response = epd.post("/v1/chat/completions", body | {"stream": streaming})
+    assert response.status_code in statuses, response.text
+    assert response.headers["content-type"].startswith("application/json")
+    error = response.json()["error"]
+    assert error["code"] == response.status_code
+    assert mentions in error["message"]
+    assert str(REPOSITORY) not in error["message"]
+
+
+def test_malformed_json_is_refused(epd: Server) -> None:
+    response = epd.session.post(
+        epd.url + "/v1/chat/completions", data=b'{"model": ', headers={"content-type": "application/json"}, timeout=30
+    )
+    assert response.status_code in (400, 422)
+    assert response.json()["error"]["message"]
+
+
+def test_too_large_a_body_is_refused(epd: Server) -> None:
+    body = base64.b64encode(b"\0" * (3 << 20)).decode()
+    response = epd.post("/v1/chat/completions", chat(text("Hi"), image_at("data:image/png;base64," + body))[1])
+    assert response.status_code == 413
+    assert "larger than" in response.json()["error"]["message"]
+
+
+def test_routes_of_other_servers_say_why_not(epd: Server) -> None:
+    response = epd.post("/inference/v1/generate", {"token_ids": [1], "sampling_params": {}})
+    assert response.status_code == 400
+    assert "disaggregated" in response.json()["error"]["message"]
+
+
+def test_engines_go_on_after_bad_input(epd: Server) -> None:
+    for body, _, _ in BAD.values():
+        epd.post("/v1/chat/completions", body)
+    assert epd.post(*chat(text("Describe."), image(1))).status_code == 200
+    assert epd.healthy()
+
+
+# ---- media
+
+
+def test_local_file_in_the_allowed_folder(epd: Server) -> None:
+    path = REPOSITORY / "examples" / "shapes.png"
+    local = epd.post(*chat(text("Describe."), image_at(f"file://{path}")))
+    inline = epd.post(*chat(text("Describe."), image_at(data_url("image/png", path.read_bytes()))))
+    assert local.status_code == 200, local.text
+    assert local.json()["choices"][0]["token_ids"] == inline.json()["choices"][0]["token_ids"]
+
+
+def test_text_touches_no_encoder(epd: Server) -> None:
+    before = epd.metric("vllm:request_success_total", stage="encoder")
+    assert epd.post(*chat(text("Only words."))).status_code == 200
+    assert epd.metric("vllm:request_success_total", stage="encoder") == before
+
+
+def test_items_are_encoded_one_call_each_over_all_encoders(epd: Server) -> None:
+    def encoded() -> list[float]:
+        pattern = r'^vllm:request_success_total\{.*?replica="(\w+)",stage="encoder"\} ([\d.]+)$'
+        found: dict[str, float] = {}
+        for replica, value in re.findall(pattern, epd.get("/metrics").text, re.MULTILINE):
+            found[replica] = found.get(replica, 0) + float(value)
+        return sorted(found.values())
+
+    before = encoded()
+    for request in range(6):
+        answer = epd.post(*chat(*[image(1000 + 4 * request + i) for i in range(4)], text("Which?")))
+        assert answer.status_code == 200
+    after = encoded()
+    assert len(after) == 2
+    assert sum(after) - sum(before) == 24
+    assert all(value > 0 for value in after)
+
+
+def test_both_replicas_of_each_stage_work(epd: Server) -> None:
+    for index in range(12):
+        assert epd.post(*one_of_many(index)).status_code == 200
+    page = epd.get("/metrics").text
+    for stage in ("encoder", "prefill", "decode"):
+        busy = {
+            replica
+            for replica, value in re.findall(
+                rf'^vllm:request_success_total\{{.*?replica="(\w+)",stage="{stage}"\}} ([\d.]+)$', page, re.MULTILINE
+            )
+            if float(value)
+        }
+        assert len(busy) == 2, f"{stage}: {busy}"
+
+
+# ---- operations
+
+
+def test_health_has_a_state_per_stage(epd: Server) -> None:
+    response = epd.get("/health")
+    assert response.status_code == 200
+    assert response.json() == {"ingress": "healthy", "encoder": "healthy", "prefill": "healthy", "decode": "healthy"}
+
+
+def test_request_ids_reach_the_engines_and_the_log(epd: Server) -> None:
+    request_id = "who-am-i-7"
+    response = epd.post(*chat(text("Describe."), image(1), image(2)), headers={"x-request-id": request_id})
+    assert response.headers["x-request-id"] == request_id
+    expected = [
+        rf"Encoder.*Added request chatcmpl-{request_id}:0:\w{{6}}-",
+        rf"Encoder.*Added request chatcmpl-{request_id}:1:\w{{6}}-",
+        rf"Prefill.*Added request chatcmpl-{request_id}-",
+        rf"Decode.*Added request chatcmpl-{request_id}-",
+        rf"Ingress.*request={request_id} status=200 items=2 prompt_tokens=\d+ output_tokens=16 render=.* encode=.* "
+        r"prefill=.* first_token=.* total=.* encoder=\w+.* prefill=\w+ decode=\w+",
+    ]
+    epd.wait_until(
+        lambda: all(re.search(pattern, epd.log.read_text(errors="replace")) for pattern in expected),
+        "the log lines",
+        15,
+    )
+
+
+def test_profile_reaches_every_replica(epd: Server) -> None:
+    started = epd.post("/start_profile", {})
+    assert started.status_code == 200, started.text
+    assert {stage: len(replicas) for stage, replicas in started.json().items()} == {
+        "encoder": 2,
+        "prefill": 2,
+        "decode": 2,
+    }
+    assert epd.post(*chat(text("Describe."), image(1), max_tokens=2)).status_code == 200
+    stopped = epd.post("/stop_profile")
+    assert stopped.json() == started.json() or {k: sorted(v) for k, v in stopped.json().items()} == {
+        k: sorted(v) for k, v in started.json().items()
+    }
+    traces = list((epd.log.parent / "profile").rglob("*.json*"))
+    assert len(traces) >= 6
+
+
+# ---- clients that go away
+
+
+def holds_nothing(server: Server) -> bool:
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    return all(server.metric(name) == 0 for name in names)
+
+
+def test_client_gone_in_the_stream_frees_all(epd: Server) -> None:
+    epd.wait_until(lambda: holds_nothing(epd), "the engines to be idle", 40)
+    path, body = chat(text("Describe."), image(1), max_tokens=3500, ignore_eos=True, stream=True)
+    response = epd.session.post(epd.url + path, json=body, stream=True, timeout=60)
+    next(response.iter_content(64))
+    epd.wait_until(lambda: epd.metric("vllm:num_requests_running", stage="decode") == 1, "decode to run", 10)
+    response.close()
+    epd.wait_until(lambda: holds_nothing(epd), "the request to be aborted and its blocks freed", 10)
+
+
+def test_client_gone_before_the_first_token_frees_all(epd: Server) -> None:
+    epd.wait_until(lambda: holds_nothing(epd), "the engines to be idle", 40)
+    aborted = epd.metric("vllm:request_success_total", finished_reason="abort")
+    path, body = chat(text(LONG * 4), *[image(i, (448, 448)) for i in range(2000, 2006)], stream=False, max_tokens=3)
+    for timeout_s in (0.02, 0.05, 0.1, 0.2, 0.3, 0.4):
+        with pytest.raises(openai.APITimeoutError):
+            openai.OpenAI(base_url=epd.url + "/v1", api_key="none", max_retries=0, timeout=timeout_s).post(
+                path.removeprefix("/v1"), body=body, cast_to=object
+            )
+    # Well below the 30 s after which prefill would free its blocks by itself.
+    epd.wait_until(lambda: holds_nothing(epd), "the requests to be aborted and their blocks freed", 20)
+    assert epd.metric("vllm:request_success_total", finished_reason="abort") >= aborted
+    assert events(epd.post(*chat(text("Hi"), stream=True)))

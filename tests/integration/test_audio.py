@@ -1,0 +1,93 @@
+"""Audio through encode → prefill → decode, with a tiny Qwen2-Audio: `audio_url` and `input_audio`."""
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.answers import differences, events, gather, reduce
+from tests.integration.cases import Case, chat, text
+from tests.integration.media import data_url, wav
+from tests.integration.servers import Server, serve_run, vllm_server
+from tests.models import ensure_audio_model
+
+
+def audio_url(seed: int, rate: int = 16000) -> dict[str, Any]:
+    return {"type": "audio_url", "audio_url": {"url": data_url("audio/wav", wav(seed, rate=rate))}}
+
+
+def input_audio(seed: int) -> dict[str, Any]:
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(wav(seed)).decode(), "format": "wav"}}
+
+
+CASES: dict[str, Case] = {
+    "text": chat(text("Hello")),
+    "audio_url": chat(audio_url(1), text("What do you hear?")),
+    "another sound": chat(audio_url(5), text("What do you hear?")),
+    "another rate": chat(audio_url(1, 8000), text("What do you hear?")),
+    "input_audio": chat(text("Listen."), input_audio(2)),
+    "two sounds": chat(audio_url(3), text("and"), input_audio(4), text("Compare.")),
+}
+STREAMED = "two sounds"
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    model: Path = ensure_audio_model(tmp_path_factory.mktemp("models"))
+    engine = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "block_size": 32}
+    return {
+        "model": str(model),
+        "served_model_name": "demo",
+        "accelerator": "cpu",
+        "engine_args": engine | {"kv_cache_memory_bytes": 1 << 27},
+        "media": {"limits": {"audio": 2}},
+    }
+
+
+@pytest.fixture(scope="module")
+def audio_baseline(args: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    with vllm_server(tmp_path_factory.mktemp("audio-baseline"), args) as server:
+        answers: dict[str, Any] = {}
+        for name, (path, body) in CASES.items():
+            response = server.post(path, body)
+            assert response.status_code == 200, f"{name}: {response.text}"
+            answers[name] = reduce(response.json())
+        return answers | {"stream": gather(events(server.post(*stream_case())))}
+
+
+def stream_case() -> Case:
+    path, body = CASES[STREAMED]
+    return path, body | {"stream": True, "stream_options": {"include_usage": True}}
+
+
+@pytest.fixture(scope="module")
+def server(
+    args: dict[str, Any], audio_baseline: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with serve_run(tmp_path_factory.mktemp("audio"), args) as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers_as_one_engine(server: Server, audio_baseline: dict[str, Any], name: str) -> None:
+    response = server.post(*CASES[name])
+    assert response.status_code == 200, response.text
+    assert differences(reduce(response.json()), audio_baseline[name]) == []
+
+
+def test_streams_as_one_engine(server: Server, audio_baseline: dict[str, Any]) -> None:
+    assert differences(gather(events(server.post(*stream_case()))), audio_baseline["stream"]) == []
+
+
+def test_another_sound_gives_other_tokens(audio_baseline: dict[str, Any]) -> None:
+    first, second = (audio_baseline[name]["choices"][0]["token_ids"] for name in ("audio_url", "another sound"))
+    assert first != second
+
+
+def test_sounds_came_through_the_ec_connector(server: Server) -> None:
+    assert server.post(*CASES["audio_url"]).status_code == 200
+    assert server.metric("epd:ec_items_total", stage="encoder", event="encoded") > 0
+    assert server.metric("epd:ec_items_total", stage="prefill", event="loaded") > 0
+    assert server.metric("epd:ec_items_total", stage="prefill", event="encoded") == 0

@@ -1,0 +1,196 @@
+"""What is started ends, however it ends; what crashes is replaced."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from serve_app.transfer import free_ports
+from tests.integration.cases import chat, image, text
+from tests.integration.servers import REPOSITORY, Server, engine_pids, kill_all, marked_processes, serve_run, wait_gone
+
+BIN = Path(sys.executable).parent
+ASK = chat(text("Describe."), image(1))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve_run(tmp_path_factory.mktemp("lifecycle"), {"prefill": None}) as server:
+        yield server
+
+
+def replica_tree(server: Server, deployment: str) -> tuple[psutil.Process, list[psutil.Process]]:
+    """The only replica of a deployment and all processes below it."""
+    (pid,) = engine_pids(server)[deployment]
+    replica = psutil.Process(pid)
+    return replica, replica.children(recursive=True)
+
+
+def recovers(server: Server, deployment: str, old: int) -> bool:
+    pids = engine_pids(server).get(deployment, [])
+    return old not in pids and len(pids) == 1 and server.healthy() and server.post(*ASK).status_code == 200
+
+
+@pytest.mark.parametrize("deployment", ["Encoder", "Decode"])
+def test_killed_replica_takes_its_engine_along_and_is_replaced(server: Server, deployment: str) -> None:
+    before = server.post(*ASK).json()["choices"]
+    replica, below = replica_tree(server, deployment)
+    assert len(below) >= 2, "an engine core and a worker"
+    os.kill(replica.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(below, timeout=15)
+    assert not alive, f"outlived their replica: {alive}"
+    server.wait_until(lambda: recovers(server, deployment, replica.pid), "the replica to be replaced", 180)
+    assert server.post(*ASK).json()["choices"] == before
+
+
+def test_crashed_engine_makes_its_replica_unhealthy_and_serve_replaces_it(server: Server) -> None:
+    replica, below = replica_tree(server, "Decode")
+    core = next(process for process in below if "EngineCore" in (" ".join(process.cmdline()) or process.name()))
+    core.kill()
+    server.wait_until(lambda: not server.healthy(), "the health to show it", 60)
+    states = server.get("/health").json()
+    assert states["encoder"] == "healthy" and states["decode"] != "healthy"
+    answer = server.post(*ASK)
+    assert answer.status_code == 503 and "decode" in answer.json()["error"]["message"]
+    server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
+    assert not [process for process in below if process.is_running()]
+
+
+def test_no_gpu_where_one_is_asked_for_fails_at_once(tmp_path: Path) -> None:
+    config = {
+        "applications": [
+            {
+                "name": "epd",
+                "import_path": "serve_app.app:build_app",
+                "args": {"accelerator": "cuda", "model": "demo"},
+            }
+        ]
+    }
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    mark = str(tmp_path)
+    environment = os.environ | {"EPD_TEST_MARK": mark, "RAY_ADDRESS": "local"}
+    try:
+        process = subprocess.Popen(
+            [BIN / "serve", "run", path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=REPOSITORY,
+        )
+        began = time.monotonic()
+        seen = ""
+        assert process.stdout
+        for line in process.stdout:
+            seen += line
+            if "`accelerator: cuda` needs GPUs and the Ray cluster has none" in line:
+                break
+        else:
+            pytest.fail(seen)
+        assert time.monotonic() - began < 60
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        assert wait_gone(mark) == []
+    finally:
+        kill_all(mark)
+
+
+# ---- a cluster that is there already
+
+
+class Cluster:
+    """A Ray cluster by `ray start`, with GPUs that are declared only: resources, no devices."""
+
+    def __init__(self, folder: Path) -> None:
+        self.mark = str(folder)
+        self.http_port, gcs, dashboard = free_ports(3)
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self.environment = os.environ | {"EPD_TEST_MARK": self.mark, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
+        head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=8", "--num-gpus=4"]
+        self.run(BIN / "ray", "start", *head)
+
+    def run(self, *command: Any) -> str:
+        result = subprocess.run(
+            list(map(str, command)), env=self.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout + result.stderr
+
+    def deploy(self, folder: Path, args: dict[str, Any]) -> Server:
+        config = {
+            "http_options": {"host": "127.0.0.1", "port": self.http_port},
+            "applications": [{"name": "epd", "import_path": "serve_app.app:build_app", "args": args}],
+        }
+        path = folder / "serve_config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        self.run(BIN / "serve", "deploy", "-a", self.dashboard, path)
+        log = folder / "no.log"
+        log.write_text("")
+        server = Server(f"http://127.0.0.1:{self.http_port}", None, log)  # type: ignore[arg-type]
+        server.wait_until(server.healthy, "the deployed application", 240)
+        return server
+
+    def resources(self) -> dict[str, float]:
+        """Claimed resources by name."""
+        code = (
+            "import json, ray; ray.init(logging_level='ERROR'); a = ray.available_resources();"
+            "print('##' + json.dumps({k: v - a.get(k, 0) for k, v in ray.cluster_resources().items()}))"
+        )
+        claimed: dict[str, float] = json.loads(self.run(sys.executable, "-c", code).rpartition("##")[2])
+        return claimed
+
+    def engines(self) -> list[str]:
+        """Names of the engine processes of this cluster."""
+        names = [" ".join(process.cmdline()) or process.name() for process in marked_processes(self.mark)]
+        return [name for name in names if name.startswith("VLLM")]
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[Cluster]:
+    try:
+        yield Cluster(folder)
+    finally:
+        kill_all(str(folder))
+
+
+def test_deploy_claims_what_it_uses_and_shutdown_and_ray_stop_leave_nothing(tmp_path: Path) -> None:
+    args = {
+        "accelerator": "cpu",
+        "encoder": {"gpus_per_replica": 0.25, "cpus_per_replica": 0.5},
+        "prefill": None,
+        "decode": {"gpus_per_replica": 2, "cpus_per_replica": 2},
+        "ingress_cpus": 1,
+        "ec": {"storage_path": str(tmp_path / "ec")},
+    }
+    with cluster(tmp_path) as ray:
+        server = ray.deploy(tmp_path, args)
+        assert server.post(*ASK).status_code == 200
+        claimed = ray.resources()
+        assert claimed["GPU"] == pytest.approx(2.25)
+        assert claimed["CPU"] == pytest.approx(3.5, abs=0.1)
+        assert len(ray.engines()) == 4
+
+        ray.run(BIN / "serve", "shutdown", "-y", "-a", ray.dashboard)
+        server.wait_until(lambda: not ray.engines(), "all engines to end after `serve shutdown`", 60)
+
+        server = ray.deploy(tmp_path, single(args))
+        assert server.post(*ASK).status_code == 200
+        assert len(ray.engines()) == 2
+        ray.run(BIN / "ray", "stop")
+        assert wait_gone(ray.mark) == []
+
+
+def single(args: dict[str, Any]) -> dict[str, Any]:
+    """The same as one engine."""
+    return {key: value for key, value in args.items() if key != "ec"} | {"encoder": None}

@@ -1,0 +1,207 @@
+"""serve_app.client: the order of the stages and what each is asked, over stages that are fakes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+
+from serve_app import trace
+from serve_app.config import Stage
+from serve_app.errors import StageUnavailable
+from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
+from serve_app.trace import Trace
+from tests.fakes import FakePipeline, encoded
+from tests.unit.running import Make, generate, params, render
+
+
+def test_encode_then_prefill_then_decode(make_client: Make) -> None:
+    pipeline = FakePipeline()
+    outputs = generate(make_client, pipeline, "red")
+    assert pipeline.log == ["encode", "prefill", "generate"]
+    assert [(o.outputs[0].text, o.outputs[0].token_ids, o.finished) for o in outputs] == [
+        ("a", [1], False),
+        ("b", [2], True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("without", "log"),
+    [
+        ((), ["encode", "prefill", "generate"]),
+        ((Stage.PREFILL,), ["encode", "generate"]),
+        ((Stage.ENCODER,), ["prefill", "generate"]),
+        ((Stage.ENCODER, Stage.PREFILL), ["generate"]),
+    ],
+)
+def test_topology_decides_which_stages_work(make_client: Make, without: tuple[Stage, ...], log: list[str]) -> None:
+    pipeline = FakePipeline(without)
+    generate(make_client, pipeline, "red")
+    assert pipeline.log == log
+    (decode,) = pipeline.decoder.requests("generate")
+    assert ("kv_transfer_params" in (decode.params.extra_args or {})) == (Stage.PREFILL not in without)
+    # Pixels stay where no encoder has seen them.
+    assert ("pixel_values" in decode.prompt.items[0].data) == (Stage.ENCODER in without)
+
+
+def test_text_needs_no_encoder(make_client: Make) -> None:
+    pipeline = FakePipeline()
+    generate(make_client, pipeline)
+    assert pipeline.log == ["prefill", "generate"]
+    (call,) = pipeline.prefiller.requests("prefill")
+    assert "ec_transfer_params" not in call.params.extra_args
+
+
+def test_stages_get_what_the_one_before_gave(make_client: Make) -> None:
+    pipeline = FakePipeline()
+    generate(make_client, pipeline, "red", "blue")
+    encodes = pipeline.encoder.requests("encode")
+    (prefill,), (decode,) = pipeline.prefiller.requests("prefill"), pipeline.decoder.requests("generate")
+    hashes = [item.hash for item in prefill.prompt.items]
+    ec = {name: {"item_indices": [i], "metadata": {"of": name}} for i, name in enumerate(hashes)}
+    assert {call.prompt.items[0].hash for call in encodes} == set(hashes)
+    assert prefill.params.extra_args["ec_transfer_params"] == ec
+    assert decode.params.extra_args == {"kv_transfer_params": {"remote_block_ids": [1]}, "ec_transfer_params": ec}
+    for call in (prefill, decode):
+        assert call.request_id == "req"
+        assert [set(item.data) for item in call.prompt.items] == [{"image_grid_thw"}] * 2
+    for call in encodes:
+        assert "pixel_values" in call.prompt.items[0].data
+        assert call.request_id.startswith("req:")
+
+
+def test_options_of_the_request_reach_the_stages(make_client: Make) -> None:
+    async def main() -> FakePipeline:
+        client = make_client((pipeline := FakePipeline()).stages)
+        prompt = await render(client, "red")
+        options: dict[str, Any] = {"priority": 5, "trace_headers": {"a": "b"}}
+        assert [o async for o in client.generate(prompt, params(), "req", **options)]
+        return pipeline
+
+    pipeline = asyncio.run(main())
+    (encode,) = pipeline.encoder.requests("encode")
+    assert encode.options == {"lora_request": None, "priority": 5}
+    for call in pipeline.prefiller.requests("prefill") + pipeline.decoder.requests("generate"):
+        assert (call.options["priority"], call.options["trace_headers"]) == (5, {"a": "b"})
+
+
+def test_distinct_items_are_encoded_once_and_all_at_the_same_time(make_client: Make) -> None:
+    together = asyncio.Barrier(3)
+
+    async def encode(request: StageRequest) -> EncodeReply:
+        await together.wait()  # passes only with all three calls in flight
+        return encoded(request)
+
+    pipeline = FakePipeline(encode=encode)
+    generate(make_client, pipeline, "red", "blue", "red", "green")
+    assert len(pipeline.encoder.calls) == 3
+    (prefill,) = pipeline.prefiller.requests("prefill")
+    places = [entry["item_indices"] for entry in prefill.params.extra_args["ec_transfer_params"].values()]
+    assert sorted(places) == [[0, 2], [1], [3]]
+
+
+def test_each_choice_has_a_hand_off_of_its_own(make_client: Make) -> None:
+    pipeline = FakePipeline()
+    generate(make_client, pipeline, "red", n=3, seed=7)
+    assert pipeline.log.count("encode") == 1
+    decodes = pipeline.decoder.requests("generate")
+    assert sorted(c.params.extra_args["kv_transfer_params"]["remote_block_ids"] for c in decodes) == [[1], [2], [3]]
+    assert sorted(c.params.seed for c in decodes) == [7, 8, 9]
+    assert pipeline.released() == []
+
+
+def test_choices_are_decoded_at_the_same_time(make_client: Make) -> None:
+    together = asyncio.Barrier(2)
+
+    async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+        await together.wait()
+        yield Chunk("x", [1], finish_reason="stop"), "decode-0"
+
+    outputs = generate(make_client, FakePipeline(generate=decode), n=2)
+    assert sorted(o.outputs[0].index for o in outputs) == [0, 1]
+    assert [o.finished for o in outputs] == [False, True]
+
+
+def test_what_only_prefill_knows_comes_with_the_first_output(make_client: Make) -> None:
+    async def prefill(request: StageRequest) -> PrefillReply:
+        return PrefillReply({"k": 1}, [None, {3: 0.5}], 3, "prefill-0")
+
+    first, second = generate(make_client, FakePipeline(prefill=prefill), prompt_logprobs=1)
+    assert (first.prompt_logprobs, first.num_cached_tokens) == ([None, {3: 0.5}], 3)
+    assert (second.prompt_logprobs, second.num_cached_tokens) == (None, None)
+
+
+def test_answer_repeats_id_and_prompt_as_one_engine_would(make_client: Make) -> None:
+    (*_, last) = generate(make_client, FakePipeline())
+    assert last.request_id == "req"
+    assert last.prompt == " what?"
+    assert last.prompt_token_ids and last.outputs[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("key", ["kv_transfer_params", "ec_transfer_params"])
+def test_transfer_parameters_of_a_client_are_refused(make_client: Make, key: str) -> None:
+    pipeline = FakePipeline()
+    with pytest.raises(VLLMValidationError, match=f"`{key}` is passed between the stages"):
+        generate(make_client, pipeline, extra_args={key: {}})
+    assert pipeline.log == []
+
+
+def test_request_that_every_stage_would_refuse_reaches_none(make_client: Make) -> None:
+    pipeline = FakePipeline()
+    with pytest.raises(VLLMValidationError):
+        generate(make_client, pipeline, logprobs=10_000)
+    assert pipeline.log == []
+
+
+# ---- the trace of a request
+
+
+def traced(make: Make, pipeline: FakePipeline, *colours: str, **more: Any) -> Trace:
+    record = Trace("req")
+    token = trace.current.set(record)
+    try:
+        generate(make, pipeline, *colours, **more)
+    except GracefulHTTPError:
+        pass
+    finally:
+        trace.current.reset(token)
+    return record
+
+
+def test_trace_knows_who_worked_on_the_request_and_how_much(make_client: Make) -> None:
+    record = traced(make_client, FakePipeline(), "red", "blue")
+    assert record.replicas == {"encoder": ["encoder-0"], "prefill": ["prefill-0"], "decode": ["decode-0"]}
+    assert (record.items, record.output_tokens, record.error) == (2, 2, None)
+    assert record.prompt_tokens > 4 * 2
+    assert list(record.stage_times()) == ["render", "encode", "prefill", "first_token"]
+    assert record.decided.is_set()
+
+
+def test_trace_of_a_failure_has_its_error_and_is_decided(make_client: Make) -> None:
+    async def prefill(request: StageRequest) -> PrefillReply:
+        raise StageUnavailable(Stage.PREFILL, "is gone")
+
+    record = traced(make_client, FakePipeline(prefill=prefill), "red")
+    assert isinstance(record.error, GracefulHTTPError)
+    assert record.decided.is_set()
+    assert record.first_token is None
+
+
+# ---- the rest of vLLM's protocol
+
+
+def test_what_an_ingress_cannot_do_is_refused_as_the_clients_mistake(make_client: Make) -> None:
+    client = make_client({})
+    for refused in (client.add_lora(None), client.sleep(), client.reset_prefix_cache(), client.pause_generation()):
+        with pytest.raises(VLLMValidationError, match="not available here"):
+            asyncio.run(refused)  # type: ignore[arg-type]
+    with pytest.raises(VLLMValidationError, match="Pooling"):
+        client.encode()
+
+
+def test_ingress_itself_is_always_well(make_client: Make) -> None:
+    client = make_client({})
+    assert (client.is_running, client.is_stopped, client.errored) == (True, False, False)
+    assert asyncio.run(client.get_supported_tasks()) == ("generate",)
+    assert asyncio.run(client.is_sleeping()) is False

@@ -1,0 +1,185 @@
+"""serve_app.config: every mistake is refused when the config is read, with a message that names the key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from serve_app.config import (
+    DEMO_MODEL,
+    OWN_KEYS,
+    ROLE_ARGS,
+    SHARED_ARGS,
+    Accelerator,
+    ECConfig,
+    EPDConfig,
+    KVConfig,
+    MediaConfig,
+    Stage,
+    StageConfig,
+)
+
+
+def refusal(args: dict[str, Any]) -> str:
+    with pytest.raises(ValidationError) as caught:
+        EPDConfig.model_validate(args)
+    (mistake,) = caught.value.errors()
+    return ".".join(map(str, mistake["loc"])) + ": " + mistake["msg"]
+
+
+@pytest.mark.parametrize(
+    ("args", "where"),
+    [
+        ({"modle": "x"}, "modle"),
+        ({"encoder": {"gpu": 1}}, "encoder.gpu"),
+        ({"prefill": {"replicas": 2}}, "prefill.replicas"),
+        ({"decode": {"num_gpus": 1}}, "decode.num_gpus"),
+        ({"ec": {"path": "/x"}}, "ec.path"),
+        ({"kv": {"lease": 3}}, "kv.lease"),
+        ({"media": {"domains": []}}, "media.domains"),
+    ],
+)
+def test_unknown_key_is_refused_at_every_level(args: dict[str, Any], where: str) -> None:
+    assert refusal(args).startswith(f"{where}: Extra inputs")
+
+
+@pytest.mark.parametrize("key", sorted(OWN_KEYS))
+@pytest.mark.parametrize("place", ["shared", "stage"])
+def test_engine_arg_with_a_key_of_its_own_is_refused_naming_that_key(key: str, place: str) -> None:
+    engine_args = {"engine_args": {key: 1}}
+    message = refusal(engine_args if place == "shared" else {"decode": engine_args})
+    assert f"`{key}` is set by {OWN_KEYS[key]}" in message
+
+
+@pytest.mark.parametrize("key", sorted(SHARED_ARGS - OWN_KEYS.keys()))
+@pytest.mark.parametrize("stage", list(Stage))
+def test_argument_that_must_be_equal_everywhere_is_refused_under_one_stage(key: str, stage: Stage) -> None:
+    message = refusal({stage.value: {"engine_args": {key: 1}}})
+    assert f"`{key}` must be equal on all stages" in message
+    assert "top-level `engine_args:`" in message
+    assert EPDConfig(engine_args={key: 1}).engine_args == {key: 1}
+
+
+def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> None:
+    assert OWN_KEYS.keys() >= ROLE_ARGS
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"decode": None}, ["every topology has a decode stage", "`prefill:`"]),
+        ({"encoder": None, "ec": {}}, ["`ec:` has no effect", "`encoder: null`"]),
+        ({"prefill": None, "kv": {}}, ["`kv:` has no effect", "`prefill: null`"]),
+        ({"accelerator": "cpu", "ec": {"connector": "ECCPUConnector"}}, ["ECCPUConnector` needs a GPU"]),
+        (
+            {"decode": {"gpus_per_replica": 0.5, "engine_args": {"gpu_memory_utilization": 0.6}}},
+            ["`decode.engine_args.gpu_memory_utilization: 0.6`", "`decode.gpus_per_replica: 0.5`"],
+        ),
+        ({"decode": {"gpus_per_replica": 1.5}}, ["`gpus_per_replica: 1.5`", "whole cards"]),
+        (
+            {"decode": {"gpus_per_replica": 1, "engine_args": {"tensor_parallel_size": 2}}},
+            ["`gpus_per_replica: 1.0`", "= 2"],
+        ),
+        ({"decode": {"gpus_per_replica": 2, "devices": "0"}}, ["`devices: '0'` names fewer cards"]),
+        ({"ec": {"connector": "Mine"}}, ["`ec.connector: Mine`", "`ec.module_path`"]),
+        (
+            {"ec": {"connector": "ECCPUConnector", "storage_path": "/x"}},
+            ["`ec.storage_path` has no effect", "ECCPUConnector"],
+        ),
+        ({"kv": {"lease_s": 5}}, ["kv.lease_s", "greater than or equal to 6"]),
+        ({"kv": {"buffer_device": "tpu"}}, ["kv.buffer_device", "'cuda', 'cpu' or 'xpu'"]),
+        ({"accelerator": "rocm"}, ["accelerator", "'cuda'"]),
+        ({"request_timeout_s": 0}, ["request_timeout_s"]),
+        ({"media": {"max_body_bytes": 1}}, ["media.max_body_bytes"]),
+        ({"decode": {"max_ongoing_requests": 0}}, ["decode.max_ongoing_requests"]),
+        ({"decode": {"gpus_per_replica": -1}}, ["decode.gpus_per_replica"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_mistake_is_refused_in_words_that_name_it(args: dict[str, Any], words: list[str]) -> None:
+    message = refusal(args)
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"decode": {"gpus_per_replica": 0.5, "engine_args": {"gpu_memory_utilization": 0.5}}},
+        {"decode": {"gpus_per_replica": 1, "engine_args": {"gpu_memory_utilization": 0.95}}},
+        {"decode": {"gpus_per_replica": 4, "engine_args": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}}},
+        {"decode": {"gpus_per_replica": 0, "engine_args": {"tensor_parallel_size": 2}}},
+        {"decode": {"gpus_per_replica": 2, "devices": "0,1"}},
+        {"decode": {"gpus_per_replica": 0.5, "devices": "1"}},
+        {"accelerator": "cuda", "ec": {"connector": "ECCPUConnector"}},
+        {"accelerator": "cpu", "ec": {"connector": "ECExampleConnector", "storage_path": "/x"}},
+        {"ec": {"connector": "Mine", "module_path": "mine", "storage_path": "/x"}},
+        {"encoder": None, "prefill": None},
+        {"kv": {"lease_s": 6}},
+    ],
+    ids=str,
+)
+def test_what_fits_is_taken(args: dict[str, Any]) -> None:
+    EPDConfig.model_validate(args)
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "stages"),
+    [
+        ({}, "E+P+D", ["encoder", "prefill", "decode"]),
+        ({"prefill": None}, "E+PD", ["encoder", "decode"]),
+        ({"encoder": None}, "P+D", ["prefill", "decode"]),
+        ({"encoder": None, "prefill": None}, "PD", ["decode"]),
+    ],
+)
+def test_topology_is_named_after_its_stages_in_the_order_of_the_data(
+    args: dict[str, Any], name: str, stages: list[str]
+) -> None:
+    config = EPDConfig(**args)
+    assert config.topology == name
+    assert [stage.value for stage in config.stages] == stages
+
+
+def test_nothing_configured_is_a_whole_pipeline_with_the_devices_left_open() -> None:
+    config = EPDConfig()
+    assert config.accelerator is Accelerator.AUTO
+    assert config.model is None
+    assert (config.ec.connector, config.ec.storage_path) == ("SharedFolderECConnector", None)
+    assert (config.kv.connector, config.kv.lease_s, config.kv.buffer_device) == ("NixlConnector", 30, None)
+    assert config.decode.gpus_per_replica is None
+    assert config.media.max_body_bytes == 64 * 2**20
+    assert config.media.allowed_local_path is None
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [({}, DEMO_MODEL), ({"model": "a/b"}, "a/b"), ({"model": "a/b", "served_model_name": "c"}, "c")],
+)
+def test_name_in_the_api_is_the_served_one_before_the_models(args: dict[str, Any], name: str) -> None:
+    assert EPDConfig(**args).model_name == name
+
+
+def test_world_size_is_tensor_times_pipeline_parallel() -> None:
+    config = StageConfig(engine_args={"tensor_parallel_size": 2, "pipeline_parallel_size": 3})
+    assert (config.tensor_parallel_size, config.world_size) == (2, 6)
+    assert StageConfig().world_size == 1
+
+
+@pytest.mark.parametrize(
+    "part", [EPDConfig(), StageConfig(), ECConfig(), KVConfig(), MediaConfig()], ids=lambda part: type(part).__name__
+)
+def test_a_config_cannot_be_changed(part: Any) -> None:
+    field = next(iter(type(part).model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(part, field, None)
+
+
+def test_relative_folders_become_absolute_where_the_config_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas have working directories of their own."""
+    monkeypatch.chdir(tmp_path)
+    config = EPDConfig(ec={"storage_path": "cache"}, media={"allowed_local_path": "media"})
+    assert config.ec.storage_path == tmp_path / "cache"
+    assert config.media.allowed_local_path == tmp_path / "media"
+    assert EPDConfig(ec={"storage_path": "~/cache"}).ec.storage_path == Path.home() / "cache"

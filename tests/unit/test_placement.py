@@ -1,0 +1,239 @@
+"""serve_app.placement: device, model and GPUs per replica from the config and what the cluster has."""
+
+from typing import Any
+
+import pytest
+
+from serve_app.config import DEMO_MODEL, GPU_MODEL, Accelerator, EPDConfig, Stage, StageConfig
+from serve_app.errors import ConfigError
+from serve_app.placement import Cluster, Resolved, actor_options, cpus_per_replica, fit_gpus, resolve, xpu_affinity
+
+CPU_ONLY = Cluster(gpus=0, cpus=2)
+TOPOLOGIES: dict[str, dict[str, Any]] = {
+    "E+P+D": {},
+    "E+PD": {"prefill": None},
+    "P+D": {"encoder": None},
+    "PD": {"encoder": None, "prefill": None},
+}
+
+
+def gpus(resolved: Resolved) -> dict[str, float | None]:
+    return {stage.value: config.gpus_per_replica for stage, config in resolved.config.stages.items()}
+
+
+def memory(resolved: Resolved) -> dict[str, float | None]:
+    stages = resolved.config.stages.items()
+    return {stage.value: config.engine_args.get("gpu_memory_utilization") for stage, config in stages}
+
+
+def test_auto_without_a_gpu_is_the_cpu_and_the_demo_model() -> None:
+    resolved = resolve(EPDConfig(), CPU_ONLY)
+    assert (resolved.config.accelerator, resolved.config.model) == (Accelerator.CPU, DEMO_MODEL)
+    assert resolved.reason == (
+        "accelerator: cpu, because the cluster has no GPU (accelerator: auto); model: demo, because none is named"
+    )
+    assert gpus(resolved) == {"encoder": 0, "prefill": 0, "decode": 0}
+
+
+def test_auto_with_gpus_is_cuda_and_says_which() -> None:
+    resolved = resolve(EPDConfig(model="a/b"), Cluster(4, 64, ("H100",)))
+    assert (resolved.config.accelerator, resolved.config.model) == (Accelerator.CUDA, "a/b")
+    assert resolved.reason == "accelerator: cuda, because the cluster has 4 GPUs (H100) (accelerator: auto)"
+
+
+def test_auto_with_intel_gpus_is_xpu() -> None:
+    resolved = resolve(EPDConfig(), Cluster(3, 64, ("Intel-GPU-Max-1550",)))
+    assert (resolved.config.accelerator, resolved.config.model) == (Accelerator.XPU, GPU_MODEL)
+
+
+@pytest.mark.parametrize("wanted", list(Accelerator)[1:])
+def test_explicit_accelerator_is_kept(wanted: Accelerator) -> None:
+    resolved = resolve(EPDConfig(accelerator=wanted, model="a/b"), Cluster(4, 64))
+    assert resolved.config.accelerator is wanted
+    assert resolved.reason == f"accelerator: {wanted}, as configured"
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "xpu"])
+def test_gpus_wanted_where_there_are_none_fail_at_once_and_say_what_to_do(wanted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(EPDConfig(accelerator=wanted), CPU_ONLY)
+    assert f"`accelerator: {wanted}` needs GPUs" in str(caught.value)
+    assert "`accelerator: cpu` or `auto`" in str(caught.value)
+
+
+def test_gpus_that_an_autoscaler_may_add_are_waited_for() -> None:
+    resolved = resolve(EPDConfig(accelerator="cuda"), Cluster(0, 2, elastic=True))
+    assert gpus(resolved) == {"encoder": 1, "prefill": 1, "decode": 1}
+    assert resolved.config.decode.cpus_per_replica == 1
+
+
+FITS = [
+    ("E+P+D", 1, {"encoder": 0.1, "prefill": 0.45, "decode": 0.45}),
+    ("E+P+D", 2, {"encoder": 0.1, "prefill": 0.9, "decode": 1}),
+    ("E+P+D", 3, {"encoder": 1, "prefill": 1, "decode": 1}),
+    ("E+P+D", 4, {"encoder": 1, "prefill": 1, "decode": 1}),
+    ("E+P+D", 8, {"encoder": 1, "prefill": 1, "decode": 1}),
+    ("E+PD", 1, {"encoder": 0.1, "decode": 0.9}),
+    ("E+PD", 2, {"encoder": 1, "decode": 1}),
+    ("P+D", 1, {"prefill": 0.5, "decode": 0.5}),
+    ("P+D", 2, {"prefill": 1, "decode": 1}),
+    ("PD", 1, {"decode": 1}),
+]
+
+
+@pytest.mark.parametrize(("topology", "cards", "claims"), FITS)
+def test_every_topology_fits_the_cards_that_there_are(topology: str, cards: int, claims: dict[str, float]) -> None:
+    resolved = resolve(EPDConfig(accelerator="cuda", **TOPOLOGIES[topology]), Cluster(cards, 64))
+    assert gpus(resolved) == claims
+    assert sum(claims.values()) <= cards + 1e-9
+    # A shared card's engines take their shares, less 5 %; a whole card is left to vLLM's own default.
+    shares = {stage: None if share == 1 else pytest.approx(share * 0.95, abs=1e-3) for stage, share in claims.items()}
+    assert memory(resolved) == shares
+
+
+def test_no_gpu_fits_none() -> None:
+    stages = EPDConfig().stages
+    assert [c.gpus_per_replica for c in fit_gpus(stages, Accelerator.CPU, CPU_ONLY).values()] == [0, 0, 0]
+    with pytest.raises(ConfigError, match=r"needs 3 GPUs \(encoder 1, prefill 1, decode 1\).* has 0"):
+        fit_gpus(stages, Accelerator.CUDA, CPU_ONLY)
+
+
+def test_a_smaller_memory_share_of_the_stage_itself_is_kept() -> None:
+    config = EPDConfig(decode={"engine_args": {"gpu_memory_utilization": 0.3}})
+    resolved = resolve(config, Cluster(1, 64))
+    assert memory(resolved) == {"encoder": 0.095, "prefill": pytest.approx(0.4275, abs=1e-3), "decode": 0.3}
+
+
+def test_tensor_parallel_stage_claims_a_card_for_each_rank() -> None:
+    config = EPDConfig(decode={"engine_args": {"tensor_parallel_size": 2}})
+    assert gpus(resolve(config, Cluster(4, 64))) == {"encoder": 1, "prefill": 1, "decode": 2}
+
+
+def test_too_few_cards_for_tensor_parallel_are_one_sentence_with_the_claims() -> None:
+    config = EPDConfig(decode={"engine_args": {"tensor_parallel_size": 2}})
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, Cluster(3, 64))
+    message = str(caught.value)
+    assert "needs 4 GPUs (encoder 1, prefill 1, decode 2) and the Ray cluster has 3" in message
+    assert "\n" not in message
+
+
+def test_explicit_claims_are_kept() -> None:
+    config = EPDConfig(
+        encoder={"gpus_per_replica": 0.25}, prefill={"gpus_per_replica": 0.25}, decode={"gpus_per_replica": 0.5}
+    )
+    assert gpus(resolve(config, Cluster(1, 64))) == {"encoder": 0.25, "prefill": 0.25, "decode": 0.5}
+
+
+def test_explicit_claim_beside_open_ones_leaves_those_whole_cards() -> None:
+    config = EPDConfig(encoder={"gpus_per_replica": 0})
+    assert gpus(resolve(config, Cluster(2, 64))) == {"encoder": 0, "prefill": 1, "decode": 1}
+
+
+def test_claims_that_the_cluster_can_never_meet_are_refused() -> None:
+    config = EPDConfig(encoder={"gpus_per_replica": 0.2})
+    with pytest.raises(ConfigError, match=r"needs 2\.2 GPUs .* lower `gpus_per_replica`"):
+        resolve(config, Cluster(2, 64))
+
+
+@pytest.mark.parametrize("cards", [0, 1, 2, 4])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_resolving_again_changes_nothing(topology: str, cards: int) -> None:
+    cluster = Cluster(cards, 64)
+    once = resolve(EPDConfig(**TOPOLOGIES[topology]), cluster).config
+    assert resolve(once, cluster).config == once
+    assert EPDConfig.model_validate(once.model_dump(exclude_unset=True)) == once
+    assert once.topology == topology
+
+
+def test_what_is_configured_survives_resolving() -> None:
+    config = EPDConfig(
+        kv={"lease_s": 9},
+        ec={"storage_path": "/x"},
+        ingress_cpus=3,
+        engine_args={"max_model_len": 99},
+        prefill={"cpus_per_replica": 2, "env": {"A": "b"}},
+    )
+    resolved = resolve(config, CPU_ONLY).config
+    assert (resolved.kv, resolved.ec, resolved.ingress_cpus) == (config.kv, config.ec, 3)
+    assert resolved.engine_args == {"max_model_len": 99}
+    assert resolved.prefill is not None
+    assert (resolved.prefill.cpus_per_replica, resolved.prefill.env) == (2, {"A": "b"})
+    assert resolved.decode.cpus_per_replica == 0.1
+
+
+@pytest.mark.xfail(strict=True, reason="resolve() lets pydantic's ValidationError out of the second validation")
+@pytest.mark.parametrize(
+    ("config", "cluster"),
+    [
+        ({"encoder": {"engine_args": {"gpu_memory_utilization": 0.9}}}, Cluster(1, 64)),
+        ({"ec": {"connector": "ECCPUConnector"}}, CPU_ONLY),
+        (
+            {"decode": {"devices": "0", "engine_args": {"tensor_parallel_size": 2}}},
+            Cluster(4, 64),
+        ),
+    ],
+    ids=["memory beyond the share", "ECCPUConnector on auto = cpu", "fewer devices than ranks"],
+)
+def test_mistake_that_shows_only_when_resolved_is_a_config_error(config: dict[str, Any], cluster: Cluster) -> None:
+    with pytest.raises(ConfigError):
+        resolve(EPDConfig(**config), cluster)
+
+
+@pytest.mark.xfail(strict=True, reason="an engine on an explicit fraction takes vLLM's default 0.9 of the whole card")
+def test_explicit_fraction_of_a_card_limits_the_engine_to_it() -> None:
+    config = EPDConfig(
+        encoder={"gpus_per_replica": 0.25}, prefill={"gpus_per_replica": 0.25}, decode={"gpus_per_replica": 0.5}
+    )
+    shares = memory(resolve(config, Cluster(1, 64)))
+    assert all(share is not None and share <= 0.5 for share in shares.values())
+
+
+@pytest.mark.parametrize(("cpus", "claim"), [(2, 0.1), (7.9, 0.1), (8, 1.0), (64, 1.0)])
+def test_small_machines_claim_tenths_of_a_cpu(cpus: float, claim: float) -> None:
+    assert cpus_per_replica(4, Cluster(0, cpus)) == claim
+    resolved = resolve(EPDConfig(), Cluster(0, cpus)).config  # 3 stages and the ingress
+    assert {c.cpus_per_replica for c in resolved.stages.values()} | {resolved.ingress_cpus} == {claim}
+
+
+def test_plain_stage_claims_only_its_cpus() -> None:
+    config = StageConfig(cpus_per_replica=0.1, gpus_per_replica=0)
+    assert actor_options(config, Accelerator.CPU) == {"num_cpus": 0.1}
+
+
+def test_stage_claims_gpus_resources_and_environment() -> None:
+    config = StageConfig(cpus_per_replica=1, gpus_per_replica=0.5, resources={"fast": 1}, env={"UCX_TLS": "tcp"})
+    assert actor_options(config, Accelerator.CUDA) == {
+        "num_cpus": 1,
+        "num_gpus": 0.5,
+        "resources": {"fast": 1},
+        "runtime_env": {"env_vars": {"UCX_TLS": "tcp"}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "env"),
+    [
+        ("cuda", {"CUDA_VISIBLE_DEVICES": "1", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}),
+        ("xpu", {"ZE_AFFINITY_MASK": "1", "RAY_EXPERIMENTAL_NOSET_ONEAPI_DEVICE_SELECTOR": "1"}),
+    ],
+)
+def test_named_devices_replace_the_ones_ray_would_pick(accelerator: str, env: dict[str, str]) -> None:
+    config = StageConfig(cpus_per_replica=1, gpus_per_replica=1, devices="1", env={"A": "b"})
+    options = actor_options(config, Accelerator(accelerator))
+    assert options["runtime_env"] == {"env_vars": {"A": "b"} | env}
+    assert config.env == {"A": "b"}
+
+
+def test_xpu_engines_see_the_cards_that_ray_picked() -> None:
+    assert xpu_affinity(Accelerator.XPU, [2, 3], {}) == {"ZE_AFFINITY_MASK": "2,3"}
+    assert xpu_affinity(Accelerator.XPU, [2], {"ZE_AFFINITY_MASK": "1"}) == {}
+    assert xpu_affinity(Accelerator.XPU, [], {}) == {}
+    assert xpu_affinity(Accelerator.CUDA, [2], {}) == {}
+
+
+def test_shares_never_exceed_a_card() -> None:
+    from serve_app.placement import SHARES_OF_ONE, SHARES_OF_TWO
+
+    assert [round(sum(shares.values()), 6) for shares in SHARES_OF_ONE.values()] == [1, 1, 1]
+    assert SHARES_OF_TWO[Stage.ENCODER] + SHARES_OF_TWO[Stage.PREFILL] <= 1

@@ -1,0 +1,164 @@
+"""serve_app.roles: the engine arguments and the environment that make each stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.config import EPDConfig, Stage
+from serve_app.placement import Cluster, resolve
+from serve_app.roles import CPU_ENV, engine_args, ingress_args, model_path, replica_env
+from serve_app.vllm_plugin import STILL_NIXL_ENV
+
+
+def on_cpu(**args: Any) -> EPDConfig:
+    return resolve(EPDConfig(**args), Cluster(0, 2)).config
+
+
+def on_gpus(**args: Any) -> EPDConfig:
+    return resolve(EPDConfig(**args), Cluster(8, 64)).config
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_stage_beats_shared_beats_role_beats_device(stage: Stage) -> None:
+    key = "max_num_batched_tokens"
+    default = 114688 if stage is Stage.ENCODER else None
+    assert engine_args(on_cpu(), stage, "m").get(key) == default
+    assert engine_args(on_cpu(engine_args={key: 1}), stage, "m")[key] == 1
+    both = on_cpu(engine_args={key: 1}, **{stage.value: {"engine_args": {key: 2}}})
+    assert engine_args(both, stage, "m")[key] == 2
+    others = [engine_args(both, other, "m")[key] for other in Stage if other is not stage]
+    assert others == [1, 1]
+
+
+def test_demo_defaults_yield_to_the_users_and_are_only_the_demos() -> None:
+    assert engine_args(on_cpu(), Stage.DECODE, "m")["max_model_len"] == 4096
+    assert engine_args(on_cpu(engine_args={"max_model_len": 99}), Stage.DECODE, "m")["max_model_len"] == 99
+    other = engine_args(on_cpu(model="a/b"), Stage.DECODE, "m")
+    assert "max_model_len" not in other and "dtype" not in other
+
+
+def test_encoder_runs_eager_without_prefix_cache_and_with_a_large_budget() -> None:
+    args = engine_args(on_gpus(), Stage.ENCODER, "m")
+    assert (args["enforce_eager"], args["enable_prefix_caching"]) == (True, False)
+    assert args["max_num_batched_tokens"] >= 100_000
+    assert args["ec_transfer_config"]["ec_role"] == "ec_producer"
+    assert "kv_transfer_config" not in args
+
+
+def test_decode_on_gpus_is_left_to_vllms_defaults() -> None:
+    args = engine_args(on_gpus(model="a/b"), Stage.DECODE, "m")
+    assert args.keys() == {
+        "model",
+        "served_model_name",
+        "mm_processor_cache_gb",
+        "ec_transfer_config",
+        "kv_transfer_config",
+    }
+
+
+def test_engines_on_the_cpu_do_not_compile() -> None:
+    assert engine_args(on_cpu(model="a/b"), Stage.DECODE, "m")["enforce_eager"] is True
+    compiled = on_cpu(model="a/b", engine_args={"enforce_eager": False})
+    assert engine_args(compiled, Stage.DECODE, "m")["enforce_eager"] is False
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+@pytest.mark.parametrize("config", [on_cpu(), on_gpus()], ids=["cpu", "gpus"])
+def test_no_engine_has_a_processor_cache(config: EPDConfig, stage: Stage) -> None:
+    assert engine_args(config, stage, "m")["mm_processor_cache_gb"] == 0
+    assert ingress_args(config, "m")["mm_processor_cache_gb"] == 0
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_topology_decides_the_transfer_configs_of_a_stage(stage: Stage) -> None:
+    args = engine_args(on_cpu(), stage, "m")
+    assert args["ec_transfer_config"]["ec_role"] == ("ec_producer" if stage is Stage.ENCODER else "ec_consumer")
+    assert ("kv_transfer_config" in args) == (stage is not Stage.ENCODER)
+
+
+def test_one_engine_alone_has_no_transfer_configs() -> None:
+    args = engine_args(on_cpu(encoder=None, prefill=None), Stage.DECODE, "m")
+    assert not {"ec_transfer_config", "kv_transfer_config"} & args.keys()
+
+
+def test_all_stages_agree_on_what_makes_tokens_and_hashes() -> None:
+    config = on_gpus(
+        model="a/b",
+        served_model_name="c",
+        engine_args={"dtype": "bfloat16"},
+        media={
+            "limits": {"image": 3},
+            "processor_kwargs": {"min_pixels": 4},
+            "io_kwargs": {"video": {"num_frames": 5}},
+            "allowed_local_path": "/media",
+            "allowed_domains": ["example.org"],
+        },
+    )
+    shared = {
+        "model": "folder",
+        "served_model_name": ["c"],
+        "dtype": "bfloat16",
+        "limit_mm_per_prompt": {"image": 3},
+        "mm_processor_kwargs": {"min_pixels": 4},
+        "media_io_kwargs": {"video": {"num_frames": 5}},
+        "allowed_local_media_path": "/media",
+        "allowed_media_domains": ["example.org"],
+    }
+    for args in [*(engine_args(config, stage, "folder") for stage in Stage), ingress_args(config, "folder")]:
+        assert {key: args[key] for key in shared} == shared
+
+
+def test_ingress_renders_as_decode_does_and_connects_to_nothing() -> None:
+    config = on_cpu(decode={"engine_args": {"max_num_seqs": 7}})
+    args = ingress_args(config, "m")
+    decode = engine_args(config, Stage.DECODE, "m")
+    assert decode.keys() - args.keys() == {"ec_transfer_config", "kv_transfer_config"}
+    assert args == {key: decode[key] for key in args}
+    assert args["max_num_seqs"] == 7
+
+
+@pytest.mark.parametrize("stage", [*Stage, None])
+def test_replicas_spawn_their_engines(stage: Stage | None) -> None:
+    """The replica has threads: a forked engine could inherit a held lock."""
+    for config in (on_cpu(), on_gpus()):
+        env = replica_env(config, stage)
+        assert env["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+        assert env["UCX_RCACHE_MAX_UNRELEASED"] == "1024"
+
+
+def test_cpu_environment_is_only_for_the_cpu() -> None:
+    assert replica_env(on_cpu(), Stage.DECODE).items() >= CPU_ENV.items()
+    assert not replica_env(on_gpus(), Stage.DECODE).keys() & CPU_ENV.keys()
+
+
+@pytest.mark.parametrize(
+    ("args", "still"),
+    [
+        ({}, {Stage.PREFILL, Stage.DECODE}),
+        ({"encoder": None}, {Stage.PREFILL, Stage.DECODE}),
+        ({"prefill": None}, set()),
+    ],
+)
+def test_nixls_thread_is_stilled_where_kv_moves_on_the_cpu(args: dict[str, Any], still: set[Stage]) -> None:
+    config = on_cpu(**args)
+    assert {stage for stage in [*config.stages, None] if STILL_NIXL_ENV in replica_env(config, stage)} == still
+    assert not any(STILL_NIXL_ENV in replica_env(on_gpus(**args), stage) for stage in config.stages)
+
+
+def test_dynamo_is_off_where_the_engine_is_eager() -> None:
+    config = on_cpu(decode={"engine_args": {"enforce_eager": False}})
+    assert replica_env(config, Stage.PREFILL)["TORCHDYNAMO_DISABLE"] == "1"
+    assert "TORCHDYNAMO_DISABLE" not in replica_env(config, Stage.DECODE)
+
+
+def test_only_the_demo_model_is_kept_off_the_network() -> None:
+    assert replica_env(on_cpu(), None)["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in replica_env(on_cpu(model="a/b"), None)
+
+
+def test_demo_model_is_made_and_any_other_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = Path(model_path(on_cpu()))
+    assert folder.is_relative_to(tmp_path) and (folder / "config.json").is_file()
+    assert model_path(on_cpu(model="a/b")) == "a/b"

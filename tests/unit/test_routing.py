@@ -1,0 +1,212 @@
+"""serve_app.routing: calls over a handle are cancelled with their caller and fail only with errors of ours."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RaySystemError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
+
+from serve_app.config import Stage
+from serve_app.errors import BadRequest, EPDError, HandoffLost, StageUnavailable
+from serve_app.routing import StageHandle, to_stage_error
+from tests.fakes import FakeBroadcast, FakeHandle, FakeResponse
+
+LOST = "lost the replica that worked on the request"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (BackPressureError(5, 5), "is full"),
+        (DeploymentUnavailableError(DeploymentID("Decode")), "could not be deployed"),
+        (TaskCancelledError(), "cancelled the request"),
+        (RequestCancelledError("r"), "cancelled the request"),
+        (RayActorError(), LOST),
+        (ActorDiedError(), LOST),
+        (ActorUnavailableError("gone", None), LOST),
+        (ReplicaUnavailableError("r"), "did not answer: ReplicaUnavailableError"),
+        (WorkerCrashedError(), "did not answer: WorkerCrashedError"),
+        (GetTimeoutError(), "did not answer: GetTimeoutError"),
+        (OutOfMemoryError("x"), "did not answer: OutOfMemoryError"),
+        (RaySystemError("x"), "did not answer: RaySystemError"),
+        (ObjectLostError("00" * 28, None, ""), "did not answer: ObjectLostError"),
+        (TimeoutError(), "did not answer: TimeoutError"),
+        (KeyError("x"), "failed: KeyError: 'x'"),
+        (RayTaskError("f", "traceback", ValueError("broken")), "failed: ValueError: broken"),
+        (RayTaskError("f", "traceback", ValueError("broken")).as_instanceof_cause(), "failed: ValueError: broken"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_whatever_ray_raises_is_a_stage_that_cannot_serve_now(error: Exception, words: str) -> None:
+    mapped = to_stage_error(Stage.DECODE, error)
+    assert type(mapped) is StageUnavailable
+    assert mapped.stage is Stage.DECODE
+    assert words in str(mapped)
+    assert "\n" not in str(mapped)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("ours", [BadRequest("too long"), HandoffLost(Stage.PREFILL, "is gone")])
+def test_error_of_ours_comes_out_of_a_replica_as_it_went_in(ours: EPDError, dual: bool) -> None:
+    error = RayTaskError("f", "traceback", ours)
+    assert to_stage_error(Stage.DECODE, error.as_instanceof_cause() if dual else error) is ours
+    assert to_stage_error(Stage.DECODE, ours) is ours
+
+
+async def value(result: Any) -> Any:
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def test_call_goes_to_the_named_method_with_its_arguments() -> None:
+    asked: list[Any] = []
+
+    def answer(method: str, *args: Any, streaming: bool) -> FakeResponse:
+        asked.append((method, args, streaming))
+        return response
+
+    response = FakeResponse(value(42))
+    assert asyncio.run(StageHandle(Stage.PREFILL, FakeHandle(answer)).call("prefill", 1, 2)) == 42  # type: ignore[arg-type]
+    assert asked == [("prefill", (1, 2), False)]
+    assert response.cancelled == 0
+
+
+def handle(response: Any) -> StageHandle:
+    return StageHandle(Stage.PREFILL, FakeHandle(lambda *args, **kwargs: response))  # type: ignore[arg-type]
+
+
+def test_failing_call_is_an_error_of_ours_with_its_cause() -> None:
+    with pytest.raises(StageUnavailable, match="The prefill stage is full") as caught:
+        asyncio.run(handle(FakeResponse(value(BackPressureError(1, 1)))).call("prefill"))
+    assert isinstance(caught.value.__cause__, BackPressureError)
+
+
+def test_cancelling_the_caller_cancels_the_call() -> None:
+    async def main() -> FakeResponse:
+        reached = asyncio.Event()
+
+        async def hang() -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        response = FakeResponse(hang())
+        call = asyncio.create_task(handle(response).call("prefill"))
+        await reached.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        return response
+
+    assert asyncio.run(main()).cancelled == 1
+
+
+async def numbers(*ends: Exception | None) -> AsyncIterator[int]:
+    yield 1
+    yield 2
+    for end in ends:
+        if end is None:
+            await asyncio.Event().wait()
+        else:
+            raise end
+
+
+def test_finished_stream_is_not_cancelled() -> None:
+    async def main() -> FakeResponse:
+        response = FakeResponse(numbers())
+        assert [n async for n in handle(response).stream("generate")] == [1, 2]
+        return response
+
+    assert asyncio.run(main()).cancelled == 0
+
+
+def test_streams_use_a_streaming_handle() -> None:
+    asked: list[bool] = []
+
+    def answer(method: str, *args: Any, streaming: bool) -> FakeResponse:
+        asked.append(streaming)
+        return FakeResponse(numbers())
+
+    async def main() -> None:
+        stage = StageHandle(Stage.DECODE, FakeHandle(answer))  # type: ignore[arg-type]
+        assert [n async for n in stage.stream("generate")] == [1, 2]
+
+    asyncio.run(main())
+    assert asked == [True]
+
+
+def test_stream_that_is_closed_early_is_cancelled() -> None:
+    async def main() -> FakeResponse:
+        response = FakeResponse(numbers(None))
+        async with aclosing(handle(response).stream("generate")) as stream:  # type: ignore[type-var]
+            assert await anext(stream) == 1
+        return response
+
+    assert asyncio.run(main()).cancelled == 1
+
+
+def test_stream_whose_reader_is_cancelled_is_cancelled() -> None:
+    async def main() -> FakeResponse:
+        response = FakeResponse(numbers(None))
+        waiting = asyncio.Event()
+
+        async def read() -> None:
+            async for number in handle(response).stream("generate"):
+                if number == 2:
+                    waiting.set()
+
+        reader = asyncio.create_task(read())
+        await waiting.wait()
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        return response
+
+    assert asyncio.run(main()).cancelled == 1
+
+
+def test_failing_stream_is_an_error_of_ours_and_has_nothing_left_to_cancel() -> None:
+    async def main() -> FakeResponse:
+        response = FakeResponse(numbers(ActorDiedError()))
+        seen: list[int] = []
+        with pytest.raises(StageUnavailable, match=LOST):
+            async for number in handle(response).stream("generate"):
+                seen.append(number)
+        assert seen == [1, 2]
+        return response
+
+    assert asyncio.run(main()).cancelled == 0
+
+
+def test_broadcast_gives_a_result_or_an_error_of_ours_for_each_replica() -> None:
+    broadcast = FakeBroadcast(["ok", RayTaskError("f", "traceback", BadRequest("no profiler")), ActorDiedError()])
+    first, second, third = asyncio.run(handle(broadcast).broadcast("start_profile", timeout_s=3))
+    assert first == "ok"
+    assert isinstance(second, BadRequest) and str(second) == "no profiler"
+    assert isinstance(third, StageUnavailable)
+    assert broadcast.timeout_s == 3
+
+
+def test_broadcast_that_takes_too_long_is_an_error_of_ours() -> None:
+    with pytest.raises(StageUnavailable, match="did not answer: TimeoutError"):
+        asyncio.run(handle(FakeBroadcast(TimeoutError())).broadcast("metrics"))

@@ -1,0 +1,66 @@
+"""serve_app.trace: what is known of one request, and its log line."""
+
+import pytest
+
+from serve_app.trace import Trace, current
+
+
+def test_first_token_decides_and_is_kept() -> None:
+    record = Trace("r")
+    assert not record.decided.is_set()
+    record.token(1)
+    first = record.first_token
+    record.token(4)
+    assert record.decided.is_set()
+    assert (record.first_token, record.output_tokens) == (first, 5)
+    assert first is not None and first >= record.began
+
+
+def test_first_failure_decides_and_is_kept() -> None:
+    record = Trace("r")
+    first = ValueError("first")
+    record.fail(first)
+    record.fail(ValueError("second"))
+    assert record.decided.is_set()
+    assert record.error is first
+    assert record.first_token is None
+
+
+def test_replica_is_listed_once_in_the_order_of_its_work() -> None:
+    record = Trace("r")
+    for replica in ("b", "a", "b"):
+        record.saw("encoder", replica)
+    record.saw("decode", "d")
+    assert record.replicas == {"encoder": ["b", "a"], "decode": ["d"]}
+
+
+def test_stage_times_are_the_steps_between_the_marks() -> None:
+    record = Trace("r", began=100.0, rendered=101.0, encoded=103.0, prefilled=106.0, first_token=110.0)
+    assert record.stage_times() == {"render": 1, "encode": 2, "prefill": 3, "first_token": 4}
+
+
+def test_time_of_a_stage_that_there_is_not_goes_to_the_next() -> None:
+    record = Trace("r", began=100.0, rendered=101.0, first_token=110.0)
+    assert record.stage_times() == {"render": 1, "first_token": 9}
+    assert Trace("r").stage_times() == {}
+
+
+def test_line_has_everything_that_is_known() -> None:
+    record = Trace("r", rendered=0.25, encoded=0.75, items=2, prompt_tokens=9, output_tokens=4, began=0.0)
+    record.saw("encoder", "e1")
+    record.saw("encoder", "e2")
+    line = record.line(200)
+    assert line.startswith("request=r status=200 items=2 prompt_tokens=9 output_tokens=4 render=250.0ms encode=500.0ms")
+    assert line.endswith("encoder=e1,e2")
+    assert " total=" in line
+
+
+@pytest.mark.parametrize("status", [503, "cancelled"])
+def test_line_of_a_request_that_reached_no_stage_ends_cleanly(status: int | str) -> None:
+    line = Trace("r").line(status)
+    assert f"status={status} " in line
+    assert line == line.rstrip()
+
+
+def test_outside_a_request_there_is_no_trace() -> None:
+    assert current.get() is None

@@ -1,0 +1,144 @@
+"""serve_app.transfer: connector settings per stage and topology, and a replica's own addresses."""
+
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.config import Accelerator, EPDConfig, Stage
+from serve_app.transfer import ec_transfer_config, free_ports, kv_transfer_config, side_channel_env, storage_path
+
+ROLES: dict[str, dict[str, Any]] = {
+    "E+P+D": {},
+    "E+PD": {"prefill": None},
+    "P+D": {"encoder": None},
+    "PD": {"encoder": None, "prefill": None},
+}
+
+
+def role(settings: dict[str, Any] | None, key: str) -> str | None:
+    return None if settings is None else settings[key]
+
+
+@pytest.mark.parametrize(
+    ("topology", "stage", "ec", "kv"),
+    [
+        ("E+P+D", "encoder", "ec_producer", None),
+        ("E+P+D", "prefill", "ec_consumer", "kv_producer"),
+        ("E+P+D", "decode", "ec_consumer", "kv_consumer"),
+        ("E+PD", "encoder", "ec_producer", None),
+        ("E+PD", "decode", "ec_consumer", None),
+        ("P+D", "prefill", None, "kv_producer"),
+        ("P+D", "decode", None, "kv_consumer"),
+        ("PD", "decode", None, None),
+    ],
+)
+def test_roles_of_each_stage_in_each_topology(topology: str, stage: str, ec: str | None, kv: str | None) -> None:
+    config = EPDConfig(**ROLES[topology])
+    assert role(ec_transfer_config(config, Stage(stage)), "ec_role") == ec
+    assert role(kv_transfer_config(config, Stage(stage)), "kv_role") == kv
+
+
+def test_our_folder_connector_is_loaded_from_our_module() -> None:
+    config = EPDConfig(ec={"storage_path": "/shared"})
+    assert ec_transfer_config(config, Stage.PREFILL) == {
+        "ec_connector": "SharedFolderECConnector",
+        "ec_role": "ec_consumer",
+        "ec_connector_extra_config": {"shared_storage_path": "/shared"},
+        "ec_connector_module_path": "serve_app.ec_connector",
+    }
+
+
+def test_every_stage_uses_the_same_folder() -> None:
+    settings = [ec_transfer_config(EPDConfig(), stage) for stage in Stage]
+    folders = {s["ec_connector_extra_config"]["shared_storage_path"] for s in settings if s}
+    assert folders == {str(Path(tempfile.gettempdir()) / "epd-ec-cache")} == {str(storage_path(EPDConfig()))}
+
+
+def test_vllms_own_folder_connector_needs_no_module() -> None:
+    settings = ec_transfer_config(EPDConfig(ec={"connector": "ECExampleConnector"}), Stage.DECODE)
+    assert settings is not None
+    assert "ec_connector_module_path" not in settings
+    assert "shared_storage_path" in settings["ec_connector_extra_config"]
+
+
+def test_connector_without_a_folder_gets_only_its_own_settings() -> None:
+    config = EPDConfig(ec={"connector": "ECCPUConnector", "extra_config": {"size": 1}})
+    settings = ec_transfer_config(config, Stage.ENCODER)
+    assert settings is not None
+    assert settings["ec_connector_extra_config"] == {"size": 1}
+    assert "ec_connector_module_path" not in settings
+
+
+def test_connector_of_the_users_own_is_loaded_from_its_module() -> None:
+    config = EPDConfig(
+        ec={"connector": "Mine", "module_path": "my.ec"}, kv={"connector": "Yours", "module_path": "my.kv"}
+    )
+    ec, kv = ec_transfer_config(config, Stage.DECODE), kv_transfer_config(config, Stage.DECODE)
+    assert ec is not None and kv is not None
+    assert (ec["ec_connector"], ec["ec_connector_module_path"]) == ("Mine", "my.ec")
+    assert (kv["kv_connector"], kv["kv_connector_module_path"]) == ("Yours", "my.kv")
+
+
+def test_settings_are_copies_of_the_configs() -> None:
+    config = EPDConfig(ec={"extra_config": {"a": 1}}, kv={"extra_config": {"b": 2}})
+    for settings, key in (
+        (ec_transfer_config(config, Stage.DECODE), "ec_connector_extra_config"),
+        (kv_transfer_config(config, Stage.DECODE), "kv_connector_extra_config"),
+    ):
+        assert settings is not None
+        settings[key]["changed"] = True
+    assert (config.ec.extra_config, config.kv.extra_config) == ({"a": 1}, {"b": 2})
+
+
+def test_lease_is_the_configured_one_and_yields_to_the_connectors_own_key() -> None:
+    def lease(**kv: Any) -> Any:
+        settings = kv_transfer_config(EPDConfig(kv=kv), Stage.PREFILL)
+        assert settings is not None
+        return settings["kv_connector_extra_config"]
+
+    assert lease() == {"kv_lease_duration": 30}
+    assert lease(lease_s=7, extra_config={"x": 1}) == {"kv_lease_duration": 7, "x": 1}
+    assert lease(extra_config={"kv_lease_duration": 99}) == {"kv_lease_duration": 99}
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "wanted", "device"),
+    [("cpu", None, "cpu"), ("cuda", None, None), ("xpu", None, None), ("cuda", "cpu", "cpu"), ("xpu", "xpu", "xpu")],
+)
+def test_kv_buffer_is_on_the_cpu_where_there_is_no_other(
+    accelerator: str, wanted: str | None, device: str | None
+) -> None:
+    config = EPDConfig(accelerator=Accelerator(accelerator), kv={"buffer_device": wanted})
+    settings = kv_transfer_config(config, Stage.DECODE)
+    assert settings is not None
+    assert settings.get("kv_buffer_device") == device
+    assert ("kv_buffer_device" in settings) == (device is not None)
+
+
+def test_kv_connector_is_the_configured_one() -> None:
+    settings = kv_transfer_config(EPDConfig(kv={"connector": "NixlPushConnector"}), Stage.PREFILL)
+    assert settings is not None
+    assert settings["kv_connector"] == "NixlPushConnector"
+    assert "kv_connector_module_path" not in settings
+
+
+def test_free_ports_are_distinct_and_can_be_bound_together() -> None:
+    ports = free_ports(50)
+    assert len(set(ports)) == 50
+    sockets = [socket.socket() for _ in ports]
+    try:
+        for sock, port in zip(sockets, ports, strict=True):
+            sock.bind(("", port))
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def test_replica_is_reached_at_its_nodes_address_and_at_ports_of_its_own() -> None:
+    env = side_channel_env("10.0.0.7")
+    assert (env["VLLM_NIXL_SIDE_CHANNEL_HOST"], env["VLLM_EC_SIDE_CHANNEL_HOST"]) == ("10.0.0.7", "10.0.0.7")
+    ports = {env["VLLM_NIXL_SIDE_CHANNEL_PORT"], env["VLLM_EC_SIDE_CHANNEL_PORT"]}
+    assert len(ports) == 2 and all(1024 <= int(port) < 65536 for port in ports)

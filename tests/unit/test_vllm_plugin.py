@@ -1,0 +1,122 @@
+"""serve_app.vllm_plugin: engines die with their replica, and NIXL's thread is still. Real processes, no waiting."""
+
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+import pytest
+
+from serve_app.vllm_plugin import REPLICA_ENV, STILL_NIXL_ENV
+
+LIMIT_S = 60.0
+
+
+def engine(pipe: Connection) -> None:
+    """An engine process: does what vLLM does first, then waits for ever."""
+    from serve_app import vllm_plugin
+
+    vllm_plugin.register()
+    vllm_plugin.register()
+    pipe.send((os.getpid(), [thread.name for thread in threading.enumerate()]))
+    pipe.recv()
+
+
+def replica() -> None:
+    """A replica: starts an engine as vLLM does, prints what it says and waits until its own input ends."""
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=engine, args=(theirs,))
+    child.start()
+    pid, threads = ours.recv()
+    print(pid, ",".join(threads), flush=True)
+    sys.stdin.read()
+    ours.send("end")
+    child.join()
+
+
+def start_replica(**env: str) -> tuple[subprocess.Popen[str], int, list[str]]:
+    """A replica process, the pid of its engine and the engine's threads."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import replica; replica()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**{k: v for k, v in os.environ.items() if k != REPLICA_ENV}, **env},
+    )
+    assert process.stdout is not None
+    pid, threads = process.stdout.readline().split()
+    return process, int(pid), threads.split(",")
+
+
+def ends(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], LIMIT_S)[0])
+
+
+def test_engine_ends_when_its_replica_is_killed() -> None:
+    process, pid, threads = start_replica(**{REPLICA_ENV: "r1"})
+    pidfd = os.pidfd_open(pid)
+    try:
+        assert threads.count("epd-parent-watch") == 1  # registered twice
+        process.send_signal(signal.SIGKILL)
+        assert ends(pidfd)
+    finally:
+        os.close(pidfd)
+        process.communicate()
+
+
+def test_process_that_is_not_ours_is_not_watched() -> None:
+    process, pid, threads = start_replica()
+    assert "epd-parent-watch" not in threads
+    assert os.path.exists(f"/proc/{pid}")
+    process.communicate()
+    assert process.returncode == 0
+
+
+def test_the_replica_itself_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve_app import vllm_plugin
+
+    monkeypatch.setenv(REPLICA_ENV, "r1")
+    assert multiprocessing.parent_process() is None
+    vllm_plugin.register()
+    assert "epd-parent-watch" not in [thread.name for thread in threading.enumerate()]
+
+
+NIXL = """
+import os
+{env}
+from serve_app import vllm_plugin
+vllm_plugin.register()
+from nixl._api import nixl_agent_config
+once = nixl_agent_config.__init__
+vllm_plugin.register()
+configs = [nixl_agent_config(), nixl_agent_config(True), nixl_agent_config(enable_prog_thread=True)]
+more = nixl_agent_config(True, True, 123, num_threads=4, backends=["X"])
+print([c.enable_pthread for c in configs], more.enable_listen, more.port, more.num_threads, more.backends,
+      nixl_agent_config.__init__ is once)
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "threads"),
+    [
+        ({REPLICA_ENV: "r", STILL_NIXL_ENV: "1"}, [False, False, False]),
+        ({REPLICA_ENV: "r"}, [True, True, True]),
+        ({STILL_NIXL_ENV: "1"}, [True, True, True]),
+    ],
+    ids=["on the CPU", "on a GPU", "not ours"],
+)
+def test_nixls_progress_thread_is_off_only_in_replicas_on_the_cpu(env: dict[str, str], threads: list[bool]) -> None:
+    clean = f"[os.environ.pop(k, None) for k in ({REPLICA_ENV!r}, {STILL_NIXL_ENV!r})]; os.environ.update({env!r})"
+    result = subprocess.run([sys.executable, "-c", NIXL.format(env=clean)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    # Everything else is passed on, and registering again wraps nothing twice.
+    assert result.stdout.splitlines()[-1] == f"{threads} True 123 4 ['X'] True"
+
+
+def test_plugin_imports_nothing_heavy() -> None:
+    code = "import serve_app.vllm_plugin, sys; print({'torch', 'vllm', 'ray', 'nixl'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
