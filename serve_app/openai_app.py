@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.anthropic.api_router import translate_error_response
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser, validate_parsed_serve_args
@@ -202,9 +203,9 @@ class PipelineMiddleware:
             return await self.app(scope, receive, send)
         headers = MutableHeaders(scope=scope)
         request_id = headers.get("x-request-id") or uuid.uuid4().hex
-        headers["x-request-id"] = request_id  # vLLM's servings read it from there
+        headers["x-request-id"] = request_id  # vLLM's servings read it from there; Serve's proxy echoes it
         record = Trace(request_id)
-        reply = _HeldReply(send, record)
+        reply = _HeldReply(send, record, anthropic=scope["path"].startswith("/v1/messages"))
         if int(headers.get("content-length") or 0) > self.max_body_bytes:
             return await self._too_large(scope, receive, reply)
         token = trace.current.set(record)
@@ -241,8 +242,9 @@ class PipelineMiddleware:
 class _HeldReply:
     """``send`` of one response: holds the start of an event stream, and what follows, until the trace is decided."""
 
-    def __init__(self, send: Send, record: Trace) -> None:
+    def __init__(self, send: Send, record: Trace, anthropic: bool = False) -> None:
         self._send = send
+        self._anthropic = anthropic
         self._trace = record
         self._held: list[Message] = []
         self._holding = False
@@ -253,7 +255,6 @@ class _HeldReply:
         if self._replaced:
             return
         if message["type"] == "http.response.start":
-            MutableHeaders(raw=message["headers"])["x-request-id"] = self._trace.request_id
             self.status = message["status"]
             event_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
             self._holding = event_stream and not self._trace.decided.is_set()
@@ -278,7 +279,7 @@ class _HeldReply:
         self.status = body.error.code
         start = next(message for message in self._held if message["type"] == "http.response.start")
         kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-type", b"content-length")]
-        content = body.model_dump_json().encode()
+        content = translate_error_response(body).body if self._anthropic else body.model_dump_json().encode()
         await self._send(
             {
                 "type": "http.response.start",

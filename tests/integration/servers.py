@@ -123,9 +123,10 @@ def start(command: list[str], port: int, log: Path, env: dict[str, str] | None =
     try:
 
         def up() -> bool:
-            if process.poll() is not None or "DEPLOY_FAILED" in (text := log.read_text(errors="replace")):
+            text = log.read_text(errors="replace")
+            if process.poll() is not None or "DEPLOY_FAILED" in text or "RayTaskError" in text:
                 raise AssertionError(f"the server did not start\n{server.tail()}")
-            return "Traceback" not in text and server.healthy()
+            return server.healthy()
 
         server.wait_until(up, "the server to be ready", START_TIMEOUT_S)
         yield server

@@ -36,6 +36,7 @@ def test_openai_tools(client: openai.OpenAI) -> None:
     named = {"type": "function", "function": {"name": "weather"}}
     options: dict[str, Any] = {"tools": [WEATHER], "tool_choice": named, "max_tokens": 60, "temperature": 0}
     answer = client.chat.completions.create(model="demo", messages=QUESTION, **options)
+    assert answer.choices[0].message.tool_calls, answer
     call = answer.choices[0].message.tool_calls[0].function  # type: ignore[index, union-attr]
     stream = client.chat.completions.create(model="demo", messages=QUESTION, stream=True, **options)
     deltas = [d for chunk in stream for d in chunk.choices[0].delta.tool_calls or []]
@@ -74,9 +75,10 @@ def test_anthropic_messages(epd: Server) -> None:
     claude = anthropic.Anthropic(base_url=epd.url, api_key="none", max_retries=0)
     source = {"type": "base64", "media_type": "image/png", "data": image_url(1).partition(",")[2]}
     content = [{"type": "image", "source": source}, {"type": "text", "text": "Describe."}]
-    options: dict[str, Any] = {"model": "demo", "max_tokens": 8, "messages": [{"role": "user", "content": content}]}
-    answer = claude.messages.create(temperature=0, **options)
-    with claude.messages.stream(temperature=0, **options) as stream:
+    messages = [{"role": "user", "content": content}]
+    options: dict[str, Any] = {"max_tokens": 8, "messages": messages, "extra_body": {"temperature": 0}}
+    answer = claude.messages.create(model="demo", **options)
+    with claude.messages.stream(model="demo", **options) as stream:
         streamed = "".join(stream.text_stream)
     assert answer.content[0].text == streamed != ""
     assert answer.usage.output_tokens == 8
@@ -164,7 +166,15 @@ def test_bad_input_is_refused(epd: Server, name: str, streaming: bool) -> None:
     error = response.json()["error"]
     assert error["code"] == response.status_code
     assert mentions in error["message"]
-    assert str(REPOSITORY) not in error["message"]
+    assert str(REPOSITORY) not in error["message"] or str(REPOSITORY) in str(body), "a path of the server's"
+
+
+def test_anthropic_errors_have_anthropics_shape(epd: Server) -> None:
+    body = {"model": "demo", "max_tokens": 8, "messages": [{"role": "user", "content": LONG * 40}]}
+    for streaming in (False, True):
+        response = epd.post("/v1/messages", body | {"stream": streaming})
+        assert response.status_code == 400, response.text
+        assert response.json()["type"] == "error" and "4096" in response.json()["error"]["message"]
 
 
 def test_malformed_json_is_refused(epd: Server) -> None:

@@ -12,7 +12,7 @@ from vllm.outputs import RequestOutput
 from serve_app.config import Stage
 from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageUnavailable
 from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
-from tests.fakes import FakePipeline, encoded
+from tests.fakes import FakePipeline
 from tests.unit.running import Make, background, generate, params, render, run
 
 
@@ -157,7 +157,7 @@ def test_stage_that_does_not_answer_in_time_is_a_504(make_client: Make, slow: st
     async def main() -> FakePipeline:
         pipeline = FakePipeline(**{slow: hang_streaming if slow == "generate" else hang})
         client = make_client(pipeline.stages, request_timeout_s=0.2)
-        with pytest.raises(GracefulHTTPError, match="did not answer within 0.2 s") as caught:
+        with pytest.raises(GracefulHTTPError, match=r"did not answer within 0\.2 s") as caught:
             await run(client, "red")
         assert caught.value.http_status == 504
         await background(client)

@@ -135,7 +135,7 @@ def test_closing_the_merge_closes_every_source(count: int) -> None:
             finally:
                 closed.append(index)
 
-        async with aclosing(merge([endless(i) for i in range(count)])) as merged:  # type: ignore[type-var]
+        async with aclosing(merge([endless(i) for i in range(count)])) as merged:
             for _ in range(count):
                 await anext(merged)
 

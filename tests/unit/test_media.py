@@ -99,7 +99,7 @@ def test_good_media_is_loaded(picture: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        (data_url(b"no image"), "Cannot read"),
+        (data_url(b"no image"), "cannot identify"),
         ("data:image/png;base64", "missing ','"),
         ("data:image/png,abc", "base64"),
         ("ftp://example.org/a.png", "HTTP, data or file"),
@@ -138,6 +138,17 @@ def test_host_that_is_not_allowed_is_a_400() -> None:
         load("http://elsewhere.test/a.png", allowed_media_domains=["example.org"])
 
 
-def test_url_that_nobody_answers_is_a_422() -> None:
-    with pytest.raises(VLLMUnprocessableEntityError, match="Could not fetch"):
-        load("http://127.0.0.1:1/a.png")
+class Offline:
+    """A connection on which every fetch ends in ``error``."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def async_get_bytes(self, url: str, **options: Any) -> bytes:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [aiohttp.ClientConnectionError(), answered(404), answered(503), TimeoutError()])
+def test_url_that_cannot_be_fetched_is_a_422(error: Exception) -> None:
+    with pytest.raises(VLLMUnprocessableEntityError):
+        load(URL, connection=Offline(error))

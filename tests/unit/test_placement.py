@@ -38,7 +38,10 @@ def test_auto_without_a_gpu_is_the_cpu_and_the_demo_model() -> None:
 def test_auto_with_gpus_is_cuda_and_says_which() -> None:
     resolved = resolve(EPDConfig(model="a/b"), Cluster(4, 64, ("H100",)))
     assert (resolved.config.accelerator, resolved.config.model) == (Accelerator.CUDA, "a/b")
-    assert resolved.reason == "accelerator: cuda, because the cluster has 4 GPUs (H100) (accelerator: auto)"
+    assert (
+        resolved.reason
+        == "accelerator: cuda, because the cluster has 4 GPUs (H100) (accelerator: auto); model: a/b, as configured"
+    )
 
 
 def test_auto_with_intel_gpus_is_xpu() -> None:
@@ -50,7 +53,7 @@ def test_auto_with_intel_gpus_is_xpu() -> None:
 def test_explicit_accelerator_is_kept(wanted: Accelerator) -> None:
     resolved = resolve(EPDConfig(accelerator=wanted, model="a/b"), Cluster(4, 64))
     assert resolved.config.accelerator is wanted
-    assert resolved.reason == f"accelerator: {wanted}, as configured"
+    assert resolved.reason == f"accelerator: {wanted}, as configured; model: a/b, as configured"
 
 
 @pytest.mark.parametrize("wanted", ["cuda", "xpu"])

@@ -110,10 +110,10 @@ def test_all_stages_agree_on_what_makes_tokens_and_hashes() -> None:
 
 
 def test_ingress_renders_as_decode_does_and_connects_to_nothing() -> None:
-    config = on_cpu(decode={"engine_args": {"max_num_seqs": 7}})
+    config = on_cpu(decode={"engine_args": {"max_num_seqs": 7, "profiler_config": {"profiler": "torch"}}})
     args = ingress_args(config, "m")
     decode = engine_args(config, Stage.DECODE, "m")
-    assert decode.keys() - args.keys() == {"ec_transfer_config", "kv_transfer_config"}
+    assert decode.keys() - args.keys() == {"ec_transfer_config", "kv_transfer_config", "profiler_config"}
     assert args == {key: decode[key] for key in args}
     assert args["max_num_seqs"] == 7
 

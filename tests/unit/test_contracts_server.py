@@ -1,0 +1,179 @@
+"""What serve_app leans on in vLLM's server and connectors, in Ray and in NIXL. A failure names the file to look at."""
+
+import dataclasses
+import importlib.metadata
+import inspect
+from typing import Any
+
+import pytest
+
+
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def fields(cls: Any) -> set[str]:
+    return {each.name for each in dataclasses.fields(cls)}
+
+
+@pytest.mark.parametrize("name", ["NIXL", "EC"])
+def test_side_channel_addresses_are_read_from_the_environment(name: str) -> None:
+    from vllm import envs
+
+    for part in ("HOST", "PORT"):
+        assert f"VLLM_{name}_SIDE_CHANNEL_{part}" in envs.environment_variables, (
+            "serve_app/transfer.py side_channel_env"
+        )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["MEDIA_CONNECTOR", "IMAGE_FETCH_TIMEOUT", "VIDEO_FETCH_TIMEOUT", "AUDIO_FETCH_TIMEOUT", "CPU_KVCACHE_SPACE"],
+)
+def test_settings_that_the_ingress_writes_exist(name: str) -> None:
+    from vllm import envs
+
+    assert f"VLLM_{name}" in envs.environment_variables, "serve_app/openai_app.py make_app, ingress_vllm_config"
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "save_caches",
+        "ensure_cache_available",
+        "take_unavailable_requests",
+        "update_state_after_alloc",
+        "get_ec_connector_stats",
+        "build_ec_connector_stats",
+        "build_prom_metrics",
+        "has_cache_item",
+    ],
+)
+def test_hook_of_our_connector_is_one_that_vllm_calls(hook: str) -> None:
+    from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase
+
+    from serve_app.ec_connector import SharedFolderECConnector
+
+    where = f"serve_app/ec_connector.py {hook}: ECConnectorBase"
+    assert hasattr(ECConnectorBase, hook), where
+    theirs, ours = parameters(getattr(ECConnectorBase, hook)), parameters(getattr(SharedFolderECConnector, hook))
+    assert list(ours) == list(theirs), where
+
+
+def test_folder_connector_has_the_internals_that_ours_reads(demo_vllm_config: Any) -> None:
+    from vllm.distributed.ec_transfer.ec_connector.example_connector import ECExampleConnector
+    from vllm.distributed.ec_transfer.ec_connector.utils import PlaceholderMetadataResolver
+
+    for name in ("_generate_filename_debug", "_generate_foldername_debug"):
+        assert hasattr(ECExampleConnector, name), f"serve_app/ec_connector.py: ECExampleConnector.{name}"
+    source = inspect.getsource(ECExampleConnector)
+    for name in ("_metadata_resolver", "_mm_datas_need_loads", "encoder_cache.safetensors", "shared_storage_path"):
+        assert name in source, f"serve_app/ec_connector.py, serve_app/transfer.py: {name} of ECExampleConnector"
+    declared = PlaceholderMetadataResolver(demo_vllm_config.model_config).fields_for("image")
+    assert declared == {"image_grid_thw"}, "serve_app/ec_connector.py _can_encode: fields_for"
+
+
+def test_model_declares_the_fields_of_its_placeholders(make_client: Any) -> None:
+    declared = make_client({})._declared_fields("image")
+    assert declared == {"image_grid_thw"}, "serve_app/client.py _declared_fields: placeholder_metadata_fields"
+
+
+def test_frontend_arguments_are_fields() -> None:
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    from serve_app.openai_app import SERVER_ARGS
+
+    names = fields(FrontendArgs)
+    assert names >= {"chat_template", "api_key", "tool_call_parser", "lora_modules"}, "serve_app/openai_app.py"
+    assert names >= SERVER_ARGS - {"grpc_port"}, f"serve_app/openai_app.py SERVER_ARGS: {SERVER_ARGS - names}"
+
+
+def test_engine_arguments_that_we_set_exist() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from serve_app.config import OWN_KEYS, SHARED_ARGS, EPDConfig, Stage
+    from serve_app.placement import Cluster, resolve
+    from serve_app.roles import engine_args
+
+    ours = set(OWN_KEYS) | SHARED_ARGS
+    for stage in Stage:
+        ours |= engine_args(resolve(EPDConfig(), Cluster(0, 2)).config, stage, "m").keys()
+    missing = ours - fields(AsyncEngineArgs)
+    assert not missing, f"serve_app/roles.py, serve_app/config.py OWN_KEYS and SHARED_ARGS: {missing}"
+
+
+@pytest.fixture
+def vllm_routes(demo_vllm_config: Any) -> set[str]:
+    from vllm.entrypoints.launchers import app
+
+    from serve_app.config import EPDConfig
+    from serve_app.openai_app import server_args
+
+    args = server_args(EPDConfig(), {"model": demo_vllm_config.model_config.model})
+    built = app.build_app(args, ("generate",), demo_vllm_config.model_config)
+    return {getattr(route, "path", "") for route in built.routes}
+
+
+def test_routes_that_we_serve_or_refuse_are_vllms(vllm_routes: set[str]) -> None:
+    known = {"/v1/chat/completions", "/v1/completions", "/health", "/metrics", "/inference/v1/generate"}
+    assert vllm_routes >= known, "serve_app/openai_app.py NOT_HERE, REPLACED"
+
+
+@pytest.mark.xfail(strict=True, reason="/inference/v1/abort_requests answers 200 and aborts nothing")
+def test_every_route_that_reaches_past_the_stages_is_refused(vllm_routes: set[str]) -> None:
+    from serve_app.openai_app import NOT_HERE
+
+    assert not {path for path in vllm_routes if path.startswith("/inference")} - NOT_HERE.keys()
+
+
+@pytest.mark.xfail(strict=True, reason="/ping is vLLM's health of the ingress alone: 200 with every stage down")
+def test_every_route_that_tells_health_speaks_for_the_stages(vllm_routes: set[str]) -> None:
+    from serve_app.openai_app import REPLACED
+
+    assert {"/health", "/ping"} & vllm_routes <= REPLACED
+
+
+def test_media_connectors_are_found_by_name() -> None:
+    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
+
+    from serve_app.media import CONNECTOR, EPDMediaConnector
+
+    assert isinstance(MEDIA_CONNECTOR_REGISTRY.load(CONNECTOR), EPDMediaConnector), "serve_app/media.py"
+
+
+def test_nixl_takes_the_progress_thread_first_and_hides_its_delay() -> None:
+    from nixl._api import nixl_agent_config
+
+    names = list(parameters(nixl_agent_config.__init__))
+    assert names[1] == "enable_prog_thread", "serve_app/vllm_plugin.py: first argument of nixl_agent_config"
+    assert not any("delay" in name for name in names), (
+        "serve_app/vllm_plugin.py: nixl_agent_config takes a delay now, so the patch can go"
+    )
+
+
+def test_ray_serves_an_app_that_the_replica_builds() -> None:
+    from ray.serve._private.replica import SERVE_BUILD_ASGI_APP_METHOD
+
+    from deployments.ingress import Ingress
+
+    name = "__serve_build_asgi_app__"
+    assert name == SERVE_BUILD_ASGI_APP_METHOD, "deployments/ingress.py"
+    assert hasattr(Ingress.func_or_class, name), "deployments/ingress.py"  # type: ignore[attr-defined]
+
+
+def test_ray_broadcasts_to_all_replicas_and_keeps_their_exceptions() -> None:
+    from ray.serve.handle import DeploymentBroadcastResponse, DeploymentResponseGenerator
+
+    assert {"timeout_s", "return_exceptions"} <= parameters(DeploymentBroadcastResponse.results_async).keys(), (
+        "serve_app/routing.py broadcast"
+    )
+    assert not hasattr(DeploymentResponseGenerator, "aclose"), "serve_app/routing.py stream: aclose() may do now"
+
+
+def test_plugins_are_registered_where_vllm_and_torch_look() -> None:
+    for group, name, value in (
+        ("vllm.general_plugins", "epd", "serve_app.vllm_plugin:register"),
+        ("torch.backends", "epd_torchvision", "serve_app.torch_backend:register"),
+    ):
+        (found,) = [e for e in importlib.metadata.entry_points(group=group) if e.name == name]
+        assert found.value == value, f"pyproject.toml: {group}"
