@@ -58,11 +58,7 @@ def parse(args: dict[str, Any]) -> EPDConfig:
     try:
         return EPDConfig.model_validate(args)
     except ValidationError as error:
-        mistakes = [
-            f"{'.'.join(map(str, mistake['loc'])) or 'args'}: {mistake['msg'].removeprefix('Value error, ')}"
-            for mistake in error.errors()
-        ]
-        raise ConfigError("The configuration under `args:` cannot be used.\n  " + "\n  ".join(mistakes)) from None
+        raise ConfigError.of(error) from None
 
 
 def cluster() -> Cluster:

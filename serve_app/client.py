@@ -101,6 +101,8 @@ class EPDClient(EngineClient):
         for key in TRANSFER_KEYS:
             if params.extra_args and key in params.extra_args:
                 raise BadRequest(f"`{key}` is passed between the stages of this server and cannot be set by a client.")
+        if params.prompt_logprob_token_ids is not None:
+            raise BadRequest("`prompt_logprob_token_ids` is not passed on between stages: ask for `prompt_logprobs`.")
         self.input_processor.process_inputs(
             request_id, prompt, params, supported_tasks=("generate",), lora_request=options["lora_request"]
         )

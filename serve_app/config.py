@@ -276,10 +276,12 @@ class EPDConfig(Strict):
                 "`ec.connector: ECCPUConnector` needs a GPU (Triton): use SharedFolderECConnector on the CPU"
             )
         for stage, config in self.stages.items():
-            share, fraction = config.engine_args.get("gpu_memory_utilization"), config.gpus_per_replica
+            key = f"{stage}.engine_args" if "gpu_memory_utilization" in config.engine_args else "engine_args"
+            share = (self.engine_args | config.engine_args).get("gpu_memory_utilization")
+            fraction = config.gpus_per_replica
             if share is not None and fraction is not None and 0 < fraction < 1 and share > fraction:
                 raise ValueError(
-                    f"`{stage}.engine_args.gpu_memory_utilization: {share}` is more than the share of the card that "
+                    f"`{key}.gpu_memory_utilization: {share}` is more than the share of the card that "
                     f"`{stage}.gpus_per_replica: {fraction}` claims: the other stages on that card would not fit"
                 )
         return self

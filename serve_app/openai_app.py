@@ -6,6 +6,7 @@
 - routes that would hand a client's own features or transfer parameters to an engine answer 400.
 """
 
+import asyncio
 import json
 import logging
 import uuid
@@ -13,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,12 +44,13 @@ SERVER_ARGS = frozenset(
 
 NOT_HERE = {
     "/inference/v1/generate": "it takes features and transfer parameters from outside, and an engine that lacks them dies",
+    "/inference/v1/abort_requests": "a request ends everywhere when its client closes the connection",
     "/v1/load_lora_adapter": "LoRA adapters are not passed on to the stages",
     "/v1/unload_lora_adapter": "LoRA adapters are not passed on to the stages",
     "/scale_elastic_ep": "stages scale by `deployments:` in the Serve config",
     "/is_scaling_elastic_ep": "stages scale by `deployments:` in the Serve config",
 }
-REPLACED = {"/health", "/metrics", "/start_profile", "/stop_profile"}
+REPLACED = {"/health", "/ping", "/metrics", "/start_profile", "/stop_profile"}
 
 
 def check_api_args(api: dict[str, Any]) -> None:
@@ -119,6 +121,8 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe:
 
 def _add_routes(app: FastAPI, client: EPDClient, probe: Probe) -> None:
     @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
     async def health() -> JSONResponse:
         """200 only when every stage can serve."""
         stages = await probe()
@@ -153,7 +157,10 @@ def _add_routes(app: FastAPI, client: EPDClient, probe: Probe) -> None:
 
     @app.post("/start_profile")
     async def start_profile(request: Request) -> JSONResponse:
-        overrides = json.loads(await request.body() or b"{}")
+        try:
+            overrides = json.loads(await request.body() or b"{}")
+        except ValueError:
+            overrides = None
         if not isinstance(overrides, dict):
             return error_response(400, "The body must be a JSON object.")
         allowed = ("profile_prefix", "delay_iterations", "max_iterations")
@@ -183,8 +190,11 @@ def error_response(status: int, message: str, kind: str = "BadRequestError") -> 
     )
 
 
-class BodyTooLarge(Exception):
-    pass
+class BodyTooLarge(HTTPException):
+    """An HTTPException, because FastAPI makes a 400 of whatever else ``receive`` raises."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(413, f"The request body is larger than the {limit_bytes} bytes that this server takes.")
 
 
 class PipelineMiddleware:
@@ -207,19 +217,20 @@ class PipelineMiddleware:
         record = Trace(request_id)
         reply = _HeldReply(send, record, anthropic=scope["path"].startswith("/v1/messages"))
         if int(headers.get("content-length") or 0) > self.max_body_bytes:
-            return await self._too_large(scope, receive, reply)
+            error = BodyTooLarge(self.max_body_bytes)
+            return await error_response(413, error.detail, "RequestEntityTooLarge")(scope, receive, reply)
         token = trace.current.set(record)
         try:
             await self.app(scope, self._limited(receive), reply)
-        except BodyTooLarge:
-            await self._too_large(scope, receive, reply)
-        except BaseException as error:
-            reply.status = reply.status or type(error).__name__
+        except BodyTooLarge as error:
+            await error_response(413, error.detail, "RequestEntityTooLarge")(scope, receive, reply)
+        except asyncio.CancelledError:
+            reply.status = "cancelled"
             raise
         finally:
             trace.current.reset(token)
             if record.rendered is not None:
-                logger.info(record.line(reply.status or "cancelled"))
+                logger.info(record.line(reply.status or "failed"))
 
     def _limited(self, receive: Receive) -> Receive:
         received = 0
@@ -229,14 +240,10 @@ class PipelineMiddleware:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_body_bytes:
-                raise BodyTooLarge
+                raise BodyTooLarge(self.max_body_bytes)
             return message
 
         return limited
-
-    async def _too_large(self, scope: Scope, receive: Receive, reply: "_HeldReply") -> None:
-        message = f"The request body is larger than the {self.max_body_bytes} bytes that this server takes."
-        await error_response(413, message, "RequestEntityTooLarge")(scope, receive, reply)
 
 
 class _HeldReply:
@@ -257,7 +264,7 @@ class _HeldReply:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             event_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
-            self._holding = event_stream and not self._trace.decided.is_set()
+            self._holding = event_stream and self._trace.first_token is None
         if self._holding:
             self._held.append(message)
             if not self._trace.decided.is_set() and message.get("more_body", True):

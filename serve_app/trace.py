@@ -64,10 +64,11 @@ class Trace:
         times = " ".join(f"{name}={seconds * 1000:.1f}ms" for name, seconds in self.stage_times().items())
         who = " ".join(f"{stage}={','.join(replicas)}" for stage, replicas in self.replicas.items())
         total = (time.perf_counter() - self.began) * 1000
+        error = f' error="{self.error}"' if self.error is not None else ""
         return (
             f"request={self.request_id} status={status} items={self.items} prompt_tokens={self.prompt_tokens} "
             f"output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
-        ).rstrip()
+        ).rstrip() + error
 
 
 current: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("epd_trace", default=None)

@@ -73,6 +73,8 @@ IMPORTS = [
     ("serve_app/openai_app.py", "vllm.engine.arg_utils:AsyncEngineArgs.create_structured_outputs_config"),
     ("serve_app/openai_app.py", "vllm.engine.arg_utils:AsyncEngineArgs.create_model_config"),
     ("serve_app/openai_app.py", "vllm.engine.arg_utils:AsyncEngineArgs.create_logging_config"),
+    ("serve_app/openai_app.py", "vllm.entrypoints.anthropic.api_router:translate_error_response"),
+    ("serve_app/roles.py", "vllm.v1.executor.uniproc_executor:UniProcExecutor"),
     ("serve_app/media.py", "vllm.multimodal.media.connector:MediaConnector.load_from_url_async"),
     ("serve_app/ec_connector.py", "vllm.utils.gpu_sync_debug:gpu_sync_allowed"),
     ("serve_app/ec_connector.py", "vllm.distributed.ec_transfer.ec_connector.metrics:ECConnectorPromMetrics.observe"),
