@@ -34,7 +34,10 @@ ASK = chat(text("Describe."), image(1))
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve_run(tmp_path_factory.mktemp("lifecycle"), {"prefill": None}) as server:
+    """E+PD with the reference's connector for embeddings."""
+    folder = tmp_path_factory.mktemp("lifecycle")
+    ec = {"connector": "ECExampleConnector", "storage_path": str(folder / "ec")}
+    with serve_run(folder, {"prefill": None, "ec": ec}) as server:
         yield server
 
 
