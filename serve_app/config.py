@@ -177,6 +177,40 @@ class ECConfig(Strict):
         return self
 
 
+class EncodeConfig(Strict):
+    """Which items go to an encoder, and how often."""
+
+    min_embeds: int = Field(
+        0, ge=0, description="Smaller items (visual or audio tokens) are encoded by prefill itself."
+    )
+    max_outstanding_embeds: int = Field(
+        131072,
+        ge=0,
+        description="With more embeddings asked of encoders and not answered, prefill encodes. 0: no limit.",
+    )
+    attempts: int = Field(2, ge=1, description="Encoder replicas tried for an item before prefill encodes it.")
+    timeout_s: float = Field(30.0, gt=0, description="Time for one attempt.")
+    retry_encoders_after_s: float = Field(
+        5.0, ge=0, description="Time for which prefill encodes everything once all attempts for an item failed."
+    )
+    remember_s: float = Field(
+        300.0, ge=0, description="Time for which an item that is encoded is not sent again (folder connectors)."
+    )
+    remember_items: int = Field(4096, ge=0, description="As many items are remembered by an ingress replica.")
+    affinity_headroom: float = Field(
+        1.25, ge=1, description="A repeated item goes to the same replica while that has at most this × the mean work."
+    )
+
+
+class RetryConfig(Strict):
+    """How often a request is tried again before its first token."""
+
+    attempts: int = Field(3, ge=1, description="Times that a choice is prefilled and decoded at most. 1: no retry.")
+    ratio: float = Field(0.2, ge=0, description="Retries per request that all requests of an ingress replica may use.")
+    floor_per_s: float = Field(3.0, ge=0, description="Retries per second that are always there.")
+    backoff_s: float = Field(0.05, ge=0, description="Longest wait before the first retry; doubles, with jitter.")
+
+
 class KVConfig(Strict):
     """How KV blocks move from prefill to decode."""
 
@@ -222,7 +256,9 @@ class EPDConfig(Strict):
     decode: StageConfig = StageConfig()
     ingress_cpus: float | None = Field(None, ge=0, description="CPUs that one ingress replica claims from Ray.")
     ec: ECConfig = ECConfig()
+    encode: EncodeConfig = EncodeConfig()
     kv: KVConfig = KVConfig()
+    retry: RetryConfig = RetryConfig()
     media: MediaConfig = MediaConfig()
     api: dict[str, Any] = Field(
         {}, description="Arguments of vLLM's API server by name: chat_template, tool_call_parser, api_key and so on."
@@ -269,6 +305,8 @@ class EPDConfig(Strict):
             raise ValueError(
                 "`ec:` has no effect without an encoder stage: leave it out, or do not set `encoder: null`"
             )
+        if self.encoder is None and "encode" in self.model_fields_set:
+            raise ValueError("`encode:` has no effect without an encoder stage: leave it out")
         if self.prefill is None and "kv" in self.model_fields_set:
             raise ValueError("`kv:` has no effect without a prefill stage: leave it out, or do not set `prefill: null`")
         if self.encoder is not None and self.accelerator is Accelerator.CPU and self.ec.connector == "ECCPUConnector":
