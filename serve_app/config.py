@@ -242,9 +242,8 @@ def canonical_domain(domain: str) -> str:
     """A host as the HTTP client names it: lower case, IDN in ASCII, no final dot; a leading dot stays."""
     name = domain.removeprefix(".").removesuffix(".")
     try:
-        literal = f"[{name}]" if ":" in name else name
-        url = URL(f"http://{literal}/")
-        if not name or url.raw_authority != url.host_subcomponent or not re.fullmatch(r"[\w.:-]+", url.raw_host or ""):
+        url = URL(f"http://[{name}]/" if ":" in name else f"http://{name}/")
+        if not re.fullmatch(r"[^\s/?#@*]+", name) or url.raw_authority != url.host_subcomponent:
             raise ValueError(name)
     except ValueError:
         raise ValueError(

@@ -46,7 +46,6 @@ class Names(AbstractResolver):
     def __init__(self, names: dict[str, list[str]], error: Exception | None = None) -> None:
         self.names = names
         self.error = error
-        self.closed = False
 
     async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> list[ResolveResult]:
         if self.error is not None:
@@ -67,7 +66,7 @@ class Names(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        self.closed = True
+        pass
 
 
 class Web:
@@ -96,14 +95,19 @@ class Web:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            self.requests.append(head)
-            handler = self.handlers.get(head.split()[1], response(b"nothing here", "404 Not Found"))
-            if isinstance(handler, bytes):
+            while not reader.at_eof():
+                start = await reader.readexactly(1)
+                if start == b"\x16":  # a TLS handshake, which this server does not speak
+                    return
+                head = (start + await reader.readuntil(b"\r\n\r\n")).decode()
+                self.requests.append(head)
+                handler = self.handlers.get(head.split()[1], response(b"nothing here", "404 Not Found"))
+                if not isinstance(handler, bytes):
+                    return await handler(writer)
                 writer.write(handler)
                 await writer.drain()
-            else:
-                await handler(writer)
+                if b"Connection: keep-alive" not in handler:
+                    return
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
