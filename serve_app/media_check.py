@@ -11,7 +11,7 @@ from io import BytesIO
 from typing import Any, NoReturn
 
 import cv2
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.image import open_image
@@ -64,7 +64,9 @@ def check_image(data: bytes, rules: MediaConfig) -> int:
             animated = has_more_frames(image, data, rules.max_frames)
     except Image.DecompressionBombError:
         too_much("The image has more pixels", f"{rules.max_pixels} pixels")
-    except UnidentifiedImageError as error:
+    except VLLMValidationError:
+        raise
+    except Exception as error:  # each of Pillow's plugins has its own
         raise VLLMValidationError("Cannot read the image: it is in no known format, or broken.") from error
     if animated:
         too_much("The image has more frames", f"{rules.max_frames} frames")
@@ -115,12 +117,10 @@ def gif_has_more_frames(data: bytes, limit: int) -> bool:
 
 def check_video(data: bytes, media_io: VideoMediaIO, rules: MediaConfig) -> VideoMediaIO:
     """Opens the video as vLLM's default backend does, which decodes no more frames than the header declares."""
+    # Never release() a capture of bytes: OpenCV 5.0.0 crashes the process. It closes with its last reference.
     capture = OpenCVVideoBackendMixin.open_video_capture(data)
-    try:
-        width, height = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-        frames, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
-    finally:
-        capture.release()
+    width, height = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+    frames, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
     if width * height > rules.max_pixels:
         too_much(f"The video has {width}×{height} pixels", f"{rules.max_pixels} pixels")
     if frames > rules.max_frames:
