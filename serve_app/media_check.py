@@ -63,13 +63,13 @@ def check_image(data: bytes, rules: MediaConfig) -> int:
                 too_much(f"The image has {image.width}×{image.height} pixels", f"{rules.max_pixels} pixels")
             animated = has_more_frames(image, data, rules.max_frames)
     except Image.DecompressionBombError:
-        too_much("The image has more pixels", f"{rules.max_pixels} pixels")
+        too_much("The image has too many pixels", f"{rules.max_pixels} pixels")
     except VLLMValidationError:
         raise
     except Exception as error:  # each of Pillow's plugins has its own
         raise VLLMValidationError("Cannot read the image: it is in no known format, or broken.") from error
     if animated:
-        too_much("The image has more frames", f"{rules.max_frames} frames")
+        too_much("The image has too many frames", f"{rules.max_frames} frames")
     return pixels
 
 
@@ -157,8 +157,8 @@ def check_jpegs(text: str, rules: MediaConfig) -> None:
     for frame in text.split(","):
         pixels += check_image(decode_base64(frame, rules), rules)
         if pixels > rules.max_video_pixels:
-            too_much("The video's frames have more pixels", f"{rules.max_video_pixels} pixels per video")
+            too_much("The video's frames have too many pixels", f"{rules.max_video_pixels} pixels per video")
 
 
 def too_much(what: str, limit: str) -> NoReturn:
-    raise VLLMValidationError(f"{what}, more than the {limit} that this server takes: send less.")
+    raise VLLMValidationError(f"{what}, and this server takes at most {limit}: send less.")

@@ -234,17 +234,17 @@ def gif_bomb(frames: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "rules", "words"),
     [
-        (png_header(50_000, 50_000), {}, "more pixels, more than the 89478485 pixels"),
-        (png_header(10_000, 9_000), {}, "pixels, more than the 89478485 pixels"),
+        (png_header(50_000, 50_000), {}, "too many pixels, and this server takes at most 89478485 pixels"),
+        (png_header(10_000, 9_000), {}, "pixels, and this server takes at most 89478485 pixels"),
         (png_header(2**31 - 1, 2**31 - 1), {}, "pixels"),
-        (png_header(100, 1), {"max_pixels": 99}, "100×1 pixels, more than the 99 pixels"),
+        (png_header(100, 1), {"max_pixels": 99}, "100×1 pixels, and this server takes at most 99 pixels"),
         (b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 30000, 30000, 1, 24, *[0] * 6), {}, "pixels"),
         (ico(png_header(5000, 5000)), {"max_pixels": 1_000_000}, ""),
-        (animated("GIF", 5), {"max_frames": 4}, "more frames, more than the 4 frames"),
-        (animated("PNG", 5), {"max_frames": 4}, "more frames"),
-        (animated("WEBP", 5), {"max_frames": 4}, "more frames"),
-        (animated("TIFF", 5), {"max_frames": 4}, "more frames"),
-        (gif_bomb(40_000), {}, "more frames, more than the 36000 frames"),
+        (animated("GIF", 5), {"max_frames": 4}, "too many frames, and this server takes at most 4 frames"),
+        (animated("PNG", 5), {"max_frames": 4}, "too many frames"),
+        (animated("WEBP", 5), {"max_frames": 4}, "too many frames"),
+        (animated("TIFF", 5), {"max_frames": 4}, "too many frames"),
+        (gif_bomb(40_000), {}, "too many frames, and this server takes at most 36000 frames"),
     ],
     ids=["bomb", "large", "largest", "small limit", "bmp", "ico", "gif", "apng", "webp", "tiff", "gif bomb"],
 )
@@ -301,8 +301,8 @@ VIDEO = video_url(1, frames=8)  # 4 frames per second, 84×84
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
-        ({"max_frames": 7}, "has 8 frames, more than the 7 frames"),
-        ({"max_seconds": 1.9}, "takes 2.0 s, more than the 1.9 s"),
+        ({"max_frames": 7}, "has 8 frames, and this server takes at most 7 frames"),
+        ({"max_seconds": 1.9}, "takes 2.0 s, and this server takes at most 1.9 s"),
         ({"max_pixels": 84 * 84 - 1}, "84×84 pixels"),
         ({"max_video_pixels": 8 * 84 * 84 - 1}, "8 frames of the video have 56448 pixels"),
         ({"max_video_pixels": 4 * 84 * 84 - 1, "io_kwargs_": {"num_frames": 4}}, "4 frames of the video"),

@@ -124,7 +124,7 @@ def test_connection_is_reused_and_closed_without_a_warning() -> None:
         "http://0.0.0.0/a.png",
         "http://100.64.0.1/a.png",
         "http://224.0.0.1/a.png",
-        "http://127。0。0。1/a.png",  # noqa: RUF001  (IDN maps them to dots and digits)
+        "http://127。0。0。1/a.png",  # IDN maps these to dots, and the next to digits
         "http://①②⑦.0.0.1/a.png",
         "http://private.test/a.png",
         "http://PRIVATE.test./a.png",
@@ -535,7 +535,7 @@ def test_file_url_without_an_absolute_path_is_a_400(folder: Path, url: str) -> N
 
 
 def test_no_file_is_read_without_a_folder(folder: Path) -> None:
-    with pytest.raises(VLLMValidationError, match="`media.allowed_local_path`"):
+    with pytest.raises(VLLMValidationError, match=r"`media\.allowed_local_path`"):
         read(None, f"file://{folder}/a.png")
 
 
