@@ -4,11 +4,13 @@ Replica counts and ``autoscaling_config`` are Ray Serve's own and stand under ``
 when the application is built, so a mistake is a sentence at start-up and not a failing replica ten minutes later.
 """
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from yarl import URL
 
 DEMO_MODEL = "demo"
 """Name of the built-in model (see ``serve_app.demo``): tiny, random weights, made locally, no download."""
@@ -224,22 +226,64 @@ class KVConfig(Strict):
 
 
 class MediaConfig(Strict):
-    """What a client may send, and from where the ingress fetches it."""
+    """What a client may send, and from where the ingress fetches it. Limits are per item, whatever its URL."""
 
     allowed_local_path: Path | None = Field(
         None, description="Folder from which `file://` URLs are served. None: none."
     )
-    allowed_domains: list[str] = Field([], description="Hosts from which media is fetched. Empty: any.")
+    allowed_domains: list[str] = Field(
+        [],
+        description="Hosts from which media is fetched, redirects included: `example.org` is that host alone, "
+        "`.example.org` its subdomains too. Empty: any.",
+    )
+    allow_private_addresses: bool = Field(
+        False,
+        description="Fetch from private and loopback addresses too, an object store in the cluster for instance. Never "
+        "from link-local ones and the clouds' metadata services.",
+    )
     limits: dict[str, int] = Field({}, description="Items per request and modality. Empty: vLLM's own limits.")
     processor_kwargs: dict[str, Any] = Field({}, description="`mm_processor_kwargs`, min_pixels for instance.")
     io_kwargs: dict[str, dict[str, Any]] = Field({}, description="`media_io_kwargs`, video.num_frames for instance.")
     max_body_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="A larger request body is answered 413.")
-    fetch_timeout_s: float = Field(30.0, gt=0, description="Time to fetch one item from a URL.")
+    max_bytes: int = Field(128 * 1024 * 1024, ge=1024, description="Bytes of one item, as the URL gives them.")
+    max_pixels: int = Field(
+        89_478_485,  # where Pillow begins to warn of a decompression bomb: 256 MiB as RGB
+        ge=1,
+        description="Pixels of an image, or of one frame of a video.",
+    )
+    max_video_pixels: int = Field(
+        1_600_000_000,  # 768 frames, the most that Qwen-VL takes, at 1920×1080: 4.8 GB as RGB
+        ge=1,
+        description="Pixels of all frames together that are taken from one video.",
+    )
+    max_frames: int = Field(36_000, ge=1, description="Frames in a video's file, or in an animated image.")
+    max_seconds: float = Field(600.0, gt=0, description="Length of a video or a sound.")
+    max_redirects: int = Field(5, ge=0, description="Redirects that are followed for one item.")
+    fetch_timeout_s: float = Field(30.0, gt=0, description="Time to fetch one item from a URL, redirects included.")
 
     @field_validator("allowed_local_path")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path and path.expanduser().absolute()
+
+    @field_validator("allowed_domains")
+    @classmethod
+    def _canonical(cls, domains: list[str]) -> list[str]:
+        return [canonical_domain(domain) for domain in domains]
+
+
+def canonical_domain(domain: str) -> str:
+    """A host as the HTTP client names it: lower case, IDN in ASCII, no final dot; a leading dot stays."""
+    name = domain.removeprefix(".").removesuffix(".")
+    try:
+        url = URL(f"http://[{name}]/" if ":" in name else f"http://{name}/")
+        if not re.fullmatch(r"[^\s/?#@*]+", name) or url.raw_authority != url.host_subcomponent:
+            raise ValueError(name)
+    except ValueError:
+        raise ValueError(
+            f"`media.allowed_domains: {domain}` is no host: write `example.org`, or `.example.org` for its subdomains too"
+        ) from None
+    return ("." if domain.startswith(".") else "") + str(url.raw_host)
 
 
 class EPDConfig(Strict):

@@ -11,7 +11,8 @@ import json
 import logging
 import uuid
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -32,6 +33,7 @@ from serve_app import media, trace
 from serve_app.client import EPDClient
 from serve_app.config import EPDConfig
 from serve_app.errors import ConfigError, EPDError
+from serve_app.media_fetch import Fetcher
 from serve_app.metrics import merge_metrics
 from serve_app.trace import Trace
 
@@ -107,16 +109,28 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe:
     folder = config.media.allowed_local_path
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
-    envs.VLLM_MEDIA_CONNECTOR = media.CONNECTOR
-    envs.VLLM_IMAGE_FETCH_TIMEOUT = envs.VLLM_VIDEO_FETCH_TIMEOUT = envs.VLLM_AUDIO_FETCH_TIMEOUT = (
-        config.media.fetch_timeout_s
-    )
+    fetcher = media.install(config.media)
     app = build_app(args, ("generate",), client.model_config)
+    app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)
     await init_app_state(client, app.state, args, ("generate",))
     drop = REPLACED | NOT_HERE.keys()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
     _add_routes(app, client, probe)
     return PipelineMiddleware(app, max_body_bytes=config.media.max_body_bytes)
+
+
+def _then_close(lifespan: Callable[[Any], AbstractAsyncContextManager[Any]], fetcher: Fetcher) -> Any:
+    """The app's life, with its connections to media servers closed at the end of it."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[Any]:
+        try:
+            async with lifespan(app) as state:
+                yield state
+        finally:
+            await fetcher.close()
+
+    return life
 
 
 def _add_routes(app: FastAPI, client: EPDClient, probe: Probe) -> None:

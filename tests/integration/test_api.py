@@ -120,8 +120,8 @@ BAD: dict[str, tuple[Any, tuple[int, ...], str]] = {
         "",
     ),
     "URL of an unknown scheme": (chat(text("Hi"), image_at("gopher://example.com/x"))[1], (400, 422), "URL"),
-    "unreachable URL": (chat(text("Hi"), image_at("http://127.0.0.1:1/x.png"))[1], (422,), "fetch"),
-    "host that does not exist": (chat(text("Hi"), image_at("http://nowhere.invalid/x.png"))[1], (422,), "fetch"),
+    "private URL": (chat(text("Hi"), image_at("http://127.0.0.1:1/x.png"))[1], (400,), "fetch"),
+    "host that does not exist": (chat(text("Hi"), image_at("http://nowhere.invalid/x.png"))[1], (400, 422), "fetch"),
     "file outside the allowed folder": (chat(text("Hi"), image_at("file:///etc/passwd"))[1], (400,), "folder"),
     "file reached through ..": (
         chat(text("Hi"), image_at(f"file://{REPOSITORY}/examples/../README.md"))[1],
