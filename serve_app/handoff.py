@@ -119,9 +119,10 @@ def distinct(items: tuple[Item, ...]) -> dict[str, int]:
 def without_pixels(prompt: Prompt, declared: Callable[[str], Collection[str]], encoded: Collection[str]) -> Prompt:
     """The prompt for an engine that gets the embeddings of the items ``encoded`` (hashes) through the EC connector.
 
-    An item that may still have to be encoded keeps its pixels. The others keep the fields that token positions depend on: those marked ``keep_on_cpu`` (M-RoPE grids) and those that the
-    model declares as placeholder metadata (``declared(modality)``). An item of a model that declares neither keeps all its
-    data: nothing says that its engine can do without.
+    An item that may still have to be encoded keeps its pixels. The others keep the fields that token positions depend on:
+    those marked ``keep_on_cpu`` (M-RoPE grids) and those that the model declares as placeholder metadata
+    (``declared(modality)``). An item of a model that declares neither keeps all its data: nothing says that its engine
+    can do without.
     """
     items = tuple(
         _metadata_only(item, declared(item.modality)) if item.hash in encoded else item for item in prompt.items

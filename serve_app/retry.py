@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from serve_app.config import RetryConfig
-from serve_app.errors import HandoffLost, StageError, StageUnavailable
+from serve_app.errors import HandoffLost, StageUnavailable
 
 
 @dataclass
@@ -63,8 +63,3 @@ class Retries:
     async def pause(self, attempt: int) -> None:
         """Wait before the next attempt: at random up to ``backoff_s``, doubled each time, so that not all come at once."""
         await asyncio.sleep(self._jitter(0, self._config.backoff_s * 2 ** (attempt - 1)))
-
-
-def retry_after_s(error: StageError) -> int:
-    """What to tell a client to wait: a replica takes some seconds to come back; a lost hand-off can be asked for at once."""
-    return 1 if isinstance(error, HandoffLost) else 5
