@@ -165,6 +165,8 @@ class SharedFolderECConnector(ECConnectorBase):
 
     def ensure_cache_available(self, request: Any, num_computed_tokens: int) -> bool:
         """False, and the request fails, when an item that is still to be read can be had from nowhere."""
+        if request.request_id in self._lost:  # vLLM fails it at the end of a step, and may schedule another first
+            return False
         self._request = request
         first_time = request.request_id not in self._pinned_by
         for feature in request.mm_features:

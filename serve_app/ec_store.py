@@ -303,7 +303,7 @@ class Evictor:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        while not self._closed:
+        while True:
             with contextlib.suppress(OSError):  # no folder yet, or the disk is away: the next pass looks again
                 done = self._store.evict()
                 if done is not None:
@@ -313,6 +313,8 @@ class Evictor:
                         self._left = done.left_bytes
             self._wake.wait(self._interval_s)
             self._wake.clear()
+            if self._closed:
+                return
 
 
 # ---- files
