@@ -134,16 +134,15 @@ class SharedFolderECConnector(ECConnectorBase):
                 self.save_caches(encoder_cache, identifier)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
-        """Write an item. Never raises for the folder's sake: the reply of the encoder leaves out what is not there."""
+        """Write an item. What cannot be written fails no step: the encoder's reply leaves out what is not there."""
         if not self.is_producer:
             return
-        with gpu_sync_allowed():
-            tensor = encoder_cache[mm_hash].detach().cpu().contiguous()
-        rows, width = tensor.shape
-        data = memoryview(tensor.flatten().view(torch.uint8).numpy())
         try:
-            self._store.put(self._prefix + mm_hash, data, Shape(rows, width, DTYPE_NAMES[tensor.dtype]))
-        except OSError as error:
+            with gpu_sync_allowed():
+                tensor = encoder_cache[mm_hash].detach().cpu().contiguous()
+            shape = Shape(*tensor.shape, DTYPE_NAMES[tensor.dtype])
+            self._store.put(self._prefix + mm_hash, memoryview(tensor.flatten().view(torch.uint8).numpy()), shape)
+        except (OSError, TypeError, KeyError) as error:  # disk full; not two-dimensional; not of floats
             logger.error("Could not write the embedding of item %s: %s", mm_hash, error)
 
     def _load(self, encoder_cache: dict[str, torch.Tensor]) -> None:

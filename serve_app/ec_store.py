@@ -115,7 +115,8 @@ class FolderStore:
     def put(self, identifier: str, data: bytes | bytearray | memoryview, shape: Shape) -> int:
         """Write an item, unless a whole one of this shape is there. Returns the bytes of the file, 0 if none was written.
 
-        Raises ``OSError`` when it cannot be written (disk full); nothing is left behind then.
+        Raises ``OSError`` when it cannot be written (disk full); nothing is left behind then. Not synced: a file that a
+        crash of the machine has cut short is seen as broken by whoever opens it.
         """
         if self.shape(identifier) == shape:
             return 0
@@ -189,7 +190,7 @@ class FolderStore:
         Goes down to nine tenths of ``max_bytes``, so that the next write does not need it again. Pinned items and those
         within their lease stay, whatever the bounds say. Also removes what dead writers left in ``tmp/``.
 
-        Cost: one look at each file (about 5 µs on a local disk). Never call it per write: see ``Evictor``.
+        Cost: one look at each file (about 10 µs on a local disk). Never call it per write: see ``Evictor``.
         """
         with self._sole() as now:
             if now is None:

@@ -456,6 +456,15 @@ def test_zeros_have_the_shape_of_the_item() -> None:
     assert Load(Shape(0, 3, "F32"), bytearray()).tensor().shape == (0, 3)
 
 
+@pytest.mark.parametrize("tensor", [torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.int32)], ids=["3-d", "int"])
+def test_what_is_no_embedding_is_not_written_and_fails_no_step(
+    demo_vllm_config: Any, tmp_path: Path, tensor: torch.Tensor
+) -> None:
+    worker = connector(demo_vllm_config, tmp_path, Stage.ENCODER, ECConnectorRole.WORKER)
+    worker.save_caches({"A": tensor}, "A")
+    assert os.listdir(tmp_path) == []
+
+
 def test_only_encoders_write(demo_vllm_config: Any, tmp_path: Path) -> None:
     worker = connector(demo_vllm_config, tmp_path, Stage.DECODE, ECConnectorRole.WORKER)
     worker.save_caches({"A": embedding("A", 2)}, "A")
