@@ -140,9 +140,10 @@ class SharedFolderECConnector(ECConnectorBase):
         try:
             with gpu_sync_allowed():
                 tensor = encoder_cache[mm_hash].detach().cpu().contiguous()
-            shape = Shape(*tensor.shape, DTYPE_NAMES[tensor.dtype])
-            self._store.put(self._prefix + mm_hash, memoryview(tensor.flatten().view(torch.uint8).numpy()), shape)
-        except (OSError, TypeError, KeyError) as error:  # disk full; not two-dimensional; not of floats
+            rows, width = tensor.shape
+            data = memoryview(tensor.flatten().view(torch.uint8).numpy())
+            self._store.put(self._prefix + mm_hash, data, Shape(rows, width, DTYPE_NAMES[tensor.dtype]))
+        except (OSError, ValueError, KeyError) as error:  # disk full; not two-dimensional; not of floats
             logger.error("Could not write the embedding of item %s: %s", mm_hash, error)
 
     def _load(self, encoder_cache: dict[str, torch.Tensor]) -> None:
