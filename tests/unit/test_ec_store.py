@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serve_app import ec_store
 from serve_app.ec_store import BrokenItem, Evictor, FolderStore, OpenItem, Shape
 from tests.unit.ec_work import CONTENTS, MAX_BYTES, NAMES
 
@@ -264,6 +265,26 @@ def test_pinned_item_stays_until_the_last_pin_goes(tmp_path: Path) -> None:
     assert store.evict() == (0, 0, FILE_BYTES)
     second.close()
     assert store.evict() == (1, FILE_BYTES, 0)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_item_that_goes_between_open_and_pin_is_not_there(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    """A pin on a file that has no name any more would protect nobody else's."""
+    store.put("A", DATA, SHAPE)
+    pin, calls = ec_store._pin, []
+
+    def late(fd: int) -> bool:
+        calls.append(fd)
+        if len(calls) == 1:
+            store.path("A").unlink()
+            if anew:
+                store.put("A", DATA[:8], Shape(1, 2, "F32"))
+        return pin(fd)
+
+    monkeypatch.setattr(ec_store, "_pin", late)
+    assert store.shape("A") == (Shape(1, 2, "F32") if anew else None)
 
 
 def test_item_that_is_used_while_others_look_for_prey_stays(store: FolderStore) -> None:
