@@ -41,8 +41,9 @@ class Ingress:
 
     async def _stages_ready(self) -> None:
         async with asyncio.timeout(self._config.startup_timeout_s):
-            while any(state != "healthy" for state in (await self._probe()).values()):
-                await asyncio.sleep(0.2)  # noqa: ASYNC110  (Serve's controller has no event to wait for)
+            # Serve's controller has no event to wait for.
+            while any(state != "healthy" for state in (await self._probe()).values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
 
     async def _probe(self) -> dict[str, str]:
         """State per stage, as Serve's controller and the replicas themselves tell it; asked at most once a second."""

@@ -6,11 +6,13 @@ items. Nothing of a request is kept here after its last token, so any ingress re
 
 import asyncio
 import contextvars
+import math
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from vllm.config import VllmConfig
@@ -24,13 +26,31 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from serve_app import handoff, trace
 from serve_app.config import EPDConfig, Stage
-from serve_app.engine import ENCODE_PARAMS, from_engine_input
+from serve_app.encoding import Encoded, EncodeStage
+from serve_app.engine import from_engine_input
 from serve_app.errors import BadRequest, EPDError, HandoffLost, StageError, StageTimeout
-from serve_app.handoff import Chunk, EncodeReply, PrefillReply, Prompt, StageRequest
+from serve_app.handoff import Chunk, PrefillReply, StageRequest
+from serve_app.retry import Retries
 from serve_app.routing import StageHandle
 from serve_app.trace import Trace
 
+T = TypeVar("T")
 TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """By when a request has its first token: a time of the event loop, and the seconds it had from the start."""
+
+    at: float
+    seconds: float
+
+    async def within(self, stage: Stage, work: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout_at(self.at):
+                return await work
+        except TimeoutError:
+            raise StageTimeout(stage, f"did not answer within {self.seconds:g} s") from None
 
 
 class EPDClient(EngineClient):
@@ -45,6 +65,11 @@ class EPDClient(EngineClient):
         self._config = config
         self._declared: dict[str, frozenset[str]] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        self._retries = Retries(config.retry)
+        encoder = stages.get(Stage.ENCODER)
+        self._encoders: EncodeStage | None = None
+        if encoder is not None:
+            self._encoders = EncodeStage(encoder, config.encode, config.ec.uses_folder, self._declared_fields)
 
     # ---- the pipeline
 
@@ -80,12 +105,13 @@ class EPDClient(EngineClient):
         }
         try:
             request = self._admit(prompt, sampling_params, request_id, options)
+            self._retries.accepted()
             record.rendered = record.rendered or time.perf_counter()
             record.items += len(request.prompt.items)
             record.prompt_tokens += len(request.prompt.token_ids)
-            deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
-            encoded = await self._within(deadline, Stage.ENCODER, self._encode(request, record))
-            choices = [self._choice(request, encoded, index, deadline, record) for index in range(sampling_params.n)]
+            seconds = min(record.timeout_s or math.inf, self._config.request_timeout_s)
+            deadline = Deadline(asyncio.get_running_loop().time() + seconds, seconds)
+            choices = [self._choice(request, index, deadline, record) for index in range(sampling_params.n)]
             text = prompt_text if prompt_text is not None else extract_prompt_components(self.model_config, prompt)[0]
             assembled = assemble(request, text, merge(choices))
             async with aclosing(assembled):
@@ -101,6 +127,8 @@ class EPDClient(EngineClient):
         for key in TRANSFER_KEYS:
             if params.extra_args and key in params.extra_args:
                 raise BadRequest(f"`{key}` is passed between the stages of this server and cannot be set by a client.")
+        if params.prompt_logprob_token_ids is not None:
+            raise BadRequest("`prompt_logprob_token_ids` is not passed on between stages: ask for `prompt_logprobs`.")
         self.input_processor.process_inputs(
             request_id, prompt, params, supported_tasks=("generate",), lora_request=options["lora_request"]
         )
@@ -109,52 +137,52 @@ class EPDClient(EngineClient):
             rendered = handoff.salted(rendered, rendered.cache_salt)
         return StageRequest(request_id, rendered, params, options)
 
-    async def _encode(self, request: StageRequest, record: Trace) -> dict[str, Any] | None:
-        """Encode the items of a prompt, one call per distinct item, all at the same time.
-
-        Returns ``ec_transfer_params`` for the consumers; None where no encoder is needed.
-        """
-        prompt = request.prompt
-        encoder = self.stages.get(Stage.ENCODER)
-        if encoder is None or not prompt.items:
-            return None
-
-        async def encode(index: int) -> EncodeReply:
-            call = StageRequest(
-                handoff.child_id(request.request_id, index),
-                handoff.for_encoder(prompt, index),
-                ENCODE_PARAMS,
-                {"lora_request": request.options["lora_request"], "priority": request.options["priority"]},
-            )
-            reply: EncodeReply = await encoder.call("encode", call)
-            record.saw(Stage.ENCODER, reply.replica)
-            return reply
-
-        try:
-            async with asyncio.TaskGroup() as group:  # one failure cancels the others
-                tasks = {i: group.create_task(encode(i)) for i in handoff.distinct(prompt.items).values()}
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        try:
-            merged = handoff.merge_ec_params({i: task.result() for i, task in tasks.items()}, prompt)
-        except ValueError as error:
-            raise HandoffLost(Stage.ENCODER, f"gave an unusable answer: {error}") from error
-        record.encoded = time.perf_counter()
-        return merged
-
     async def _choice(
-        self, request: StageRequest, encoded: dict[str, Any] | None, index: int, deadline: float, record: Trace
+        self, request: StageRequest, index: int, deadline: Deadline, record: Trace
     ) -> AsyncGenerator[Chunk]:
-        """Prefill and decode one choice. Each has its own hand-off: ``kv_transfer_params`` are used once."""
-        prompt = request.prompt if encoded is None else handoff.without_pixels(request.prompt, self._declared_fields)
-        prefilled = await self._within(deadline, Stage.PREFILL, self._prefill(request, prompt, encoded, record))
+        """Encode, prefill and decode one choice, again from the start while nothing was sent and a retry may help.
+
+        Each attempt has hand-offs of its own: ``kv_transfer_params`` are used once. Where embeddings were lost twice, the
+        next attempt does without encoders.
+        """
+        attempt = lost = 0
+        while True:
+            attempt += 1
+            encoded, begun = Encoded(request.prompt, None), False
+            try:
+                if lost < 2:
+                    encoded = await deadline.within(Stage.ENCODER, self._encode(request, record))
+                async with aclosing(self._attempt(request, encoded, index, deadline, record)) as chunks:
+                    async for chunk in chunks:
+                        begun = True
+                        yield chunk
+                return
+            except StageError as error:
+                if isinstance(error, HandoffLost) and encoded.hashes and self._encoders is not None:
+                    lost += 1
+                    self._encoders.forget(encoded.hashes)
+                if begun or not self._retries.allow(error, attempt):
+                    raise
+                record.rung(f"{error.stage}-again")
+                await deadline.within(error.stage, self._retries.pause(attempt))
+
+    async def _encode(self, request: StageRequest, record: Trace) -> Encoded:
+        """Where no encoder is needed the prompt goes on as it is."""
+        if self._encoders is None or not request.prompt.items:
+            return Encoded(request.prompt, None)
+        try:
+            return await self._encoders.encode(request, record)
+        except ExceptionGroup as failures:  # of the items; the first has cancelled the others
+            raise failures.exceptions[0] from None
+
+    async def _attempt(
+        self, request: StageRequest, encoded: Encoded, index: int, deadline: Deadline, record: Trace
+    ) -> AsyncGenerator[Chunk]:
+        """One prefill and one decode."""
+        prefilled = await deadline.within(Stage.PREFILL, self._prefill(request, encoded, record))
         kv = prefilled.kv_transfer_params if prefilled else None
-        decode = StageRequest(
-            request.request_id,
-            prompt,
-            handoff.decode_params(request.params, kv, encoded, index),
-            request.options,
-        )
+        params = handoff.decode_params(request.params, kv, encoded.ec_transfer_params, index)
+        decode = StageRequest(request.request_id, encoded.prompt, params, request.options)
         pulled = False
         stream = self.stages[Stage.DECODE].stream("generate", decode)
         try:
@@ -163,7 +191,7 @@ class EPDClient(EngineClient):
                     try:
                         # Only the first token has a deadline: from then on the client sees what comes.
                         coming = anext(stream)
-                        chunk, replica = await (coming if pulled else self._within(deadline, Stage.DECODE, coming))
+                        chunk, replica = await (coming if pulled else deadline.within(Stage.DECODE, coming))
                     except StopAsyncIteration:
                         return
                     record.saw(Stage.DECODE, replica)
@@ -176,15 +204,12 @@ class EPDClient(EngineClient):
             if kv is not None and not pulled:
                 self._release(request.request_id, kv)
 
-    async def _prefill(
-        self, request: StageRequest, prompt: Prompt, encoded: dict[str, Any] | None, record: Trace
-    ) -> PrefillReply | None:
+    async def _prefill(self, request: StageRequest, encoded: Encoded, record: Trace) -> PrefillReply | None:
         prefill = self.stages.get(Stage.PREFILL)
         if prefill is None:
             return None
-        call = StageRequest(
-            request.request_id, prompt, handoff.prefill_params(request.params, encoded), request.options
-        )
+        params = handoff.prefill_params(request.params, encoded.ec_transfer_params)
+        call = StageRequest(request.request_id, encoded.prompt, params, request.options)
         reply: PrefillReply = await prefill.call("prefill", call)
         record.saw(Stage.PREFILL, reply.replica)
         record.prefilled = time.perf_counter()
@@ -199,13 +224,6 @@ class EPDClient(EngineClient):
         task = asyncio.get_running_loop().create_task(_quietly(call), context=contextvars.Context())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-    async def _within(self, deadline: float, stage: Stage, work: Any) -> Any:
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await work
-        except TimeoutError:
-            raise StageTimeout(stage, f"did not answer within {self._config.request_timeout_s:g} s") from None
 
     def _declared_fields(self, modality: str) -> frozenset[str]:
         """Fields that the model declares as placeholder metadata of a modality; empty for models that declare none."""

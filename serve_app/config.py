@@ -4,11 +4,13 @@ Replica counts and ``autoscaling_config`` are Ray Serve's own and stand under ``
 when the application is built, so a mistake is a sentence at start-up and not a failing replica ten minutes later.
 """
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from yarl import URL
 
 DEMO_MODEL = "demo"
 """Name of the built-in model (see ``serve_app.demo``): tiny, random weights, made locally, no download."""
@@ -205,6 +207,40 @@ class ECConfig(Strict):
         return self
 
 
+class EncodeConfig(Strict):
+    """Which items go to an encoder, and how often."""
+
+    min_embeds: int = Field(
+        0, ge=0, description="Smaller items (visual or audio tokens) are encoded by prefill itself."
+    )
+    max_outstanding_embeds: int = Field(
+        131072,
+        ge=0,
+        description="With more embeddings asked of encoders and not answered, prefill encodes. 0: no limit.",
+    )
+    attempts: int = Field(2, ge=1, description="Encoder replicas tried for an item before prefill encodes it.")
+    timeout_s: float = Field(30.0, gt=0, description="Time for one attempt.")
+    retry_encoders_after_s: float = Field(
+        5.0, ge=0, description="Time for which prefill encodes everything once all attempts for an item failed."
+    )
+    remember_s: float = Field(
+        300.0, ge=0, description="Time for which an item that is encoded is not sent again (folder connectors)."
+    )
+    remember_items: int = Field(4096, ge=0, description="As many items are remembered by an ingress replica.")
+    affinity_headroom: float = Field(
+        1.25, ge=1, description="A repeated item goes to the same replica while that has at most this × the mean work."
+    )
+
+
+class RetryConfig(Strict):
+    """How often a request is tried again before its first token."""
+
+    attempts: int = Field(3, ge=1, description="Times that a choice is prefilled and decoded at most. 1: no retry.")
+    ratio: float = Field(0.2, ge=0, description="Retries per request that all requests of an ingress replica may use.")
+    floor_per_s: float = Field(3.0, ge=0, description="Retries per second that are always there.")
+    backoff_s: float = Field(0.05, ge=0, description="Longest wait before the first retry; doubles, with jitter.")
+
+
 class KVConfig(Strict):
     """How KV blocks move from prefill to decode."""
 
@@ -218,22 +254,64 @@ class KVConfig(Strict):
 
 
 class MediaConfig(Strict):
-    """What a client may send, and from where the ingress fetches it."""
+    """What a client may send, and from where the ingress fetches it. Limits are per item, whatever its URL."""
 
     allowed_local_path: Path | None = Field(
         None, description="Folder from which `file://` URLs are served. None: none."
     )
-    allowed_domains: list[str] = Field([], description="Hosts from which media is fetched. Empty: any.")
+    allowed_domains: list[str] = Field(
+        [],
+        description="Hosts from which media is fetched, redirects included: `example.org` is that host alone, "
+        "`.example.org` its subdomains too. Empty: any.",
+    )
+    allow_private_addresses: bool = Field(
+        False,
+        description="Fetch from private and loopback addresses too, an object store in the cluster for instance. Never "
+        "from link-local ones and the clouds' metadata services.",
+    )
     limits: dict[str, int] = Field({}, description="Items per request and modality. Empty: vLLM's own limits.")
     processor_kwargs: dict[str, Any] = Field({}, description="`mm_processor_kwargs`, min_pixels for instance.")
     io_kwargs: dict[str, dict[str, Any]] = Field({}, description="`media_io_kwargs`, video.num_frames for instance.")
     max_body_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="A larger request body is answered 413.")
-    fetch_timeout_s: float = Field(30.0, gt=0, description="Time to fetch one item from a URL.")
+    max_bytes: int = Field(128 * 1024 * 1024, ge=1024, description="Bytes of one item, as the URL gives them.")
+    max_pixels: int = Field(
+        89_478_485,  # where Pillow begins to warn of a decompression bomb: 256 MiB as RGB
+        ge=1,
+        description="Pixels of an image, or of one frame of a video.",
+    )
+    max_video_pixels: int = Field(
+        1_600_000_000,  # 768 frames, the most that Qwen-VL takes, at 1920×1080: 4.8 GB as RGB
+        ge=1,
+        description="Pixels of all frames together that are taken from one video.",
+    )
+    max_frames: int = Field(36_000, ge=1, description="Frames in a video's file, or in an animated image.")
+    max_seconds: float = Field(600.0, gt=0, description="Length of a video or a sound.")
+    max_redirects: int = Field(5, ge=0, description="Redirects that are followed for one item.")
+    fetch_timeout_s: float = Field(30.0, gt=0, description="Time to fetch one item from a URL, redirects included.")
 
     @field_validator("allowed_local_path")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path and path.expanduser().absolute()
+
+    @field_validator("allowed_domains")
+    @classmethod
+    def _canonical(cls, domains: list[str]) -> list[str]:
+        return [canonical_domain(domain) for domain in domains]
+
+
+def canonical_domain(domain: str) -> str:
+    """A host as the HTTP client names it: lower case, IDN in ASCII, no final dot; a leading dot stays."""
+    name = domain.removeprefix(".").removesuffix(".")
+    try:
+        url = URL(f"http://[{name}]/" if ":" in name else f"http://{name}/")
+        if not re.fullmatch(r"[^\s/?#@*]+", name) or url.raw_authority != url.host_subcomponent:
+            raise ValueError(name)
+    except ValueError:
+        raise ValueError(
+            f"`media.allowed_domains: {domain}` is no host: write `example.org`, or `.example.org` for its subdomains too"
+        ) from None
+    return ("." if domain.startswith(".") else "") + str(url.raw_host)
 
 
 class EPDConfig(Strict):
@@ -250,7 +328,9 @@ class EPDConfig(Strict):
     decode: StageConfig = StageConfig()
     ingress_cpus: float | None = Field(None, ge=0, description="CPUs that one ingress replica claims from Ray.")
     ec: ECConfig = ECConfig()
+    encode: EncodeConfig = EncodeConfig()
     kv: KVConfig = KVConfig()
+    retry: RetryConfig = RetryConfig()
     media: MediaConfig = MediaConfig()
     api: dict[str, Any] = Field(
         {}, description="Arguments of vLLM's API server by name: chat_template, tool_call_parser, api_key and so on."
@@ -297,6 +377,8 @@ class EPDConfig(Strict):
             raise ValueError(
                 "`ec:` has no effect without an encoder stage: leave it out, or do not set `encoder: null`"
             )
+        if self.encoder is None and "encode" in self.model_fields_set:
+            raise ValueError("`encode:` has no effect without an encoder stage: leave it out")
         if self.prefill is None and "kv" in self.model_fields_set:
             raise ValueError("`kv:` has no effect without a prefill stage: leave it out, or do not set `prefill: null`")
         if self.encoder is not None and self.accelerator is Accelerator.CPU and self.ec.connector == "ECCPUConnector":
@@ -304,10 +386,12 @@ class EPDConfig(Strict):
                 "`ec.connector: ECCPUConnector` needs a GPU (Triton): use SharedFolderECConnector on the CPU"
             )
         for stage, config in self.stages.items():
-            share, fraction = config.engine_args.get("gpu_memory_utilization"), config.gpus_per_replica
+            key = f"{stage}.engine_args" if "gpu_memory_utilization" in config.engine_args else "engine_args"
+            share = (self.engine_args | config.engine_args).get("gpu_memory_utilization")
+            fraction = config.gpus_per_replica
             if share is not None and fraction is not None and 0 < fraction < 1 and share > fraction:
                 raise ValueError(
-                    f"`{stage}.engine_args.gpu_memory_utilization: {share}` is more than the share of the card that "
+                    f"`{key}.gpu_memory_utilization: {share}` is more than the share of the card that "
                     f"`{stage}.gpus_per_replica: {fraction}` claims: the other stages on that card would not fit"
                 )
         return self

@@ -12,6 +12,8 @@
 ``client.py`` turns them into vLLM's own exceptions, whose HTTP mapping the OpenAI app has already.
 """
 
+from pydantic import ValidationError
+
 from serve_app.config import Stage
 
 
@@ -22,12 +24,18 @@ class EPDError(Exception):
 class ConfigError(EPDError):
     """A configuration that cannot run; the message names the key and what to do."""
 
+    @classmethod
+    def of(cls, error: ValidationError) -> "ConfigError":
+        """One line per mistake: the key, and what is wrong with it."""
+        mistakes = [
+            f"{'.'.join(map(str, mistake['loc'])) or 'args'}: {mistake['msg'].removeprefix('Value error, ')}"
+            for mistake in error.errors()
+        ]
+        return cls("The configuration under `args:` cannot be used.\n  " + "\n  ".join(mistakes))
+
 
 class StageError(EPDError):
-    """A stage could not do its part of one request.
-
-    ``request_error`` marks a fault of the request itself (its message goes to the client with status 400).
-    """
+    """A stage could not do its part of one request."""
 
     status = 503
 

@@ -6,14 +6,16 @@
 - routes that would hand a client's own features or transfer parameters to an engine answer 400.
 """
 
+import asyncio
 import json
 import logging
 import uuid
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,6 +33,7 @@ from serve_app import media, trace
 from serve_app.client import EPDClient
 from serve_app.config import EPDConfig
 from serve_app.errors import ConfigError, EPDError
+from serve_app.media_fetch import Fetcher
 from serve_app.metrics import merge_metrics
 from serve_app.trace import Trace
 
@@ -43,12 +46,13 @@ SERVER_ARGS = frozenset(
 
 NOT_HERE = {
     "/inference/v1/generate": "it takes features and transfer parameters from outside, and an engine that lacks them dies",
+    "/inference/v1/abort_requests": "a request ends everywhere when its client closes the connection",
     "/v1/load_lora_adapter": "LoRA adapters are not passed on to the stages",
     "/v1/unload_lora_adapter": "LoRA adapters are not passed on to the stages",
     "/scale_elastic_ep": "stages scale by `deployments:` in the Serve config",
     "/is_scaling_elastic_ep": "stages scale by `deployments:` in the Serve config",
 }
-REPLACED = {"/health", "/metrics", "/start_profile", "/stop_profile"}
+REPLACED = {"/health", "/ping", "/metrics", "/start_profile", "/stop_profile"}
 
 
 def check_api_args(api: dict[str, Any]) -> None:
@@ -105,11 +109,9 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe:
     folder = config.media.allowed_local_path
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
-    envs.VLLM_MEDIA_CONNECTOR = media.CONNECTOR
-    envs.VLLM_IMAGE_FETCH_TIMEOUT = envs.VLLM_VIDEO_FETCH_TIMEOUT = envs.VLLM_AUDIO_FETCH_TIMEOUT = (
-        config.media.fetch_timeout_s
-    )
+    fetcher = media.install(config.media)
     app = build_app(args, ("generate",), client.model_config)
+    app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)
     await init_app_state(client, app.state, args, ("generate",))
     drop = REPLACED | NOT_HERE.keys()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
@@ -117,8 +119,24 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe:
     return PipelineMiddleware(app, max_body_bytes=config.media.max_body_bytes)
 
 
+def _then_close(lifespan: Callable[[Any], AbstractAsyncContextManager[Any]], fetcher: Fetcher) -> Any:
+    """The app's life, with its connections to media servers closed at the end of it."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[Any]:
+        try:
+            async with lifespan(app) as state:
+                yield state
+        finally:
+            await fetcher.close()
+
+    return life
+
+
 def _add_routes(app: FastAPI, client: EPDClient, probe: Probe) -> None:
     @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
     async def health() -> JSONResponse:
         """200 only when every stage can serve."""
         stages = await probe()
@@ -153,7 +171,10 @@ def _add_routes(app: FastAPI, client: EPDClient, probe: Probe) -> None:
 
     @app.post("/start_profile")
     async def start_profile(request: Request) -> JSONResponse:
-        overrides = json.loads(await request.body() or b"{}")
+        try:
+            overrides = json.loads(await request.body() or b"{}")
+        except ValueError:
+            overrides = None
         if not isinstance(overrides, dict):
             return error_response(400, "The body must be a JSON object.")
         allowed = ("profile_prefix", "delay_iterations", "max_iterations")
@@ -183,8 +204,18 @@ def error_response(status: int, message: str, kind: str = "BadRequestError") -> 
     )
 
 
-class BodyTooLarge(Exception):
-    pass
+def positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError(text)
+    return number
+
+
+class BodyTooLarge(HTTPException):
+    """An HTTPException, because FastAPI makes a 400 of whatever else ``receive`` raises."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(413, f"The request body is larger than the {limit_bytes} bytes that this server takes.")
 
 
 class PipelineMiddleware:
@@ -205,21 +236,29 @@ class PipelineMiddleware:
         request_id = headers.get("x-request-id") or uuid.uuid4().hex
         headers["x-request-id"] = request_id  # vLLM's servings read it from there; Serve's proxy echoes it
         record = Trace(request_id)
+        timeout = headers.get("x-request-timeout-s")
+        if timeout is not None:
+            try:
+                record.timeout_s = positive(timeout)
+            except ValueError:
+                message = f"The header x-request-timeout-s must be a positive number of seconds, not {timeout[:40]!r}."
+                return await error_response(400, message)(scope, receive, send)
         reply = _HeldReply(send, record, anthropic=scope["path"].startswith("/v1/messages"))
         if int(headers.get("content-length") or 0) > self.max_body_bytes:
-            return await self._too_large(scope, receive, reply)
+            error = BodyTooLarge(self.max_body_bytes)
+            return await error_response(413, error.detail, "RequestEntityTooLarge")(scope, receive, reply)
         token = trace.current.set(record)
         try:
             await self.app(scope, self._limited(receive), reply)
-        except BodyTooLarge:
-            await self._too_large(scope, receive, reply)
-        except BaseException as error:
-            reply.status = reply.status or type(error).__name__
+        except BodyTooLarge as error:
+            await error_response(413, error.detail, "RequestEntityTooLarge")(scope, receive, reply)
+        except asyncio.CancelledError:
+            reply.status = "cancelled"
             raise
         finally:
             trace.current.reset(token)
             if record.rendered is not None:
-                logger.info(record.line(reply.status or "cancelled"))
+                logger.info(record.line(reply.status or "failed"))
 
     def _limited(self, receive: Receive) -> Receive:
         received = 0
@@ -229,14 +268,10 @@ class PipelineMiddleware:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_body_bytes:
-                raise BodyTooLarge
+                raise BodyTooLarge(self.max_body_bytes)
             return message
 
         return limited
-
-    async def _too_large(self, scope: Scope, receive: Receive, reply: "_HeldReply") -> None:
-        message = f"The request body is larger than the {self.max_body_bytes} bytes that this server takes."
-        await error_response(413, message, "RequestEntityTooLarge")(scope, receive, reply)
 
 
 class _HeldReply:
@@ -256,8 +291,9 @@ class _HeldReply:
             return
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self._tell(MutableHeaders(raw=message["headers"]), message["status"])
             event_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
-            self._holding = event_stream and not self._trace.decided.is_set()
+            self._holding = event_stream and self._trace.first_token is None
         if self._holding:
             self._held.append(message)
             if not self._trace.decided.is_set() and message.get("more_body", True):
@@ -266,10 +302,21 @@ class _HeldReply:
             if self._trace.error is not None and self._trace.first_token is None:
                 return await self._replace()
             held, self._held = self._held, []
+            self._tell(MutableHeaders(raw=held[0]["headers"]), held[0]["status"])
             for earlier in held:
                 await self._send(earlier)
             return
         await self._send(message)
+
+    def _tell(self, headers: MutableHeaders, status: int) -> None:
+        """Where the time went, which rungs of the failure ladder ran, and when to come again. Called again when more is
+        known: the start of a stream is held until its first token."""
+        if times := self._trace.stage_times():
+            headers["server-timing"] = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in times.items())
+        if self._trace.rungs:
+            headers["x-epd-rungs"] = ",".join(self._trace.rungs)
+        if status in (429, 503):
+            headers["retry-after"] = "1"
 
     async def _replace(self) -> None:
         """Answer with the failure's own status instead of the stream that had not begun."""
@@ -278,6 +325,7 @@ class _HeldReply:
         body = create_error_response(self._trace.error)
         self.status = body.error.code
         start = next(message for message in self._held if message["type"] == "http.response.start")
+        self._tell(MutableHeaders(raw=start["headers"]), body.error.code)
         kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-type", b"content-length")]
         content = translate_error_response(body).body if self._anthropic else body.model_dump_json().encode()
         await self._send(

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from serve_app.config import DEMO_MODEL, GPU_MODEL, Accelerator, EPDConfig, Stage, StageConfig
 from serve_app.errors import ConfigError
 
@@ -72,15 +74,17 @@ def resolve(config: EPDConfig, cluster: Cluster) -> Resolved:
         reason += f"; model: {model}, because none is named"
     else:
         reason += f"; model: {model}, as configured"
-    stages = fit_gpus(config.stages, accelerator, cluster)
-    cpus = cpus_per_replica(len(stages) + 1, cluster)
+    cpus = cpus_per_replica(len(config.stages) + 1, cluster)
     decided: dict[str, Any] = {"accelerator": accelerator, "model": model}
     if config.ingress_cpus is None:
         decided["ingress_cpus"] = cpus
-    for stage, stage_config in stages.items():
-        open_cpus = {} if stage_config.cpus_per_replica is not None else {"cpus_per_replica": cpus}
-        decided[stage.value] = stage_config.model_dump(exclude_unset=True) | open_cpus
-    return Resolved(EPDConfig.model_validate(config.model_dump(exclude_unset=True) | decided), reason)
+    try:
+        for stage, stage_config in fit_gpus(config, accelerator, cluster).items():
+            open_cpus = {} if stage_config.cpus_per_replica is not None else {"cpus_per_replica": cpus}
+            decided[stage.value] = stage_config.model_dump(exclude_unset=True) | open_cpus
+        return Resolved(EPDConfig.model_validate(config.model_dump(exclude_unset=True) | decided), reason)
+    except ValidationError as error:
+        raise ConfigError.of(error) from None
 
 
 def cpus_per_replica(deployments: int, cluster: Cluster) -> float:
@@ -88,33 +92,30 @@ def cpus_per_replica(deployments: int, cluster: Cluster) -> float:
     return 1.0 if cluster.elastic or cluster.cpus >= 2 * deployments else 0.1
 
 
-def fit_gpus(
-    stages: Mapping[Stage, StageConfig], accelerator: Accelerator, cluster: Cluster
-) -> dict[Stage, StageConfig]:
+def fit_gpus(config: EPDConfig, accelerator: Accelerator, cluster: Cluster) -> dict[Stage, StageConfig]:
     """Fill in ``gpus_per_replica`` where it is open: whole cards where there are enough, shares where there are not.
 
+    An engine on a share of a card takes that share of its memory, unless told otherwise.
     Raises ``ConfigError`` when one replica of each stage needs more cards than the cluster has.
     """
+    stages = config.stages
     if accelerator is Accelerator.CPU:
         return {s: c if c.gpus_per_replica is not None else _claim(c, 0) for s, c in stages.items()}
-    open_stages = [s for s, c in stages.items() if c.gpus_per_replica is None]
-    simple = len(open_stages) == len(stages) and all(c.world_size == 1 for c in stages.values())
+    all_open = all(c.gpus_per_replica is None and c.world_size == 1 for c in stages.values())
     shares: Mapping[Stage, float] = {}
-    if simple and not cluster.elastic and cluster.gpus < len(stages):
-        if cluster.gpus == 1:
-            shares = SHARES_OF_ONE.get(tuple(stages), {})
-        elif cluster.gpus == 2:
-            shares = SHARES_OF_TWO
+    if all_open and not cluster.elastic and cluster.gpus < len(stages):
+        shares = {1: SHARES_OF_ONE.get(tuple(stages), {}), 2: SHARES_OF_TWO}.get(int(cluster.gpus), {})
+    memory_is_open = "gpu_memory_utilization" not in config.engine_args
     fitted = {}
-    for stage, config in stages.items():
-        if config.gpus_per_replica is not None:
-            fitted[stage] = config
-        elif stage in shares and shares[stage] < 1:
-            # 5 % of the card stay free for what engines use besides their own share.
-            memory = {"gpu_memory_utilization": round(shares[stage] * 0.95, 3)} | config.engine_args
-            fitted[stage] = _claim(config.model_copy(update={"engine_args": memory}), shares[stage])
-        else:
-            fitted[stage] = _claim(config, float(config.world_size))
+    for stage, stage_config in stages.items():
+        gpus = stage_config.gpus_per_replica
+        if gpus is None:
+            gpus = shares.get(stage, float(stage_config.world_size))
+        if 0 < gpus < 1 and memory_is_open:
+            # 5 % of the share stay free for what engines use besides.
+            memory = {"gpu_memory_utilization": round(gpus * 0.95, 3)} | stage_config.engine_args
+            stage_config = stage_config.model_copy(update={"engine_args": memory})
+        fitted[stage] = _claim(stage_config, gpus)
     needed = sum(c.gpus_per_replica or 0 for c in fitted.values())
     if needed > cluster.gpus + 1e-6 and not cluster.elastic:
         claims = ", ".join(f"{s} {c.gpus_per_replica:g}" for s, c in fitted.items())
@@ -126,7 +127,9 @@ def fit_gpus(
 
 
 def _claim(config: StageConfig, gpus: float) -> StageConfig:
-    return StageConfig.model_validate(config.model_dump(exclude_unset=True) | {"gpus_per_replica": gpus})
+    # model_copy leaves what it updates out of the fields that were set.
+    changed = {"engine_args": config.engine_args} if config.engine_args else {}
+    return StageConfig.model_validate(config.model_dump(exclude_unset=True) | changed | {"gpus_per_replica": gpus})
 
 
 def actor_options(config: StageConfig, accelerator: Accelerator) -> dict[str, Any]:

@@ -25,20 +25,23 @@ class StageHandle:
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call one replica. Cancelling the caller cancels the call, and with it the replica's engine request."""
-        response = getattr(self._unary, method).remote(*args)
+        response = None
         try:
+            response = getattr(self._unary, method).remote(*args)
             return await response
         except asyncio.CancelledError:
-            response.cancel()
+            if response is not None:
+                response.cancel()
             raise
         except Exception as error:
             raise to_stage_error(self.stage, error) from error
 
     async def stream(self, method: str, *args: Any) -> AsyncGenerator[Any]:
         """Stream from one replica; closing the iterator early cancels the call."""
-        response = getattr(self._stream, method).remote(*args)
+        response = None
         finished = False
         try:
+            response = getattr(self._stream, method).remote(*args)
             async for item in response:
                 yield item
             finished = True
@@ -46,7 +49,7 @@ class StageHandle:
             finished = True
             raise to_stage_error(self.stage, error) from error
         finally:
-            if not finished:  # a stream from a handle has no aclose()
+            if response is not None and not finished:  # a stream from a handle has no aclose()
                 response.cancel()
 
     async def broadcast(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[Any]:

@@ -105,7 +105,7 @@ SAMPLING: dict[str, Case] = {
         image(17),
         tools=[WEATHER],
         tool_choice={"type": "function", "function": {"name": "weather"}},
-        max_tokens=60,
+        max_tokens=200,
     ),
     "tools, auto": chat(text("Weather?"), tools=[WEATHER], tool_choice="auto"),
     "completion": completion("Once upon a time"),

@@ -102,11 +102,16 @@ def kill_all(mark: str) -> None:
             process.kill()
 
 
+def default_sigint() -> None:
+    """A shell that started pytest in the background made it, and all below it, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def start(command: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
-    environment = (
-        os.environ | {"EPD_TEST_MARK": str(log), "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local"} | (env or {})
-    )
+    environment = dict(os.environ)
+    environment |= {"EPD_TEST_MARK": str(log), "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local", "RAY_DEDUP_LOGS": "0"}
+    environment |= env or {}
     environment.pop("PYTEST_CURRENT_TEST", None)
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -116,8 +121,7 @@ def start(command: list[str], port: int, log: Path, env: dict[str, str] | None =
             env=environment,
             cwd=REPOSITORY,
             start_new_session=True,
-            # A shell that started pytest in the background made it, and all below it, ignore Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=default_sigint,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:

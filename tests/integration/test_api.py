@@ -1,12 +1,14 @@
 """The API of a running E+P+D application with two replicas of each stage, through the clients that people use."""
 
 import base64
+import json
 import re
 from typing import Any
 
 import anthropic
 import openai
 import pytest
+import requests
 
 from tests.integration.answers import events
 from tests.integration.cases import CITY, LONG, WEATHER, chat, image, one_of_many, text
@@ -34,14 +36,15 @@ def test_openai_chat(client: openai.OpenAI) -> None:
 
 def test_openai_tools(client: openai.OpenAI) -> None:
     named = {"type": "function", "function": {"name": "weather"}}
-    options: dict[str, Any] = {"tools": [WEATHER], "tool_choice": named, "max_tokens": 60, "temperature": 0}
+    options: dict[str, Any] = {"tools": [WEATHER], "tool_choice": named, "max_tokens": 200, "temperature": 0}
     answer = client.chat.completions.create(model="demo", messages=QUESTION, **options)
     assert answer.choices[0].message.tool_calls, answer
     call = answer.choices[0].message.tool_calls[0].function  # type: ignore[index, union-attr]
     stream = client.chat.completions.create(model="demo", messages=QUESTION, stream=True, **options)
     deltas = [d for chunk in stream for d in chunk.choices[0].delta.tool_calls or []]
     assert call.name == deltas[0].function.name == "weather"
-    assert call.arguments == "".join(d.function.arguments or "" for d in deltas) != ""
+    streamed = "".join(d.function.arguments or "" for d in deltas)
+    assert json.loads(call.arguments) == json.loads(streamed) == {"city": "London", "days": 1}
 
 
 def test_openai_structured_output(client: openai.OpenAI) -> None:
@@ -117,8 +120,8 @@ BAD: dict[str, tuple[Any, tuple[int, ...], str]] = {
         "",
     ),
     "URL of an unknown scheme": (chat(text("Hi"), image_at("gopher://example.com/x"))[1], (400, 422), "URL"),
-    "unreachable URL": (chat(text("Hi"), image_at("http://127.0.0.1:1/x.png"))[1], (422,), "fetch"),
-    "host that does not exist": (chat(text("Hi"), image_at("http://nowhere.invalid/x.png"))[1], (422,), "fetch"),
+    "private URL": (chat(text("Hi"), image_at("http://127.0.0.1:1/x.png"))[1], (400,), "fetch"),
+    "host that does not exist": (chat(text("Hi"), image_at("http://nowhere.invalid/x.png"))[1], (400, 422), "fetch"),
     "file outside the allowed folder": (chat(text("Hi"), image_at("file:///etc/passwd"))[1], (400,), "folder"),
     "file reached through ..": (
         chat(text("Hi"), image_at(f"file://{REPOSITORY}/examples/../README.md"))[1],
@@ -312,7 +315,8 @@ def test_client_gone_in_the_stream_frees_all(epd: Server) -> None:
     epd.wait_until(lambda: holds_nothing(epd), "the engines to be idle", 40)
     path, body = chat(text("Describe."), image(1), max_tokens=3500, ignore_eos=True, stream=True)
     response = epd.session.post(epd.url + path, json=body, stream=True, timeout=60)
-    next(response.iter_content(64))
+    chunks = response.iter_content(64)  # kept: requests closes the connection when it is gone
+    next(chunks)
     epd.wait_until(lambda: epd.metric("vllm:num_requests_running", stage="decode") == 1, "decode to run", 10)
     response.close()
     epd.wait_until(lambda: holds_nothing(epd), "the request to be aborted and its blocks freed", 10)
@@ -320,14 +324,14 @@ def test_client_gone_in_the_stream_frees_all(epd: Server) -> None:
 
 def test_client_gone_before_the_first_token_frees_all(epd: Server) -> None:
     epd.wait_until(lambda: holds_nothing(epd), "the engines to be idle", 40)
-    aborted = epd.metric("vllm:request_success_total", finished_reason="abort")
-    path, body = chat(text(LONG * 4), *[image(i, (448, 448)) for i in range(2000, 2006)], stream=False, max_tokens=3)
-    for timeout_s in (0.02, 0.05, 0.1, 0.2, 0.3, 0.4):
-        with pytest.raises(openai.APITimeoutError):
-            openai.OpenAI(base_url=epd.url + "/v1", api_key="none", max_retries=0, timeout=timeout_s).post(
-                path.removeprefix("/v1"), body=body, cast_to=object
-            )
+    path, body = chat(text(LONG * 4), *[image(i, (448, 448)) for i in range(2000, 2006)], stream=False, max_tokens=1)
+    left = 0
+    for step in range(12):
+        try:
+            epd.session.post(epd.url + path, json=body, timeout=0.04 * (step + 1))
+        except requests.Timeout:
+            left += 1
+    assert left >= 3, "the client was too patient to leave before the first token"
     # Well below the 30 s after which prefill would free its blocks by itself.
     epd.wait_until(lambda: holds_nothing(epd), "the requests to be aborted and their blocks freed", 20)
-    assert epd.metric("vllm:request_success_total", finished_reason="abort") >= aborted
     assert events(epd.post(*chat(text("Hi"), stream=True)))

@@ -1,4 +1,8 @@
-"""Audio through encode → prefill → decode, with a tiny Qwen2-Audio: `audio_url` and `input_audio`."""
+"""Audio through encode → prefill → decode, with a tiny Qwen2-Audio: `audio_url` and `input_audio`.
+
+Its application also has what is configured rarely: a reasoning parser (this model's whole answer is reasoning to it), and
+prefill that pushes its blocks.
+"""
 
 import base64
 from collections.abc import Iterator
@@ -41,7 +45,7 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "model": str(model),
         "served_model_name": "demo",
         "accelerator": "cpu",
-        "engine_args": engine | {"kv_cache_memory_bytes": 1 << 27},
+        "engine_args": engine | {"kv_cache_memory_bytes": 1 << 27, "reasoning_parser": "deepseek_r1"},
         "media": {"limits": {"audio": 2}},
     }
 
@@ -66,7 +70,7 @@ def stream_case() -> Case:
 def server(
     args: dict[str, Any], audio_baseline: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    with serve_run(tmp_path_factory.mktemp("audio"), args) as server:
+    with serve_run(tmp_path_factory.mktemp("audio"), args | {"kv": {"connector": "NixlPushConnector"}}) as server:
         yield server
 
 
@@ -79,6 +83,11 @@ def test_answers_as_one_engine(server: Server, audio_baseline: dict[str, Any], n
 
 def test_streams_as_one_engine(server: Server, audio_baseline: dict[str, Any]) -> None:
     assert differences(gather(events(server.post(*stream_case()))), audio_baseline["stream"]) == []
+
+
+def test_reasoning_is_told_apart(server: Server) -> None:
+    message = server.post(*CASES["audio_url"]).json()["choices"][0]["message"]
+    assert message["reasoning"] and not message["content"]
 
 
 def test_another_sound_gives_other_tokens(audio_baseline: dict[str, Any]) -> None:

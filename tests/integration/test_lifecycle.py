@@ -17,7 +17,16 @@ import yaml
 
 from serve_app.transfer import free_ports
 from tests.integration.cases import chat, image, text
-from tests.integration.servers import REPOSITORY, Server, engine_pids, kill_all, marked_processes, serve_run, wait_gone
+from tests.integration.servers import (
+    REPOSITORY,
+    Server,
+    default_sigint,
+    engine_pids,
+    kill_all,
+    marked_processes,
+    serve_run,
+    wait_gone,
+)
 
 BIN = Path(sys.executable).parent
 ASK = chat(text("Describe."), image(1))
@@ -25,7 +34,10 @@ ASK = chat(text("Describe."), image(1))
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve_run(tmp_path_factory.mktemp("lifecycle"), {"prefill": None}) as server:
+    """E+PD with the reference's connector for embeddings."""
+    folder = tmp_path_factory.mktemp("lifecycle")
+    ec = {"connector": "ECExampleConnector", "storage_path": str(folder / "ec")}
+    with serve_run(folder, {"prefill": None, "ec": ec}) as server:
         yield server
 
 
@@ -45,7 +57,7 @@ def recovers(server: Server, deployment: str, old: int) -> bool:
 def test_killed_replica_takes_its_engine_along_and_is_replaced(server: Server, deployment: str) -> None:
     before = server.post(*ASK).json()["choices"]
     replica, below = replica_tree(server, deployment)
-    assert len(below) >= 2, "an engine core and a worker"
+    assert below, "an engine core"
     os.kill(replica.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(below, timeout=15)
     assert not alive, f"outlived their replica: {alive}"
@@ -55,7 +67,7 @@ def test_killed_replica_takes_its_engine_along_and_is_replaced(server: Server, d
 
 def test_crashed_engine_makes_its_replica_unhealthy_and_serve_replaces_it(server: Server) -> None:
     replica, below = replica_tree(server, "Decode")
-    core = next(process for process in below if "EngineCore" in (" ".join(process.cmdline()) or process.name()))
+    core = max(below, key=lambda process: process.memory_info().rss)  # the others are multiprocessing's helpers
     core.kill()
     server.wait_until(lambda: not server.healthy(), "the health to show it", 60)
     states = server.get("/health").json()
@@ -88,6 +100,7 @@ def test_no_gpu_where_one_is_asked_for_fails_at_once(tmp_path: Path) -> None:
             text=True,
             env=environment,
             cwd=REPOSITORY,
+            preexec_fn=default_sigint,
         )
         began = time.monotonic()
         seen = ""
@@ -117,6 +130,7 @@ class Cluster:
         self.http_port, gcs, dashboard = free_ports(3)
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self.environment = os.environ | {"EPD_TEST_MARK": self.mark, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
+        self.environment["RAY_AUTH_MODE"] = "disabled"  # else it depends on whether this user has a token
         head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=8", "--num-gpus=4"]
         self.run(BIN / "ray", "start", *head)
 
@@ -179,14 +193,14 @@ def test_deploy_claims_what_it_uses_and_shutdown_and_ray_stop_leave_nothing(tmp_
         claimed = ray.resources()
         assert claimed["GPU"] == pytest.approx(2.25)
         assert claimed["CPU"] == pytest.approx(3.5, abs=0.1)
-        assert len(ray.engines()) == 4
+        assert len(ray.engines()) == 2
 
         ray.run(BIN / "serve", "shutdown", "-y", "-a", ray.dashboard)
         server.wait_until(lambda: not ray.engines(), "all engines to end after `serve shutdown`", 60)
 
         server = ray.deploy(tmp_path, single(args))
         assert server.post(*ASK).status_code == 200
-        assert len(ray.engines()) == 2
+        assert len(ray.engines()) == 1
         ray.run(BIN / "ray", "stop")
         assert wait_gone(ray.mark) == []
 

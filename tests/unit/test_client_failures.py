@@ -9,9 +9,11 @@ import pytest
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 
+from serve_app import trace
 from serve_app.config import Stage
 from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageUnavailable
 from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
+from serve_app.trace import Trace
 from tests.fakes import FakePipeline
 from tests.unit.running import Make, background, generate, params, render, run
 
@@ -117,6 +119,26 @@ def test_failing_release_changes_nothing(make_client: Make) -> None:
     with pytest.raises(VLLMValidationError):
         generate(make_client, pipeline)
     assert len(pipeline.released()) == 1
+
+
+def test_release_runs_outside_the_context_of_the_request(make_client: Make) -> None:
+    """Serve would cancel it with the request that it cleans up after."""
+    seen: list[Trace | None] = []
+
+    async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+        raise BadRequest("no")
+        yield
+
+    async def release(request_id: str, kv: dict[str, Any]) -> None:
+        seen.append(trace.current.get())
+
+    token = trace.current.set(Trace("req"))
+    try:
+        with pytest.raises(VLLMValidationError):
+            generate(make_client, FakePipeline(generate=decode, release=release))
+    finally:
+        trace.current.reset(token)
+    assert seen == [None]
 
 
 def test_failing_choice_ends_the_others_and_gives_their_blocks_back(make_client: Make) -> None:

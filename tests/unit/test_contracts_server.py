@@ -28,12 +28,20 @@ def test_side_channel_addresses_are_read_from_the_environment(name: str) -> None
 
 @pytest.mark.parametrize(
     "name",
-    ["MEDIA_CONNECTOR", "IMAGE_FETCH_TIMEOUT", "VIDEO_FETCH_TIMEOUT", "AUDIO_FETCH_TIMEOUT", "CPU_KVCACHE_SPACE"],
+    [
+        "MEDIA_CONNECTOR",
+        "MAX_IMAGE_PIXELS",
+        "MAX_AUDIO_DECODE_DURATION_S",
+        "MAX_AUDIO_CLIP_FILESIZE_MB",
+        "CPU_KVCACHE_SPACE",
+    ],
 )
 def test_settings_that_the_ingress_writes_exist(name: str) -> None:
     from vllm import envs
 
-    assert f"VLLM_{name}" in envs.environment_variables, "serve_app/openai_app.py make_app, ingress_vllm_config"
+    assert f"VLLM_{name}" in envs.environment_variables, (
+        "serve_app/media.py install, media_check.py, openai_app.py ingress_vllm_config"
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,26 +141,38 @@ def test_routes_that_we_serve_or_refuse_are_vllms(vllm_routes: set[str]) -> None
     assert vllm_routes >= known, "serve_app/openai_app.py NOT_HERE, REPLACED"
 
 
-@pytest.mark.xfail(strict=True, reason="/inference/v1/abort_requests answers 200 and aborts nothing")
 def test_every_route_that_reaches_past_the_stages_is_refused(vllm_routes: set[str]) -> None:
     from serve_app.openai_app import NOT_HERE
 
     assert not {path for path in vllm_routes if path.startswith("/inference")} - NOT_HERE.keys()
 
 
-@pytest.mark.xfail(strict=True, reason="/ping is vLLM's health of the ingress alone: 200 with every stage down")
 def test_every_route_that_tells_health_speaks_for_the_stages(vllm_routes: set[str]) -> None:
     from serve_app.openai_app import REPLACED
 
     assert {"/health", "/ping"} & vllm_routes <= REPLACED
 
 
-def test_media_connectors_are_found_by_name() -> None:
-    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
+def test_media_connectors_are_made_by_name_with_these_arguments() -> None:
+    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+    from vllm.renderers import chat_utils
 
-    from serve_app.media import CONNECTOR, EPDMediaConnector
+    assert "MEDIA_CONNECTOR_REGISTRY.load(" in inspect.getsource(chat_utils), "serve_app/media.py install"
+    taken = {name for name in parameters(MediaConnector.__init__) if name not in ("self", "connection")}
+    assert taken == {"media_io_kwargs", "allowed_local_media_path", "allowed_media_domains"}, "serve_app/media.py"
+    assert hasattr(MEDIA_CONNECTOR_REGISTRY, "name2class"), "tests/unit/test_media.py"
 
-    assert isinstance(MEDIA_CONNECTOR_REGISTRY.load(CONNECTOR), EPDMediaConnector), "serve_app/media.py"
+
+def test_video_loaders_ask_one_method_which_frames_to_take() -> None:
+    """``media_check._limited`` overrides it to count them."""
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    without = [
+        name
+        for name, loader in VIDEO_LOADER_REGISTRY.name2class.items()
+        if not hasattr(loader, "compute_frames_index_to_sample")
+    ]
+    assert not without, "serve_app/media_check.py _limited"
 
 
 def test_nixl_takes_the_progress_thread_first_and_hides_its_delay() -> None:

@@ -68,7 +68,6 @@ def test_failure_after_the_first_token_passes_through() -> None:
     assert (client.status, client.body) == (200, b"one;error event")
 
 
-@pytest.mark.xfail(strict=True, reason="_HeldReply holds only what starts before the trace is decided")
 def test_failure_before_the_stream_starts_replaces_it_too() -> None:
     async def steps(send: Send) -> None:
         the_trace().fail(KeyError("early"))
@@ -122,22 +121,13 @@ async def echo_id(scope: Scope, receive: Receive, send: Send) -> None:
     await send(body(seen.encode(), more=False))
 
 
-def test_request_id_of_the_client_is_kept_and_echoed() -> None:
+def test_request_id_of_the_client_is_kept_for_the_engines() -> None:
     client = asyncio.run(Client(headers=[(b"x-request-id", b"mine")]).ask(echo_id))
-    assert (client.body, client.headers["x-request-id"]) == (b"mine", "mine")
+    assert client.body == b"mine"
+    assert "x-request-id" not in client.headers  # Serve's proxy adds it: a client would get it twice
 
 
 def test_request_without_an_id_gets_one_of_its_own() -> None:
     first, second = (asyncio.run(Client().ask(echo_id)) for _ in range(2))
-    assert first.headers["x-request-id"] == first.body.decode() != ""
+    assert first.body and second.body
     assert first.body != second.body
-
-
-def test_request_id_is_on_an_error_that_replaced_a_stream() -> None:
-    async def steps(send: Send) -> None:
-        await send(start())
-        the_trace().fail(KeyError("x"))
-        await send(body(b"", more=False))
-
-    client = asyncio.run(Client(headers=[(b"x-request-id", b"mine")]).ask(app_of(steps)))
-    assert client.headers["x-request-id"] == "mine"

@@ -95,10 +95,10 @@ def test_every_topology_fits_the_cards_that_there_are(topology: str, cards: int,
 
 
 def test_no_gpu_fits_none() -> None:
-    stages = EPDConfig().stages
-    assert [c.gpus_per_replica for c in fit_gpus(stages, Accelerator.CPU, CPU_ONLY).values()] == [0, 0, 0]
+    config = EPDConfig()
+    assert [c.gpus_per_replica for c in fit_gpus(config, Accelerator.CPU, CPU_ONLY).values()] == [0, 0, 0]
     with pytest.raises(ConfigError, match=r"needs 3 GPUs \(encoder 1, prefill 1, decode 1\).* has 0"):
-        fit_gpus(stages, Accelerator.CUDA, CPU_ONLY)
+        fit_gpus(config, Accelerator.CUDA, CPU_ONLY)
 
 
 def test_a_smaller_memory_share_of_the_stage_itself_is_kept() -> None:
@@ -165,7 +165,6 @@ def test_what_is_configured_survives_resolving() -> None:
     assert resolved.decode.cpus_per_replica == 0.1
 
 
-@pytest.mark.xfail(strict=True, reason="resolve() lets pydantic's ValidationError out of the second validation")
 @pytest.mark.parametrize(
     ("config", "cluster"),
     [
@@ -183,7 +182,6 @@ def test_mistake_that_shows_only_when_resolved_is_a_config_error(config: dict[st
         resolve(EPDConfig(**config), cluster)
 
 
-@pytest.mark.xfail(strict=True, reason="an engine on an explicit fraction takes vLLM's default 0.9 of the whole card")
 def test_explicit_fraction_of_a_card_limits_the_engine_to_it() -> None:
     config = EPDConfig(
         encoder={"gpus_per_replica": 0.25}, prefill={"gpus_per_replica": 0.25}, decode={"gpus_per_replica": 0.5}

@@ -63,6 +63,14 @@ def test_engines_on_the_cpu_do_not_compile() -> None:
     assert engine_args(compiled, Stage.DECODE, "m")["enforce_eager"] is False
 
 
+def test_worker_is_in_the_engines_own_process_only_alone_on_the_cpu() -> None:
+    key = "distributed_executor_backend"
+    config = on_cpu(decode={"engine_args": {"tensor_parallel_size": 2}})
+    assert engine_args(config, Stage.PREFILL, "m")[key].endswith(".UniProcExecutor")
+    assert engine_args(config, Stage.DECODE, "m")[key] == "mp"
+    assert key not in engine_args(on_gpus(decode={"engine_args": {"tensor_parallel_size": 2}}), Stage.DECODE, "m")
+
+
 @pytest.mark.parametrize("stage", list(Stage))
 @pytest.mark.parametrize("config", [on_cpu(), on_gpus()], ids=["cpu", "gpus"])
 def test_no_engine_has_a_processor_cache(config: EPDConfig, stage: Stage) -> None:

@@ -62,5 +62,12 @@ def test_line_of_a_request_that_reached_no_stage_ends_cleanly(status: int | str)
     assert line == line.rstrip()
 
 
+def test_line_of_a_failure_says_which() -> None:
+    record = Trace("r")
+    assert "error" not in record.line(200)
+    record.fail(ValueError("the decode stage is gone"))
+    assert record.line(503).endswith(' error="the decode stage is gone"')
+
+
 def test_outside_a_request_there_is_no_trace() -> None:
     assert current.get() is None
