@@ -132,7 +132,10 @@ class EPDClient(EngineClient):
         self.input_processor.process_inputs(
             request_id, prompt, params, supported_tasks=("generate",), lora_request=options["lora_request"]
         )
-        return StageRequest(request_id, from_engine_input(prompt), params, options)
+        rendered = from_engine_input(prompt)
+        if self._config.ec.salt_by_tenant:
+            rendered = handoff.salted(rendered, rendered.cache_salt)
+        return StageRequest(request_id, rendered, params, options)
 
     async def _choice(
         self, request: StageRequest, index: int, deadline: Deadline, record: Trace

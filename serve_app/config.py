@@ -155,8 +155,31 @@ class ECConfig(Strict):
     storage_path: Path | None = Field(
         None, description="Folder that all engines share, for folder connectors. None: epd-ec-cache in the temp folder."
     )
+    max_bytes: int = Field(
+        8 * 1024**3,
+        ge=1024**2,
+        description="Bytes that SharedFolderECConnector keeps in the folder; least recently used goes first.",
+    )
+    max_age_s: float = Field(
+        86_400.0, gt=0, description="Seconds after its last use when SharedFolderECConnector removes an embedding."
+    )
+    lease_s: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds after its last use in which an embedding is never removed: its request is on its way from "
+        "the encoder to prefill, and nobody there has pinned it yet.",
+    )
+    salt_by_tenant: bool = Field(
+        False,
+        description="Keep the embeddings of requests with another `cache_salt` apart: no tenant can use, or probe for, "
+        "what another has sent.",
+    )
     module_path: str | None = Field(None, description="Python module of a connector that vLLM does not know.")
     extra_config: dict[str, Any] = Field({}, description="`ec_connector_extra_config`, passed on as it is.")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        return {"max_bytes": self.max_bytes, "max_age_s": self.max_age_s, "lease_s": self.lease_s}
 
     @property
     def uses_folder(self) -> bool:
@@ -176,6 +199,11 @@ class ECConfig(Strict):
             )
         if self.storage_path is not None and not self.uses_folder and self.connector in known:
             raise ValueError(f"`ec.storage_path` has no effect with `ec.connector: {self.connector}`")
+        for key in self.bounds:
+            if key in self.model_fields_set and self.connector in known and self.connector != known[0]:
+                raise ValueError(f"`ec.{key}` has no effect with `ec.connector: {self.connector}`")
+        if self.lease_s > self.max_age_s:
+            raise ValueError(f"`ec.lease_s: {self.lease_s:g}` is longer than `ec.max_age_s: {self.max_age_s:g}`")
         return self
 
 

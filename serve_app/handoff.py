@@ -7,6 +7,7 @@ Sources: ``vllm/distributed/ec_transfer/ec_connector/utils.py`` (what a consumer
 ``vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py`` (the keys of ``kv_transfer_params``).
 """
 
+import hashlib
 import uuid
 from collections.abc import Callable, Collection
 from typing import Any
@@ -89,6 +90,23 @@ class Chunk(msgspec.Struct, frozen=True):
     stop_reason: int | str | None = None
     num_cached_tokens: int | None = None
     prompt_logprobs: Any | None = None
+
+
+def salted(prompt: Prompt, salt: str | None) -> Prompt:
+    """The prompt of a tenant whose items are its own: their hashes cover the salt too.
+
+    The hash is the item's name on every stage (encoder caches, EC connector, prefix caches), so a tenant neither gets nor
+    finds out about what was encoded for another. A keyed hash: from a name nobody can tell the salt or the content.
+    """
+    if not salt:
+        return prompt
+    secret = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=32).digest()
+
+    def own(item: Item) -> Item:
+        digest = hashlib.blake2b(item.hash.encode(errors="surrogatepass"), key=secret, digest_size=32).hexdigest()
+        return msgspec.structs.replace(item, hash=digest)
+
+    return msgspec.structs.replace(prompt, items=tuple(own(item) for item in prompt.items))
 
 
 def child_id(request_id: str, index: int) -> str:

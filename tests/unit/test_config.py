@@ -70,6 +70,11 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
     [
         ({"decode": None}, ["every topology has a decode stage", "`prefill:`"]),
         ({"encoder": None, "ec": {}}, ["`ec:` has no effect", "`encoder: null`"]),
+        (
+            {"ec": {"connector": "ECCPUConnector", "max_bytes": 1 << 30}, "accelerator": "cuda"},
+            ["`ec.max_bytes` has no effect with `ec.connector: ECCPUConnector`"],
+        ),
+        ({"ec": {"lease_s": 60, "max_age_s": 30}}, ["`ec.lease_s: 60` is longer than `ec.max_age_s: 30`"]),
         ({"prefill": None, "kv": {}}, ["`kv:` has no effect", "`prefill: null`"]),
         ({"accelerator": "cpu", "ec": {"connector": "ECCPUConnector"}}, ["ECCPUConnector` needs a GPU"]),
         (

@@ -8,6 +8,8 @@ import cloudpickle
 import msgspec
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
@@ -25,6 +27,7 @@ from serve_app.handoff import (
     for_encoder,
     merge_ec_params,
     prefill_params,
+    salted,
     without_pixels,
 )
 
@@ -69,6 +72,36 @@ def test_encoder_sees_which_placeholders_take_an_embedding() -> None:
     assert only.is_embed is mask
     assert only.num_embeds == 2
     assert qwen("A", 1, length=3).num_embeds == 3
+
+
+def names(prompt: Prompt) -> list[str]:
+    return [item.hash for item in prompt.items]
+
+
+def test_without_a_salt_an_item_keeps_its_name() -> None:
+    assert salted(PROMPT, None) is PROMPT
+    assert salted(PROMPT, "") is PROMPT
+
+
+def test_salt_changes_names_and_nothing_else() -> None:
+    own = salted(PROMPT, "tenant")
+    assert (own.token_ids, own.cache_salt) == (PROMPT.token_ids, PROMPT.cache_salt)
+    for before, after in zip(PROMPT.items, own.items, strict=True):
+        assert msgspec.structs.replace(after, hash=before.hash) == before
+    a, b, again = names(own)
+    assert a == again != b
+    assert names(salted(PROMPT, "tenant")) == names(own)
+
+
+@given(
+    first=st.tuples(st.text(min_size=1, max_size=5), st.text(max_size=5)),
+    second=st.tuples(st.text(min_size=1, max_size=5), st.text(max_size=5)),
+)
+@settings(deadline=None)
+def test_no_two_pairs_of_salt_and_item_have_a_name_in_common(first: tuple[str, str], second: tuple[str, str]) -> None:
+    one, other = (names(salted(Prompt([], (item(name, 0),)), salt)) for salt, name in (first, second))
+    assert (one == other) == (first == second)
+    assert names(Prompt([], (item(first[1], 0),))) != one  # nor with an unsalted one
 
 
 def test_repeated_item_is_named_once_at_its_first_place() -> None:
