@@ -55,6 +55,7 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "ray_actor_options": actor_options(stage_config, config.accelerator),
         "max_ongoing_requests": stage_config.max_ongoing_requests,
+        "max_queued_requests": stage_config.max_queued_requests,
     }
     if stage is Stage.ENCODER:
         options["request_router_config"] = RequestRouterConfig(

@@ -25,10 +25,11 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from serve_app import handoff, trace
+from serve_app.admission import Admission
 from serve_app.config import EPDConfig, Stage
 from serve_app.encoding import Encoded, EncodeStage
 from serve_app.engine import from_engine_input
-from serve_app.errors import BadRequest, EPDError, HandoffLost, StageError, StageTimeout
+from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout
 from serve_app.handoff import Chunk, PrefillReply, StageRequest
 from serve_app.retry import Retries
 from serve_app.routing import StageHandle
@@ -65,6 +66,7 @@ class EPDClient(EngineClient):
         self._config = config
         self._declared: dict[str, frozenset[str]] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        self._admission = Admission(config.admission)
         self._retries = Retries(config.retry)
         encoder = stages.get(Stage.ENCODER)
         self._encoders: EncodeStage | None = None
@@ -105,18 +107,18 @@ class EPDClient(EngineClient):
         }
         try:
             request = self._admit(prompt, sampling_params, request_id, options)
-            self._retries.accepted()
-            record.rendered = record.rendered or time.perf_counter()
-            record.items += len(request.prompt.items)
-            record.prompt_tokens += len(request.prompt.token_ids)
-            seconds = min(record.timeout_s or math.inf, self._config.request_timeout_s)
-            deadline = Deadline(asyncio.get_running_loop().time() + seconds, seconds)
-            choices = [self._choice(request, index, deadline, record) for index in range(sampling_params.n)]
             text = prompt_text if prompt_text is not None else extract_prompt_components(self.model_config, prompt)[0]
-            assembled = assemble(request, text, merge(choices))
-            async with aclosing(assembled):
-                async for output in assembled:
-                    yield output
+            with self._admission.admit(request.prompt.items):
+                record.rendered = record.rendered or time.perf_counter()
+                record.items += len(request.prompt.items)
+                record.prompt_tokens += len(request.prompt.token_ids)
+                self._retries.accepted()
+                seconds = min(record.timeout_s or math.inf, self._config.request_timeout_s)
+                deadline = Deadline(asyncio.get_running_loop().time() + seconds, seconds)
+                choices = [self._choice(request, index, deadline, record) for index in range(sampling_params.n)]
+                async with aclosing(assemble(request, text, merge(choices))) as outputs:
+                    async for output in outputs:
+                        yield output
         except Exception as error:
             mapped = to_vllm_error(error)
             record.fail(mapped)
@@ -243,6 +245,13 @@ class EPDClient(EngineClient):
     def dead_error(self) -> BaseException:
         return RuntimeError("the ingress has no engine that could die")
 
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """vLLM asks before it renders a prompt."""
+        try:
+            self._admission.check_request()
+        except Overloaded as error:
+            raise to_vllm_error(error) from error
+
     async def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
 
@@ -317,6 +326,8 @@ def to_vllm_error(error: Exception) -> Exception:
             mapped = GracefulHTTPError(str(error), HTTPStatus(error.status))
         case BadRequest():
             mapped = VLLMValidationError(str(error))
+        case Overloaded():
+            mapped = GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
         case EPDError():
             mapped = GracefulHTTPError(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
     return mapped

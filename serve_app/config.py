@@ -105,6 +105,9 @@ class StageConfig(Strict):
         {}, description="Environment variables of the replica and its engine, UCX_* for instance."
     )
     max_ongoing_requests: int = Field(256, ge=1, description="Calls that one replica takes at a time; more wait.")
+    max_queued_requests: int = Field(
+        1024, ge=-1, description="Calls that wait for a replica, per ingress replica; more are refused. -1: no limit."
+    )
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -232,6 +235,14 @@ class EncodeConfig(Strict):
     )
 
 
+class AdmissionConfig(Strict):
+    """What one ingress replica has under way at most; above that it answers 503 with Retry-After at once."""
+
+    max_requests: int = Field(1024, ge=1, description="Requests under way; a choice more does not count.")
+    max_items: int = Field(2048, ge=1, description="Media items of requests under way.")
+    max_media_bytes: int = Field(4 << 30, ge=1, description="Bytes of processed media of requests under way.")
+
+
 class RetryConfig(Strict):
     """How often a request is tried again before its first token."""
 
@@ -331,6 +342,7 @@ class EPDConfig(Strict):
     encode: EncodeConfig = EncodeConfig()
     kv: KVConfig = KVConfig()
     retry: RetryConfig = RetryConfig()
+    admission: AdmissionConfig = AdmissionConfig()
     media: MediaConfig = MediaConfig()
     api: dict[str, Any] = Field(
         {}, description="Arguments of vLLM's API server by name: chat_template, tool_call_parser, api_key and so on."
