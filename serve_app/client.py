@@ -61,6 +61,7 @@ class EPDClient(EngineClient):
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
+        refuse_client_ids(self.renderer)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self.stages = stages
         self._config = config
@@ -312,6 +313,22 @@ class EPDClient(EngineClient):
 
     async def resume_generation(self) -> None:
         raise not_disaggregated("Pausing generation")
+
+
+def refuse_client_ids(renderer: Any) -> None:
+    """Refuse the ``uuid`` that a client may give a media item.
+
+    vLLM takes it for the item's hash, and the hash is the key of an encoder cache that all clients share: a client could
+    put its own picture in the place of another's. Items are known by their content here.
+    """
+    process = renderer._process_mm_uuids
+
+    def checked(mm_data: Any, mm_data_items: Any, mm_uuid_items: Mapping[str, Any], mm_req_id: str) -> Any:
+        if any(uuid is not None for uuids in mm_uuid_items.values() for uuid in uuids or ()):
+            raise VLLMValidationError("`uuid` of a media item is not taken: items are known by their content here.")
+        return process(mm_data, mm_data_items, mm_uuid_items, mm_req_id)
+
+    renderer._process_mm_uuids = checked
 
 
 def not_disaggregated(what: str) -> VLLMValidationError:

@@ -58,7 +58,11 @@ class Load:
         for worker in self._workers:
             worker.join(DEADLINE_S + 10)
 
-    def since(self, moment: float) -> list[Outcome]:
+    def under_way_since(self, moment: float) -> list[Outcome]:
+        """Requests that ended after ``moment``, those included that had begun before."""
+        return [outcome for outcome in self.outcomes if outcome.began + outcome.seconds >= moment]
+
+    def begun_since(self, moment: float) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if outcome.began >= moment]
 
     def _work(self, seed: int) -> None:

@@ -155,6 +155,11 @@ BAD: dict[str, tuple[Any, tuple[int, ...], str]] = {
         (400,),
         "kv_transfer",
     ),
+    "an item with a name of the client's": (
+        chat(text("Hi"), {**image(1), "uuid": "0" * 64})[1],
+        (400,),
+        "known by their content",
+    ),
     "image embeddings": (chat({"type": "image_embeds", "image_embeds": "AAAA"})[1], (400,), ""),
 }
 
