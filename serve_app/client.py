@@ -115,7 +115,8 @@ class EPDClient(EngineClient):
                 record.prompt_tokens += len(request.prompt.token_ids)
                 self._retries.accepted()
                 seconds = min(record.timeout_s or math.inf, self._config.request_timeout_s)
-                deadline = Deadline(asyncio.get_running_loop().time() + seconds, seconds)
+                left = seconds - (time.perf_counter() - record.began)
+                deadline = Deadline(asyncio.get_running_loop().time() + left, seconds)
                 choices = [self._choice(request, index, deadline, record) for index in range(sampling_params.n)]
                 async with aclosing(assemble(request, text, merge(choices))) as outputs:
                     async for output in outputs:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from serve_app import handoff
@@ -87,15 +87,21 @@ class EncodeStage:
         prompt = request.prompt
         items = prompt.items
         order = sorted(handoff.distinct(items).values(), key=lambda index: -items[index].num_embeds)
-        at_encoder = []
+        at_encoder, taken = [], 0
         for index in order:
-            reason = encode_at_prefill(items[index].num_embeds, self.state, self.config, self.clock())
-            if reason is None or items[index].hash in self._known:
-                at_encoder.append(index)
-                if self.state.down:  # this item is the probe
-                    self.state.probe_at = self.clock() + self.config.timeout_s
-            else:
+            item, now = items[index], self.clock()
+            if self.shareable and (self._remembered(item.hash) or item.hash in self._flights):
+                at_encoder.append(index)  # costs the encoders nothing
+                continue
+            seen = replace(self.state, outstanding=self.state.outstanding + taken)
+            reason = encode_at_prefill(item.num_embeds, seen, self.config, now)
+            if reason is not None:
                 record.rung(f"encode-at-prefill({reason})")
+                continue
+            at_encoder.append(index)
+            taken += item.num_embeds
+            if self.state.down:  # this item is the probe
+                self.state.probe_at = now + self.config.timeout_s * self.config.attempts
         async with asyncio.TaskGroup() as group:
             tasks = {index: group.create_task(self._item(request, index, record)) for index in at_encoder}
         replies = {index: reply for index, task in tasks.items() if (reply := task.result()) is not None}

@@ -436,7 +436,6 @@ def test_shorter_deadline_of_client_and_server_holds(
     asyncio.run(main())
 
 
-@pytest.mark.xfail(strict=True, reason="the client's seconds count from the end of rendering, not from its request")
 def test_deadline_of_the_client_counts_from_the_beginning_of_its_request(make_client: Make) -> None:
     async def hang(request: StageRequest) -> PrefillReply:
         await asyncio.Event().wait()

@@ -143,7 +143,6 @@ def test_items_above_the_limit_of_work_are_encoded_by_prefill_until_there_is_roo
     asyncio.run(main())
 
 
-@pytest.mark.xfail(strict=True, reason="encode() asks the rule for all items before any of them counts as outstanding")
 def test_items_of_one_prompt_share_the_limit_of_work() -> None:
     bench = Bench(max_outstanding_embeds=10)
     result = asyncio.run(bench.encode(("a", 8), ("b", 8)))
@@ -569,7 +568,6 @@ def test_probe_whose_client_left_is_made_again_by_another_item() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.xfail(strict=True, reason="probe_at is one attempt ahead, and a probe makes encode.attempts of them")
 def test_there_is_one_probe_as_long_as_it_takes() -> None:
     async def main() -> None:
         go = asyncio.Event()
@@ -597,7 +595,6 @@ def test_there_is_one_probe_as_long_as_it_takes() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.xfail(strict=True, reason="encode() takes a remembered item for the probe and puts the real one off")
 def test_remembered_items_do_not_put_the_probe_off() -> None:
     async def main() -> None:
         bench = Bench(retry_encoders_after_s=5)
@@ -612,7 +609,6 @@ def test_remembered_items_do_not_put_the_probe_off() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.xfail(strict=True, reason="encode() sees that an item is in _known, and not that its time is over")
 def test_item_whose_time_is_over_is_not_sent_to_encoders_that_are_down() -> None:
     async def main() -> None:
         bench = Bench(remember_s=300, retry_encoders_after_s=5)
