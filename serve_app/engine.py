@@ -123,10 +123,6 @@ class StageEngine:
         if self._llm.errored:
             raise self._llm.dead_error
 
-    def stats(self) -> dict[str, float]:
-        """Numbers of this engine at this moment, by name."""
-        return {"unfinished_requests": self._llm.get_num_unfinished_requests()}
-
     def metrics(self) -> str:
         """vLLM's metrics in Prometheus' text format."""
         return str(generate_latest(REGISTRY).decode())

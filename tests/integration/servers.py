@@ -50,9 +50,6 @@ class Server:
                 total += float(line.rsplit(" ", 1)[1])
         return total
 
-    def metrics_total(self, name: str) -> float:
-        return self.metric(name)
-
     def processes(self) -> list[psutil.Process]:
         """All processes of this server: those that carry its mark in their environment."""
         return marked_processes(self.mark)

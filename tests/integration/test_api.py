@@ -248,6 +248,14 @@ def test_items_are_encoded_one_call_each_over_all_encoders(epd: Server) -> None:
     assert all(value > 0 for value in after)
 
 
+def test_item_that_is_encoded_is_not_sent_again(epd: Server) -> None:
+    """Two ingress replicas: each may send it once."""
+    before = epd.metric("vllm:request_success_total", stage="encoder")
+    answers = {str(epd.post(*chat(text("Describe."), image(4001))).json()["choices"]) for _ in range(8)}
+    assert len(answers) == 1
+    assert 1 <= epd.metric("vllm:request_success_total", stage="encoder") - before <= 2
+
+
 def test_both_replicas_of_each_stage_work(epd: Server) -> None:
     for index in range(12):
         assert epd.post(*one_of_many(index)).status_code == 200
@@ -274,7 +282,8 @@ def test_health_has_a_state_per_stage(epd: Server) -> None:
 
 def test_request_ids_reach_the_engines_and_the_log(epd: Server) -> None:
     request_id = "who-am-i-7"
-    response = epd.post(*chat(text("Describe."), image(1), image(2)), headers={"x-request-id": request_id})
+    # Pictures of its own: what this ingress knows to be encoded is not sent again.
+    response = epd.post(*chat(text("Describe."), image(3001), image(3002)), headers={"x-request-id": request_id})
     assert response.headers["x-request-id"] == request_id
     expected = [
         rf"Encoder.*Added request chatcmpl-{request_id}:0:\w{{6}}-",
