@@ -76,6 +76,13 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
+def marked_environment(mark: str) -> dict[str, str]:
+    """The environment of a server that shares nothing with others of this machine and whose processes can be found."""
+    own = {"EPD_TEST_MARK": mark, "RAY_ADDRESS": "local"}
+    # setproctitle writes the titles of engine processes over their environment, and with it over the mark.
+    return dict(os.environ) | own | {"SPT_NOENV": "1"}
+
+
 def marked_processes(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
@@ -106,9 +113,7 @@ def default_sigint() -> None:
 
 @contextlib.contextmanager
 def start(command: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
-    environment = dict(os.environ)
-    environment |= {"EPD_TEST_MARK": str(log), "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local", "RAY_DEDUP_LOGS": "0"}
-    environment |= env or {}
+    environment = marked_environment(str(log)) | {"PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"} | (env or {})
     environment.pop("PYTEST_CURRENT_TEST", None)
     with log.open("wb") as out:
         process = subprocess.Popen(
