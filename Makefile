@@ -21,6 +21,10 @@ serve: setup ## Serve (CONFIG=serve_config.yaml)
 test: setup ## Run the tests (ARGS="-k name -x")
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(ARGS)
 
+.PHONY: chaos
+chaos: setup ## Break things under load, 3 rounds (EPD_CHAOS_ROUNDS=n), and print what became of the requests
+	@PATH="$(CURDIR)/$(BIN):$$PATH" EPD_CHAOS_ROUNDS="$${EPD_CHAOS_ROUNDS:-3}" python -m pytest -s tests/chaos $(ARGS)
+
 .PHONY: check
 check: setup ## Check format, lint and types
 	$(BIN)/ruff format --check .

@@ -45,9 +45,6 @@ class EngineReplica:
         """Stage, replica and metrics in Prometheus' text format."""
         return self.stage, self.replica, self.engine.metrics()
 
-    def stats(self) -> dict[str, Any]:
-        return {"stage": self.stage, "replica": self.replica} | self.engine.stats()
-
     async def start_profile(self, overrides: dict[str, Any]) -> str:
         await self.engine.start_profile(**overrides)
         return self.replica

@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import EPDConfig, Stage
+from serve_app.errors import EPDError
 from serve_app.roles import ingress_args, model_path, replica_env
 from serve_app.routing import StageHandle
 
@@ -62,9 +63,21 @@ class Ingress:
         if deployment.replica_states.get("RUNNING", 0) == 0:
             scaled_to_zero = deployment.status.value == "HEALTHY"
             return "healthy" if scaled_to_zero else f"no replica ({deployment.status.value})"
+        return await self._asked(self._stages[stage])
+
+    async def _asked(self, stage: StageHandle) -> str:
+        """Whether one replica of a stage answers for its engine. Where one hangs, a broadcast has no answer at all: then
+        the router, which prefers those that respond, picks one."""
         try:
-            replies = await self._stages[stage].broadcast("check_health", timeout_s=5.0)
-        except Exception as error:
-            return f"unhealthy: {error}"
-        alive = [reply for reply in replies if not isinstance(reply, Exception)]
-        return "healthy" if alive else f"unhealthy: {replies[0] if replies else 'no replica'}"
+            replies = await stage.broadcast("check_health", timeout_s=2.0)
+            if any(not isinstance(reply, Exception) for reply in replies):
+                return "healthy"
+            return f"unhealthy: {replies[0] if replies else 'no replica'}"
+        except EPDError:
+            pass
+        try:
+            async with asyncio.timeout(5.0):
+                await stage.call("check_health")
+            return "healthy"
+        except (EPDError, TimeoutError) as error:
+            return f"unhealthy: {error or 'no replica answers'}"

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from deployments.decode import Decode
 from deployments.encoder import Encoder
@@ -40,18 +41,28 @@ def build_app(args: dict[str, Any]) -> Application:
     logger.info(f"EPD {config.topology}: {resolved.reason}")
 
     handles = {
-        stage.value: DEPLOYMENTS[stage]
-        .options(
-            ray_actor_options=actor_options(stage_config, config.accelerator),
-            max_ongoing_requests=stage_config.max_ongoing_requests,
-        )
-        .bind(config)
-        for stage, stage_config in config.stages.items()
+        stage.value: DEPLOYMENTS[stage].options(**stage_options(stage, config)).bind(config) for stage in config.stages
     }
     ingress: Any = Ingress  # the decorator made a deployment of the class
     ingress = ingress.options(ray_actor_options={"num_cpus": config.ingress_cpus}, max_ongoing_requests=1024)
     application: Application = ingress.bind(config, **handles)
     return application
+
+
+def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
+    """Ray Serve's options of a stage, besides what ``deployments:`` sets."""
+    stage_config = config.stages[stage]
+    options: dict[str, Any] = {
+        "ray_actor_options": actor_options(stage_config, config.accelerator),
+        "max_ongoing_requests": stage_config.max_ongoing_requests,
+        "max_queued_requests": stage_config.max_queued_requests,
+    }
+    if stage is Stage.ENCODER:
+        options["request_router_config"] = RequestRouterConfig(
+            request_router_class="serve_app.balance:LeastCostRouter",
+            request_router_kwargs={"headroom": config.encode.affinity_headroom},
+        )
+    return options
 
 
 def parse(args: dict[str, Any]) -> EPDConfig:

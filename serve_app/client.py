@@ -6,31 +6,52 @@ items. Nothing of a request is kept here after its last token, so any ingress re
 
 import asyncio
 import contextvars
+import math
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import RequestOutput
 from vllm.renderers import renderer_from_config
 from vllm.renderers.inputs.preprocess import extract_prompt_components
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from serve_app import handoff, trace
+from serve_app.admission import Admission
 from serve_app.config import EPDConfig, Stage
-from serve_app.engine import ENCODE_PARAMS, from_engine_input
-from serve_app.errors import BadRequest, EPDError, HandoffLost, StageError, StageTimeout
-from serve_app.handoff import Chunk, EncodeReply, PrefillReply, Prompt, StageRequest
+from serve_app.encoding import Encoded, EncodeStage
+from serve_app.engine import from_engine_input
+from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout
+from serve_app.handoff import Chunk, PrefillReply, StageRequest
+from serve_app.outputs import assemble, merge, with_prefill
+from serve_app.retry import Retries
 from serve_app.routing import StageHandle
 from serve_app.trace import Trace
 
+T = TypeVar("T")
 TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """By when a request has its first token: a time of the event loop, and the seconds it had from the start."""
+
+    at: float
+    seconds: float
+
+    async def within(self, stage: Stage, work: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout_at(self.at):
+                return await work
+        except TimeoutError:
+            raise StageTimeout(stage, f"did not answer within {self.seconds:g} s") from None
 
 
 class EPDClient(EngineClient):
@@ -40,11 +61,18 @@ class EPDClient(EngineClient):
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
+        refuse_client_ids(self.renderer)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self.stages = stages
         self._config = config
         self._declared: dict[str, frozenset[str]] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        self._admission = Admission(config.admission)
+        self._retries = Retries(config.retry)
+        encoder = stages.get(Stage.ENCODER)
+        self._encoders: EncodeStage | None = None
+        if encoder is not None:
+            self._encoders = EncodeStage(encoder, config.encode, config.ec.uses_folder, self._declared_fields)
 
     # ---- the pipeline
 
@@ -80,17 +108,19 @@ class EPDClient(EngineClient):
         }
         try:
             request = self._admit(prompt, sampling_params, request_id, options)
-            record.rendered = record.rendered or time.perf_counter()
-            record.items += len(request.prompt.items)
-            record.prompt_tokens += len(request.prompt.token_ids)
-            deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
-            encoded = await self._within(deadline, Stage.ENCODER, self._encode(request, record))
-            choices = [self._choice(request, encoded, index, deadline, record) for index in range(sampling_params.n)]
             text = prompt_text if prompt_text is not None else extract_prompt_components(self.model_config, prompt)[0]
-            assembled = assemble(request, text, merge(choices))
-            async with aclosing(assembled):
-                async for output in assembled:
-                    yield output
+            with self._admission.admit(request.prompt.items):
+                record.rendered = record.rendered or time.perf_counter()
+                record.items += len(request.prompt.items)
+                record.prompt_tokens += len(request.prompt.token_ids)
+                self._retries.accepted()
+                seconds = min(record.timeout_s or math.inf, self._config.request_timeout_s)
+                left = seconds - (time.perf_counter() - record.began)
+                deadline = Deadline(asyncio.get_running_loop().time() + left, seconds)
+                choices = [self._choice(request, index, deadline, record) for index in range(sampling_params.n)]
+                async with aclosing(assemble(request, text, merge(choices))) as outputs:
+                    async for output in outputs:
+                        yield output
         except Exception as error:
             mapped = to_vllm_error(error)
             record.fail(mapped)
@@ -106,54 +136,57 @@ class EPDClient(EngineClient):
         self.input_processor.process_inputs(
             request_id, prompt, params, supported_tasks=("generate",), lora_request=options["lora_request"]
         )
-        return StageRequest(request_id, from_engine_input(prompt), params, options)
-
-    async def _encode(self, request: StageRequest, record: Trace) -> dict[str, Any] | None:
-        """Encode the items of a prompt, one call per distinct item, all at the same time.
-
-        Returns ``ec_transfer_params`` for the consumers; None where no encoder is needed.
-        """
-        prompt = request.prompt
-        encoder = self.stages.get(Stage.ENCODER)
-        if encoder is None or not prompt.items:
-            return None
-
-        async def encode(index: int) -> EncodeReply:
-            call = StageRequest(
-                handoff.child_id(request.request_id, index),
-                handoff.for_encoder(prompt, index),
-                ENCODE_PARAMS,
-                {"lora_request": request.options["lora_request"], "priority": request.options["priority"]},
-            )
-            reply: EncodeReply = await encoder.call("encode", call)
-            record.saw(Stage.ENCODER, reply.replica)
-            return reply
-
-        try:
-            async with asyncio.TaskGroup() as group:  # one failure cancels the others
-                tasks = {i: group.create_task(encode(i)) for i in handoff.distinct(prompt.items).values()}
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        try:
-            merged = handoff.merge_ec_params({i: task.result() for i, task in tasks.items()}, prompt)
-        except ValueError as error:
-            raise HandoffLost(Stage.ENCODER, f"gave an unusable answer: {error}") from error
-        record.encoded = time.perf_counter()
-        return merged
+        rendered = from_engine_input(prompt)
+        if self._config.ec.salt_by_tenant:
+            rendered = handoff.salted(rendered, rendered.cache_salt)
+        return StageRequest(request_id, rendered, params, options)
 
     async def _choice(
-        self, request: StageRequest, encoded: dict[str, Any] | None, index: int, deadline: float, record: Trace
+        self, request: StageRequest, index: int, deadline: Deadline, record: Trace
     ) -> AsyncGenerator[Chunk]:
-        """Prefill and decode one choice. Each has its own hand-off: ``kv_transfer_params`` are used once."""
-        prompt = request.prompt if encoded is None else handoff.without_pixels(request.prompt, self._declared_fields)
-        prefilled = await self._within(deadline, Stage.PREFILL, self._prefill(request, prompt, encoded, record))
+        """Encode, prefill and decode one choice, again from the start while nothing was sent and a retry may help.
+
+        Each attempt has hand-offs of its own: ``kv_transfer_params`` are used once. Where embeddings were lost twice, the
+        next attempt does without encoders.
+        """
+        attempt = lost = 0
+        while True:
+            attempt += 1
+            encoded, begun = Encoded(request.prompt, None), False
+            try:
+                if lost < 2:
+                    encoded = await deadline.within(Stage.ENCODER, self._encode(request, record))
+                async with aclosing(self._attempt(request, encoded, index, deadline, record)) as chunks:
+                    async for chunk in chunks:
+                        begun = True
+                        yield chunk
+                return
+            except StageError as error:
+                if isinstance(error, HandoffLost) and encoded.hashes and self._encoders is not None:
+                    lost += 1
+                    self._encoders.forget(encoded.hashes)
+                if begun or not self._retries.allow(error, attempt):
+                    raise
+                record.rung(f"{error.stage}-again")
+                await deadline.within(error.stage, self._retries.pause(attempt))
+
+    async def _encode(self, request: StageRequest, record: Trace) -> Encoded:
+        """Where no encoder is needed the prompt goes on as it is."""
+        if self._encoders is None or not request.prompt.items:
+            return Encoded(request.prompt, None)
+        try:
+            return await self._encoders.encode(request, record)
+        except ExceptionGroup as failures:  # of the items; the first has cancelled the others
+            raise failures.exceptions[0] from None
+
+    async def _attempt(
+        self, request: StageRequest, encoded: Encoded, index: int, deadline: Deadline, record: Trace
+    ) -> AsyncGenerator[Chunk]:
+        """One prefill and one decode."""
+        prefilled = await deadline.within(Stage.PREFILL, self._prefill(request, encoded, record))
         kv = prefilled.kv_transfer_params if prefilled else None
-        decode = StageRequest(
-            request.request_id,
-            prompt,
-            handoff.decode_params(request.params, kv, encoded, index),
-            request.options,
-        )
+        params = handoff.decode_params(request.params, kv, encoded.ec_transfer_params, index)
+        decode = StageRequest(request.request_id, encoded.prompt, params, request.options)
         pulled = False
         stream = self.stages[Stage.DECODE].stream("generate", decode)
         try:
@@ -162,7 +195,7 @@ class EPDClient(EngineClient):
                     try:
                         # Only the first token has a deadline: from then on the client sees what comes.
                         coming = anext(stream)
-                        chunk, replica = await (coming if pulled else self._within(deadline, Stage.DECODE, coming))
+                        chunk, replica = await (coming if pulled else deadline.within(Stage.DECODE, coming))
                     except StopAsyncIteration:
                         return
                     record.saw(Stage.DECODE, replica)
@@ -175,15 +208,12 @@ class EPDClient(EngineClient):
             if kv is not None and not pulled:
                 self._release(request.request_id, kv)
 
-    async def _prefill(
-        self, request: StageRequest, prompt: Prompt, encoded: dict[str, Any] | None, record: Trace
-    ) -> PrefillReply | None:
+    async def _prefill(self, request: StageRequest, encoded: Encoded, record: Trace) -> PrefillReply | None:
         prefill = self.stages.get(Stage.PREFILL)
         if prefill is None:
             return None
-        call = StageRequest(
-            request.request_id, prompt, handoff.prefill_params(request.params, encoded), request.options
-        )
+        params = handoff.prefill_params(request.params, encoded.ec_transfer_params)
+        call = StageRequest(request.request_id, encoded.prompt, params, request.options)
         reply: PrefillReply = await prefill.call("prefill", call)
         record.saw(Stage.PREFILL, reply.replica)
         record.prefilled = time.perf_counter()
@@ -198,13 +228,6 @@ class EPDClient(EngineClient):
         task = asyncio.get_running_loop().create_task(_quietly(call), context=contextvars.Context())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-    async def _within(self, deadline: float, stage: Stage, work: Any) -> Any:
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await work
-        except TimeoutError:
-            raise StageTimeout(stage, f"did not answer within {self._config.request_timeout_s:g} s") from None
 
     def _declared_fields(self, modality: str) -> frozenset[str]:
         """Fields that the model declares as placeholder metadata of a modality; empty for models that declare none."""
@@ -223,6 +246,13 @@ class EPDClient(EngineClient):
     @property
     def dead_error(self) -> BaseException:
         return RuntimeError("the ingress has no engine that could die")
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """vLLM asks before it renders a prompt."""
+        try:
+            self._admission.check_request()
+        except Overloaded as error:
+            raise to_vllm_error(error) from error
 
     async def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
@@ -286,6 +316,22 @@ class EPDClient(EngineClient):
         raise not_disaggregated("Pausing generation")
 
 
+def refuse_client_ids(renderer: Any) -> None:
+    """Refuse the ``uuid`` that a client may give a media item.
+
+    vLLM takes it for the item's hash, and the hash is the key of an encoder cache that all clients share: a client could
+    put its own picture in the place of another's. Items are known by their content here.
+    """
+    process = renderer._process_mm_uuids
+
+    def checked(mm_data: Any, mm_data_items: Any, mm_uuid_items: Mapping[str, Any], mm_req_id: str) -> Any:
+        if any(uuid is not None for uuids in mm_uuid_items.values() for uuid in uuids or ()):
+            raise VLLMValidationError("`uuid` of a media item is not taken: items are known by their content here.")
+        return process(mm_data, mm_data_items, mm_uuid_items, mm_req_id)
+
+    renderer._process_mm_uuids = checked
+
+
 def not_disaggregated(what: str) -> VLLMValidationError:
     return VLLMValidationError(f"{what} is not available here: this server is an ingress in front of several engines.")
 
@@ -298,99 +344,11 @@ def to_vllm_error(error: Exception) -> Exception:
             mapped = GracefulHTTPError(str(error), HTTPStatus(error.status))
         case BadRequest():
             mapped = VLLMValidationError(str(error))
+        case Overloaded():
+            mapped = GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
         case EPDError():
             mapped = GracefulHTTPError(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
     return mapped
-
-
-def with_prefill(chunk: Chunk, prefilled: PrefillReply) -> Chunk:
-    """The first chunk of a choice with what only prefill knows."""
-    return msgspec.structs.replace(
-        chunk, prompt_logprobs=prefilled.prompt_logprobs, num_cached_tokens=prefilled.num_cached_tokens
-    )
-
-
-async def merge(sources: list[AsyncGenerator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk]]:
-    """Chunks of all choices with their index, as they come. The first failure ends all; so does closing."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]):
-            async for chunk in sources[0]:
-                yield 0, chunk
-        return
-    queue: asyncio.Queue[tuple[int, Chunk] | Exception | None] = asyncio.Queue()
-
-    async def pump(index: int, source: AsyncGenerator[Chunk]) -> None:
-        try:
-            async with aclosing(source):
-                async for chunk in source:
-                    queue.put_nowait((index, chunk))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
-    running = len(tasks)
-    try:
-        while running:
-            match await queue.get():
-                case None:
-                    running -= 1
-                case Exception() as error:
-                    raise error
-                case pair:
-                    yield pair
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def assemble(
-    request: StageRequest, text: str | None, chunks: AsyncGenerator[tuple[int, Chunk]]
-) -> AsyncGenerator[RequestOutput]:
-    """vLLM's outputs from the chunks of all choices, by the request's output kind as ``ParentRequest`` has it:
-    streamed, each chunk as it comes; otherwise one output with all choices at the end."""
-    params = request.params
-    last_only = params.output_kind is RequestOutputKind.FINAL_ONLY
-    unfinished = set(range(params.n))
-    done: dict[int, Chunk] = {}
-    async with aclosing(chunks):
-        async for index, chunk in chunks:
-            if chunk.finish_reason is not None:
-                unfinished.discard(index)
-            if not last_only:
-                yield to_output(request, text, {index: chunk}, finished=not unfinished)
-            elif chunk.finish_reason is not None:
-                done[index] = chunk
-    if unfinished:
-        raise StageError(Stage.DECODE, "ended its stream without a finish reason")
-    if last_only:
-        yield to_output(request, text, dict(sorted(done.items())), finished=True)
-
-
-def to_output(request: StageRequest, text: str | None, chunks: dict[int, Chunk], finished: bool) -> RequestOutput:
-    first = next(iter(chunks.values()))
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=text,
-        prompt_token_ids=request.prompt.token_ids,
-        prompt_logprobs=first.prompt_logprobs,
-        outputs=[
-            CompletionOutput(
-                index=index,
-                text=chunk.text,
-                token_ids=chunk.token_ids,
-                cumulative_logprob=chunk.cumulative_logprob,
-                logprobs=chunk.logprobs,
-                finish_reason=chunk.finish_reason,
-                stop_reason=chunk.stop_reason,
-                lora_request=request.options.get("lora_request"),
-            )
-            for index, chunk in chunks.items()
-        ],
-        finished=finished,
-        num_cached_tokens=first.num_cached_tokens,
-    )
 
 
 async def _quietly(call: Any) -> None:

@@ -4,11 +4,13 @@ Replica counts and ``autoscaling_config`` are Ray Serve's own and stand under ``
 when the application is built, so a mistake is a sentence at start-up and not a failing replica ten minutes later.
 """
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from yarl import URL
 
 DEMO_MODEL = "demo"
 """Name of the built-in model (see ``serve_app.demo``): tiny, random weights, made locally, no download."""
@@ -103,6 +105,9 @@ class StageConfig(Strict):
         {}, description="Environment variables of the replica and its engine, UCX_* for instance."
     )
     max_ongoing_requests: int = Field(256, ge=1, description="Calls that one replica takes at a time; more wait.")
+    max_queued_requests: int = Field(
+        1024, ge=-1, description="Calls that wait for a replica, per ingress replica; more are refused. -1: no limit."
+    )
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -153,8 +158,31 @@ class ECConfig(Strict):
     storage_path: Path | None = Field(
         None, description="Folder that all engines share, for folder connectors. None: epd-ec-cache in the temp folder."
     )
+    max_bytes: int = Field(
+        8 * 1024**3,
+        ge=1024**2,
+        description="Bytes that SharedFolderECConnector keeps in the folder; least recently used goes first.",
+    )
+    max_age_s: float = Field(
+        86_400.0, gt=0, description="Seconds after its last use when SharedFolderECConnector removes an embedding."
+    )
+    lease_s: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds after its last use in which an embedding is never removed: its request is on its way from "
+        "the encoder to prefill, and nobody there has pinned it yet.",
+    )
+    salt_by_tenant: bool = Field(
+        False,
+        description="Keep the embeddings of requests with another `cache_salt` apart: no tenant can use, or probe for, "
+        "what another has sent.",
+    )
     module_path: str | None = Field(None, description="Python module of a connector that vLLM does not know.")
     extra_config: dict[str, Any] = Field({}, description="`ec_connector_extra_config`, passed on as it is.")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        return {"max_bytes": self.max_bytes, "max_age_s": self.max_age_s, "lease_s": self.lease_s}
 
     @property
     def uses_folder(self) -> bool:
@@ -174,7 +202,54 @@ class ECConfig(Strict):
             )
         if self.storage_path is not None and not self.uses_folder and self.connector in known:
             raise ValueError(f"`ec.storage_path` has no effect with `ec.connector: {self.connector}`")
+        for key in self.bounds:
+            if key in self.model_fields_set and self.connector in known and self.connector != known[0]:
+                raise ValueError(f"`ec.{key}` has no effect with `ec.connector: {self.connector}`")
+        if self.lease_s > self.max_age_s:
+            raise ValueError(f"`ec.lease_s: {self.lease_s:g}` is longer than `ec.max_age_s: {self.max_age_s:g}`")
         return self
+
+
+class EncodeConfig(Strict):
+    """Which items go to an encoder, and how often."""
+
+    min_embeds: int = Field(
+        0, ge=0, description="Smaller items (visual or audio tokens) are encoded by prefill itself."
+    )
+    max_outstanding_embeds: int = Field(
+        131072,
+        ge=0,
+        description="With more embeddings asked of encoders and not answered, prefill encodes. 0: no limit.",
+    )
+    attempts: int = Field(2, ge=1, description="Encoder replicas tried for an item before prefill encodes it.")
+    timeout_s: float = Field(30.0, gt=0, description="Time for one attempt.")
+    retry_encoders_after_s: float = Field(
+        5.0, ge=0, description="Time for which prefill encodes everything once all attempts for an item failed."
+    )
+    remember_s: float = Field(
+        300.0, ge=0, description="Time for which an item that is encoded is not sent again (folder connectors)."
+    )
+    remember_items: int = Field(4096, ge=0, description="As many items are remembered by an ingress replica.")
+    affinity_headroom: float = Field(
+        1.25, ge=1, description="A repeated item goes to the same replica while that has at most this × the mean work."
+    )
+
+
+class AdmissionConfig(Strict):
+    """What one ingress replica has under way at most; above that it answers 503 with Retry-After at once."""
+
+    max_requests: int = Field(1024, ge=1, description="Requests under way; a choice more does not count.")
+    max_items: int = Field(2048, ge=1, description="Media items of requests under way.")
+    max_media_bytes: int = Field(4 << 30, ge=1, description="Bytes of processed media of requests under way.")
+
+
+class RetryConfig(Strict):
+    """How often a request is tried again before its first token."""
+
+    attempts: int = Field(3, ge=1, description="Times that a choice is prefilled and decoded at most. 1: no retry.")
+    ratio: float = Field(0.2, ge=0, description="Retries per request that all requests of an ingress replica may use.")
+    floor_per_s: float = Field(3.0, ge=0, description="Retries per second that are always there.")
+    backoff_s: float = Field(0.05, ge=0, description="Longest wait before the first retry; doubles, with jitter.")
 
 
 class KVConfig(Strict):
@@ -190,22 +265,64 @@ class KVConfig(Strict):
 
 
 class MediaConfig(Strict):
-    """What a client may send, and from where the ingress fetches it."""
+    """What a client may send, and from where the ingress fetches it. Limits are per item, whatever its URL."""
 
     allowed_local_path: Path | None = Field(
         None, description="Folder from which `file://` URLs are served. None: none."
     )
-    allowed_domains: list[str] = Field([], description="Hosts from which media is fetched. Empty: any.")
+    allowed_domains: list[str] = Field(
+        [],
+        description="Hosts from which media is fetched, redirects included: `example.org` is that host alone, "
+        "`.example.org` its subdomains too. Empty: any.",
+    )
+    allow_private_addresses: bool = Field(
+        False,
+        description="Fetch from private and loopback addresses too, an object store in the cluster for instance. Never "
+        "from link-local ones and the clouds' metadata services.",
+    )
     limits: dict[str, int] = Field({}, description="Items per request and modality. Empty: vLLM's own limits.")
     processor_kwargs: dict[str, Any] = Field({}, description="`mm_processor_kwargs`, min_pixels for instance.")
     io_kwargs: dict[str, dict[str, Any]] = Field({}, description="`media_io_kwargs`, video.num_frames for instance.")
     max_body_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="A larger request body is answered 413.")
-    fetch_timeout_s: float = Field(30.0, gt=0, description="Time to fetch one item from a URL.")
+    max_bytes: int = Field(128 * 1024 * 1024, ge=1024, description="Bytes of one item, as the URL gives them.")
+    max_pixels: int = Field(
+        89_478_485,  # where Pillow begins to warn of a decompression bomb: 256 MiB as RGB
+        ge=1,
+        description="Pixels of an image, or of one frame of a video.",
+    )
+    max_video_pixels: int = Field(
+        1_600_000_000,  # 768 frames, the most that Qwen-VL takes, at 1920×1080: 4.8 GB as RGB
+        ge=1,
+        description="Pixels of all frames together that are taken from one video.",
+    )
+    max_frames: int = Field(36_000, ge=1, description="Frames in a video's file, or in an animated image.")
+    max_seconds: float = Field(600.0, gt=0, description="Length of a video or a sound.")
+    max_redirects: int = Field(5, ge=0, description="Redirects that are followed for one item.")
+    fetch_timeout_s: float = Field(30.0, gt=0, description="Time to fetch one item from a URL, redirects included.")
 
     @field_validator("allowed_local_path")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path and path.expanduser().absolute()
+
+    @field_validator("allowed_domains")
+    @classmethod
+    def _canonical(cls, domains: list[str]) -> list[str]:
+        return [canonical_domain(domain) for domain in domains]
+
+
+def canonical_domain(domain: str) -> str:
+    """A host as the HTTP client names it: lower case, IDN in ASCII, no final dot; a leading dot stays."""
+    name = domain.removeprefix(".").removesuffix(".")
+    try:
+        url = URL(f"http://[{name}]/" if ":" in name else f"http://{name}/")
+        if not re.fullmatch(r"[^\s/?#@*]+", name) or url.raw_authority != url.host_subcomponent:
+            raise ValueError(name)
+    except ValueError:
+        raise ValueError(
+            f"`media.allowed_domains: {domain}` is no host: write `example.org`, or `.example.org` for its subdomains too"
+        ) from None
+    return ("." if domain.startswith(".") else "") + str(url.raw_host)
 
 
 class EPDConfig(Strict):
@@ -222,7 +339,10 @@ class EPDConfig(Strict):
     decode: StageConfig = StageConfig()
     ingress_cpus: float | None = Field(None, ge=0, description="CPUs that one ingress replica claims from Ray.")
     ec: ECConfig = ECConfig()
+    encode: EncodeConfig = EncodeConfig()
     kv: KVConfig = KVConfig()
+    retry: RetryConfig = RetryConfig()
+    admission: AdmissionConfig = AdmissionConfig()
     media: MediaConfig = MediaConfig()
     api: dict[str, Any] = Field(
         {}, description="Arguments of vLLM's API server by name: chat_template, tool_call_parser, api_key and so on."
@@ -269,6 +389,8 @@ class EPDConfig(Strict):
             raise ValueError(
                 "`ec:` has no effect without an encoder stage: leave it out, or do not set `encoder: null`"
             )
+        if self.encoder is None and "encode" in self.model_fields_set:
+            raise ValueError("`encode:` has no effect without an encoder stage: leave it out")
         if self.prefill is None and "kv" in self.model_fields_set:
             raise ValueError("`kv:` has no effect without a prefill stage: leave it out, or do not set `prefill: null`")
         if self.encoder is not None and self.accelerator is Accelerator.CPU and self.ec.connector == "ECCPUConnector":

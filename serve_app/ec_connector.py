@@ -1,103 +1,253 @@
-"""``SharedFolderECConnector``: embeddings move between engines as files in a folder that all of them share.
+"""``SharedFolderECConnector``: embeddings move between engines as files in a bounded folder that all of them share.
 
-Loaded by vLLM through ``ec_connector_module_path``; runs on any device. What it adds to vLLM's ``ECExampleConnector``:
+Loaded by vLLM through ``ec_connector_module_path``; runs on any device and with both model runners. Encoders write the
+files and keep the folder within its bounds; every engine reads. How files are named, pinned and evicted: ``ec_store.py``.
 
-- a file is written beside its place and renamed into it, so no engine ever loads a torn one;
-- an item without pixels whose file is gone fails its own request (retryable), where vLLM's engine would die trying to
-  encode nothing;
-- it counts, as ``epd:ec_items_total`` in the engine's metrics: items ``encoded`` by this engine, ``loaded`` from the
-  folder, and ``missing`` when they were needed.
+Whatever happens to a file fails only the requests that need it, with vLLM's finish reason ``error``: send them again and
+the item is encoded again. To that end the *scheduler's* half reads the files and passes their bytes to the workers with
+the step. A worker that cannot load has no way to fail a request: what it reports arrives after vLLM has handed out the
+tokens of that step (``Scheduler.update_from_output``). In the order in which vLLM calls:
 
-Contract with vLLM 0.32.0: ``tests/unit/test_ec_connector.py``.
+1. ``ensure_cache_available``, before a request is scheduled: open, check and pin the file of each item that is still to be
+   read. Deleted, truncated, wrong shape: the request fails here. Pins last as long as the request.
+2. ``has_cache_item``, while it is scheduled: read the bytes. Should they fail us now, with nothing to encode from, the
+   request is *spoiled*.
+3. ``update_state_after_alloc``: the bytes go to the workers with this step. For a spoiled request zeros go, so that the step
+   itself survives; vLLM is told to drop the request's output, and it fails at the end of the step.
+
+What the engine's own encoder cache holds needs no file on a consumer. On an encoder it does: others are about to look for
+it. So an encoder also *loads* an item that it finds in the folder, and writes again what it has and the folder has lost.
+
+Contract with vLLM 0.32.0: ``tests/unit/test_ec_connector.py`` and ``tests/unit/test_contracts_server.py``.
 """
 
-import os
-import uuid
+import resource
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
-from vllm.distributed.ec_transfer.ec_connector.example_connector import ECExampleConnector
-from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorPromMetrics, ECConnectorStats
+import torch
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorMetadata, ECConnectorRole
+from vllm.distributed.ec_transfer.ec_connector.utils import PlaceholderMetadataResolver, collect_ec_item_metadata
+from vllm.logger import init_logger
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
+from serve_app.ec_metrics import BYTES, FOLDER_BYTES, SharedFolderPromMetrics, SharedFolderStats
+from serve_app.ec_store import BrokenItem, Evictor, FolderStore, OpenItem, Shape
 
-class SharedFolderStats(ECConnectorStats):
-    """Counts of one interval, by name."""
+logger = init_logger("vllm." + __name__)
 
-    data: dict[str, Any]
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-    def reset(self) -> None:
-        self.data = {}
-
-    def add(self, name: str, count: int = 1) -> None:
-        self.data[name] = self.data.get(name, 0) + count
-
-    def aggregate(self, other: ECConnectorStats) -> ECConnectorStats:
-        for name, count in other.data.items():
-            self.add(name, count)
-        return self
-
-    def reduce(self) -> dict[str, int | float]:
-        return dict(self.data)
-
-    def is_empty(self) -> bool:
-        return not self.data
+STALE_FOR_GOOD = 1 << 62
+"""More tokens than a request can have in flight."""
 
 
-class SharedFolderPromMetrics(ECConnectorPromMetrics):
-    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine: dict[int, Any]) -> None:
-        super().__init__(vllm_config, metric_types, labelnames, per_engine)
-        self._items = self._counter_cls(
-            "epd:ec_items", "Items by what this engine did for their embeddings.", labelnames=[*labelnames, "event"]
-        )
+@dataclass
+class Load:
+    """An embedding on its way to the workers."""
 
-    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        for event, count in transfer_stats_data.items():
-            self._items.labels(*self.per_engine_labelvalues[engine_idx], event).inc(count)
+    shape: Shape
+    data: bytearray | None
+    """None: zeros, for a request that has failed."""
+
+    def tensor(self) -> torch.Tensor:
+        size, dtype = (self.shape.rows, self.shape.width), DTYPES[self.shape.dtype]
+        if self.data is None or not self.data:
+            return torch.zeros(size, dtype=dtype)
+        return torch.frombuffer(self.data, dtype=dtype).reshape(size)
 
 
-class SharedFolderECConnector(ECExampleConnector):
+@dataclass
+class StepMetadata(ECConnectorMetadata):
+    loads: dict[str, Load] = field(default_factory=dict)
+    writes: set[str] = field(default_factory=set)
+    """Items that an encoder holds and the folder does not."""
+
+
+@dataclass
+class Pin:
+    """An item that live requests need."""
+
+    shape: Shape
+    file: OpenItem | None
+    """None: this process has too many files open; the item's lease protects it, and it is opened again to be read."""
+    requests: set[str]
+    data: bytearray | None = None
+    """Read, and not yet on its way: vLLM had no KV blocks for the request after all."""
+
+
+@dataclass
+class Held:
+    """An item in the engine's own encoder cache. The scheduler's half is not shown that cache, but every change of it."""
+
+    shape: Shape | None
+    """None: encoded here."""
+    good: bool = True
+    """False: it holds the zeros of a spoiled request, and must be loaded over before anyone else uses it."""
+
+
+class SharedFolderECConnector(ECConnectorBase):
     def __init__(self, vllm_config: Any, role: ECConnectorRole) -> None:
         super().__init__(vllm_config, role)
+        extra = vllm_config.ec_transfer_config.ec_connector_extra_config
+        bounds = {key: extra[key] for key in ("max_bytes", "max_age_s", "lease_s") if key in extra}
+        self._store = FolderStore(Path(extra["shared_storage_path"]), **bounds)
+        # What is encoded in another precision is another embedding.
+        self._prefix = f"{vllm_config.model_config.dtype}:"
+        self._item_width = vllm_config.model_config.get_inputs_embeds_size()
+        self._dtype = DTYPE_NAMES.get(vllm_config.model_config.dtype, "F32")
+        self._metadata_resolver = PlaceholderMetadataResolver(vllm_config.model_config)
+        self._evictor = Evictor(self._store) if self.is_producer and role is ECConnectorRole.SCHEDULER else None
         self._stats = SharedFolderStats()
+        self._step = StepMetadata()
+        self._pins: dict[str, Pin] = {}
+        self._pinned_by: dict[str, set[str]] = {}
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._max_files = 4096 if files == resource.RLIM_INFINITY else min(4096, files // 4)
+        self._held: dict[str, Held] = {}
+        self._encoded: set[str] = set()
         self._lost: set[str] = set()
+        self._spoiled: set[tuple[str, str]] = set()
+        self._request: Any = None
+        self._widths: dict[str, int] = {}
+
+    def shutdown(self) -> None:
+        if self._evictor is not None:
+            self._evictor.close()
+        for pin in self._pins.values():
+            if pin.file is not None:
+                pin.file.close()
+        self._pins.clear()
 
     # ---- worker side
 
-    def save_caches(self, encoder_cache: dict[str, Any], mm_hash: str, **kwargs: Any) -> None:
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
+        self._load(encoder_cache)
+
+    def start_save_caches(self, **kwargs: Any) -> None:
+        encoder_cache = kwargs["encoder_cache"]
+        self._load(encoder_cache)
+        for identifier in self._metadata().writes:
+            if identifier in encoder_cache:  # else it is encoded in this step, and saved then
+                self.save_caches(encoder_cache, identifier)
+
+    def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
+        """Write an item. What cannot be written fails no step: the encoder's reply leaves out what is not there."""
         if not self.is_producer:
             return
-        path = self._generate_filename_debug(mm_hash)
-        temporary = f"{path}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
-        with gpu_sync_allowed():
-            tensors = {"ec_cache": encoder_cache[mm_hash].detach().cpu().contiguous()}
-        safetensors.torch.save_file(tensors, temporary)
-        os.replace(temporary, path)
+        try:
+            with gpu_sync_allowed():
+                tensor = encoder_cache[mm_hash].detach().cpu().contiguous()
+            rows, width = tensor.shape
+            data = memoryview(tensor.flatten().view(torch.uint8).numpy())
+            self._store.put(self._prefix + mm_hash, data, Shape(rows, width, DTYPE_NAMES[tensor.dtype]))
+        except (OSError, ValueError, KeyError) as error:  # disk full; not two-dimensional; not of floats
+            logger.error("Could not write the embedding of item %s: %s", mm_hash, error)
 
-    # ---- scheduler side
+    def _load(self, encoder_cache: dict[str, torch.Tensor]) -> None:
+        from vllm.platforms import current_platform
+
+        device = current_platform.device_type
+        if current_platform.is_cuda_alike():  # a bare "cuda" would be the first card for every worker
+            device = f"{device}:{current_platform.current_device()}"
+        for identifier, load in self._metadata().loads.items():
+            with gpu_sync_allowed():
+                encoder_cache[identifier] = load.tensor().to(device)
+
+    def _metadata(self) -> StepMetadata:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepMetadata)
+        return metadata
+
+    # ---- scheduler side, in the order of vLLM's calls
 
     def ensure_cache_available(self, request: Any, num_computed_tokens: int) -> bool:
-        """False, and the request fails, when an item that is still to be read has neither file nor pixels."""
+        """False, and the request fails, when an item that is still to be read can be had from nowhere."""
+        if request.request_id in self._lost:  # vLLM fails it at the end of a step, and may schedule another first
+            return False
+        self._request = request
+        first_time = request.request_id not in self._pinned_by
         for feature in request.mm_features:
-            end = feature.mm_position.offset + feature.mm_position.length
-            if end <= num_computed_tokens or self._can_encode(feature) or self.has_cache_item(feature.identifier):
+            identifier = feature.identifier
+            to_be_read = feature.mm_position.offset + feature.mm_position.length > num_computed_tokens
+            held = self._held.get(identifier)
+            if not to_be_read or (held is not None and held.good):
+                if self.is_consumer and first_time:
+                    # If the request is preempted, its items are read once more. Not its fault if they are gone now.
+                    self._pin(request, feature, count=False)
+                if self.is_producer and to_be_read and self._shape(feature) is None:
+                    self._step.writes.add(identifier)
+                    self._encoded.add(identifier)
                 continue
-            self._lost.add(request.request_id)
-            self._stats.add("missing")
+            if held is not None:
+                if self._read(request, feature):
+                    self._send(identifier)
+                    continue
+            elif self._pin(request, feature) or self._can_encode(feature):
+                continue
+            self._fail(request, feature)
             return False
         return True
+
+    def has_cache_item(self, identifier: str) -> bool:
+        """Whether the item is loaded and not encoded. vLLM asks for items of the request that it asked about last."""
+        feature = self._feature(identifier)
+        if feature is None:
+            return self._store.shape(self._prefix + identifier) is not None
+        if self._read(self._request, feature):
+            return True
+        if self._can_encode(feature):
+            return False
+        self._spoiled.add((self._request.request_id, identifier))
+        return True
+
+    def update_state_after_alloc(self, request: Any, index: int) -> None:
+        feature = request.mm_features[index]
+        identifier = feature.identifier
+        pin = self._pins.get(identifier)
+        if (request.request_id, identifier) in self._spoiled:
+            self._spoil(request, feature)
+        elif pin is not None and pin.data is not None:
+            self._send(identifier)
+        else:
+            self._held[identifier] = Held(None)
+            self._encoded.add(identifier)
+            self._stats.add("encoded")
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        for identifier in scheduler_output.free_encoder_mm_hashes:
+            self._held.pop(identifier, None)
+            self._step.loads.pop(identifier, None)
+            self._step.writes.discard(identifier)
+        step, self._step = self._step, StepMetadata()
+        self._spoiled.clear()
+        self._request = None
+        return step
 
     def take_unavailable_requests(self) -> set[str]:
         lost, self._lost = self._lost, set()
         return lost
 
-    def update_state_after_alloc(self, request: Any, index: int) -> None:
-        super().update_state_after_alloc(request, index)
-        loads = request.mm_features[index].identifier in self._mm_datas_need_loads
-        self._stats.add("loaded" if loads else "encoded")
+    def request_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
+        """An encoder's reply: its items, without those whose file is not there."""
+        for identifier in self._pinned_by.pop(request.request_id, ()):
+            self._unpin(identifier, request.request_id)
+        if not self.is_producer:
+            return False, None
+        items = collect_ec_item_metadata(request.mm_features, self._metadata_resolver)
+        there = {feature.identifier for feature in request.mm_features if self._is_published(feature)}
+        return False, {identifier: item for identifier, item in items.items() if identifier in there} or None
 
     def get_ec_connector_stats(self) -> SharedFolderStats | None:
+        if self._evictor is not None:
+            files, size_bytes, left = self._evictor.take()
+            for name, count in (("evicted", files), (f"{BYTES}evicted", size_bytes)):
+                if count:
+                    self._stats.add(name, count)
+            if left is not None:
+                self._stats.data[FOLDER_BYTES] = left
         if self.role is not ECConnectorRole.SCHEDULER or self._stats.is_empty():
             return None
         stats, self._stats = self._stats, SharedFolderStats()
@@ -113,14 +263,130 @@ class SharedFolderECConnector(ECExampleConnector):
     ) -> Any:
         return SharedFolderPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
-    # ---- both
+    # ---- files
 
-    def has_cache_item(self, identifier: str) -> bool:
-        return os.path.exists(self._path(identifier))
+    def _pin(self, request: Any, feature: Any, count: bool = True) -> Pin | None:
+        """Pin the item of a request. None: there is no file that fits it."""
+        identifier = feature.identifier
+        pins = self._pinned_by.setdefault(request.request_id, set())
+        pin = self._pins.get(identifier)
+        if pin is None:
+            file = self._open(identifier, count)
+            if file is None:
+                return None
+            pin = Pin(file.shape, file, set())
+        if not self._fits(pin.shape, feature):
+            if count:
+                self._stats.add("broken")
+            if not pin.requests and pin.file is not None:
+                pin.file.close()
+            return None
+        if identifier not in self._pins and len(self._pins) >= self._max_files and pin.file is not None:
+            pin.file.close()
+            pin.file = None
+        self._widths[feature.modality] = pin.shape.width
+        self._pins[identifier] = pin
+        pin.requests.add(request.request_id)
+        pins.add(identifier)
+        return pin
 
-    def _path(self, mm_hash: str) -> str:
-        """The file of an item, without making its folder as vLLM's connector does on every look-up."""
-        return os.path.join(self._generate_foldername_debug(mm_hash, create_folder=False), "encoder_cache.safetensors")
+    def _unpin(self, identifier: str, request_id: str) -> None:
+        pin = self._pins[identifier]
+        pin.requests.discard(request_id)
+        if not pin.requests:
+            del self._pins[identifier]
+            if pin.file is not None:
+                pin.file.close()
+
+    def _read(self, request: Any, feature: Any) -> bool:
+        """Whether the bytes of an item are at hand, to be sent."""
+        pin = self._pin(request, feature)
+        if pin is None:
+            return False
+        if pin.data is None:
+            file = pin.file or self._open(feature.identifier)
+            try:
+                if file is None or file.shape != pin.shape:
+                    return False
+                pin.data = file.read()
+            except BrokenItem as error:
+                self._broken(feature.identifier, error)
+                return False
+            finally:
+                if file is not None and file is not pin.file:
+                    file.close()
+        return True
+
+    def _open(self, identifier: str, count: bool = True) -> OpenItem | None:
+        try:
+            return self._store.open(self._prefix + identifier)
+        except BrokenItem as error:
+            if count:
+                self._broken(identifier, error)
+            return None
+
+    def _broken(self, identifier: str, error: BrokenItem) -> None:
+        self._stats.add("broken")
+        logger.warning("The file of item %s is broken: %s", identifier, error)
+
+    def _shape(self, feature: Any) -> Shape | None:
+        """What the folder has for an item, counted as a use; None: nothing that fits."""
+        shape = self._store.shape(self._prefix + feature.identifier)
+        return shape if shape is not None and self._fits(shape, feature) else None
+
+    def _fits(self, shape: Shape, feature: Any) -> bool:
+        """A whole file can still be another item's, or another model's. DeepStack packs several widths into one row."""
+        rows = feature.mm_position.get_num_embeds()
+        return shape.rows == rows and shape.width > 0 and shape.width % self._item_width == 0
+
+    def _is_published(self, feature: Any) -> bool:
+        """Whether others can load an item that this engine was asked to encode. Counts what it wrote."""
+        shape = self._shape(feature)
+        if self._evictor is not None and feature.identifier in self._encoded:
+            self._encoded.discard(feature.identifier)
+            if shape is None:  # the disk may be full
+                self._evictor.now()
+            else:
+                self._evictor.wrote(shape.size_bytes)
+                self._stats.add(f"{BYTES}written", shape.size_bytes)
+        return shape is not None
+
+    # ---- requests
+
+    def _send(self, identifier: str) -> None:
+        """Give the bytes of an item to the workers, and with them the only reference."""
+        pin = self._pins[identifier]
+        assert pin.data is not None
+        self._step.loads[identifier] = Load(pin.shape, pin.data)
+        pin.data = None
+        self._held[identifier] = Held(pin.shape)
+        self._stats.add("loaded")
+        self._stats.add(f"{BYTES}loaded", pin.shape.size_bytes)
+
+    def _fail(self, request: Any, feature: Any) -> None:
+        self._lost.add(request.request_id)
+        self._stats.add("missing")
+        logger.warning("Request %s fails: the embedding of item %s is lost", request.request_id, feature.identifier)
+
+    def _spoil(self, request: Any, feature: Any) -> None:
+        """Let a step that cannot be stopped any more run on zeros, without a result for the request.
+
+        ``Scheduler.update_from_output`` drops the output of a request that is stale and to be dropped, as after a reset of
+        the prefix cache; at the end of the step it fails the requests that ``take_unavailable_requests`` names.
+        """
+        identifier = feature.identifier
+        held = self._held.get(identifier)
+        known = held.shape.width if held is not None and held.shape is not None else None
+        width = known or self._widths.get(feature.modality) or self._item_width
+        self._step.loads[identifier] = Load(Shape(feature.mm_position.get_num_embeds(), width, self._dtype), None)
+        self._held[identifier] = Held(None, good=False)
+        request.drop_stale_output = True
+        request.num_stale_output_tokens = STALE_FOR_GOOD
+        self._fail(request, feature)
+
+    def _feature(self, identifier: str) -> Any | None:
+        features = self._request.mm_features if self._request is not None else ()
+        return next((feature for feature in features if feature.identifier == identifier), None)
 
     def _can_encode(self, feature: Any) -> bool:
         """Whether the item came with what an encoder reads, and not only with the fields that positions need."""

@@ -1,5 +1,7 @@
-"""The adapter around vLLM's ``AsyncLLM``: tokens in, tokens out. What leans on vLLM's internals is here, in ``client.py``
-and in ``openai_app.py``, and pinned to vLLM 0.32.0 by ``tests/unit/test_contracts.py``.
+"""The adapter around vLLM's ``AsyncLLM``: tokens in, tokens out.
+
+What leans on vLLM's internals is here, in ``client.py``, ``outputs.py``, ``openai_app.py`` and the modules whose names begin
+with ``ec_`` and ``media``; ``tests/unit/test_contracts*.py`` say what broke when vLLM 0.32.0 is replaced.
 """
 
 from collections.abc import AsyncGenerator
@@ -120,10 +122,6 @@ class StageEngine:
         await self._llm.check_health()
         if self._llm.errored:
             raise self._llm.dead_error
-
-    def stats(self) -> dict[str, float]:
-        """Numbers of this engine at this moment, by name."""
-        return {"unfinished_requests": self._llm.get_num_unfinished_requests()}
 
     def metrics(self) -> str:
         """vLLM's metrics in Prometheus' text format."""

@@ -4,6 +4,8 @@
 
     EPDError
     ├── ConfigError            at build time: the application is not started
+    ├── BadRequest             an engine refused the request itself → 400
+    ├── Overloaded             the ingress has enough to do → 503
     └── StageError             a stage failed a request; → 503 with the reason
         ├── StageUnavailable   no replica, replica died, queue full
         ├── HandoffLost        embeddings or KV blocks are gone
@@ -60,6 +62,10 @@ class StageTimeout(StageError):
     """The stage did not answer in time."""
 
     status = 504
+
+
+class Overloaded(EPDError):
+    """The ingress has as much under way as it takes; status 503 with Retry-After, at once."""
 
 
 class BadRequest(EPDError):

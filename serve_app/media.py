@@ -1,56 +1,122 @@
-"""Media from URLs: vLLM's own connector, with every failure as an error of the client's that says what to do.
+"""Media from URLs: vLLM's connector with our fetching, limits and errors.
 
-Registered with vLLM under the name ``epd`` and chosen through ``VLLM_MEDIA_CONNECTOR``. vLLM already refuses domains and
-folders that are not allowed, but answers 500 for most of what can go wrong with a URL.
+::
+
+    URL ── data: ── file: ── http(s): ──> bytes      media_fetch.py, with media_address.py
+    bytes ──> pixels, frames, seconds in bounds?     media_check.py
+    bytes ──> image, frames, samples                 vLLM's own MediaIO classes
+
+Registered with vLLM under the name ``epd`` and chosen through ``VLLM_MEDIA_CONNECTOR``; vLLM makes a connector per request.
+The rules are those of the ``MediaConfig`` that it is installed with; what vLLM passes along of them (``roles.shared_args``
+gives it the same folder and domains) is not read.
 """
 
 import asyncio
+import re
+from functools import partial
 from typing import Any
 
-import aiohttp
-from PIL import UnidentifiedImageError
-from vllm.exceptions import VLLMError, VLLMUnprocessableEntityError, VLLMValidationError
-from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+from vllm import envs
+from vllm.exceptions import VLLMError, VLLMValidationError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO, VideoMediaIO
+from vllm.multimodal.media.connector import global_thread_pool
+
+from serve_app.config import MediaConfig
+from serve_app.media_check import check, check_jpegs, set_vllm_limits
+from serve_app.media_fetch import Fetcher, decode_base64, read_file, split_data_url, too_large
 
 CONNECTOR = "epd"
 
 
-@MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
+def install(rules: MediaConfig) -> Fetcher:
+    """Make vLLM load media by these rules, in this process. The caller closes the fetcher at the end."""
+    fetcher = Fetcher(rules)
+    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(partial(EPDMediaConnector, rules, fetcher))
+    envs.VLLM_MEDIA_CONNECTOR = CONNECTOR
+    set_vllm_limits(rules)
+    return fetcher
+
+
 class EPDMediaConnector(MediaConnector):
-    async def load_from_url_async(self, url: str, media_io: Any, *, fetch_timeout: int | None = None) -> Any:
-        """The media behind a URL.
+    """Loads media for one request. Failures are the client's: 400 or 422, in one sentence."""
 
-        Raises ``VLLMValidationError`` (400) for what may not or cannot be read, ``VLLMUnprocessableEntityError`` (422) for
-        what could not be fetched.
-        """
+    def __init__(
+        self,
+        rules: MediaConfig,
+        fetcher: Fetcher,
+        media_io_kwargs: dict[str, dict[str, Any]] | None = None,
+        **of_vllm: Any,
+    ) -> None:
+        super().__init__(media_io_kwargs)
+        self._rules = rules
+        self._fetcher = fetcher
+
+    async def load_from_url_async(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
+        """The media behind a URL. ``media.fetch_timeout_s`` counts, not vLLM's ``fetch_timeout``."""
+        match url.partition(":")[0].lower():
+            case "data":
+                return await in_thread(self._load_data, url, media_io)
+            case "file":
+                return await in_thread(self._load_file, url, media_io)
+            case "http" | "https":
+                return await in_thread(self._decode, await self._fetch(url), media_io)
+            case _:
+                raise VLLMValidationError("A media URL must begin with https:, http:, data: or file:.")
+
+    def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
+        """vLLM's offline API. No server calls it, and without a fetch of ours it would be a way around the guard."""
+        raise NotImplementedError
+
+    async def _fetch(self, url: str) -> bytes:
+        """Through vLLM's cache of downloads, where the operator set ``VLLM_MEDIA_CACHE``."""
+        self._fetcher.check_url(url)
+        cached: bytes | None = await in_thread(self._get_cached_bytes, url)
+        if cached is not None:
+            return cached
+        data = await self._fetcher.fetch(url)
+        await in_thread(self._put_cached_bytes, url, data)
+        return data
+
+    def _load_data(self, url: str, media_io: MediaIO[Any]) -> Any:
+        media_type, text = split_data_url(url)
+        if media_type != "video/jpeg" or not isinstance(media_io, VideoMediaIO):
+            return self._decode(decode_base64(text, self._rules), media_io)
+        check_jpegs(text, self._rules)
         try:
-            return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
-        except VLLMError:
-            raise
+            return media_io.load_base64(media_type, text)
         except Exception as error:
-            raise to_client_error(url, error) from error
+            raise to_client_error(error) from error
+
+    def _load_file(self, url: str, media_io: MediaIO[Any]) -> Any:
+        return self._decode(read_file(url, self._rules), media_io)
+
+    def _decode(self, data: bytes, media_io: MediaIO[Any]) -> Any:
+        if len(data) > self._rules.max_bytes:
+            raise too_large("The media", self._rules)
+        try:
+            return check(data, media_io, self._rules).load_bytes(data)
+        except Exception as error:
+            raise to_client_error(error) from error
 
 
-def to_client_error(url: str, error: Exception) -> VLLMError:
-    short = url if len(url) <= 80 else url[:77] + "…"
-    match error:
-        case aiohttp.ClientResponseError():
-            return VLLMUnprocessableEntityError(f"Could not fetch {short}: the server answered {error.status}.")
-        case TimeoutError() | asyncio.TimeoutError():
-            return VLLMUnprocessableEntityError(f"Could not fetch {short}: it took too long.")
-        case aiohttp.ClientError():
-            return VLLMUnprocessableEntityError(f"Could not fetch {short}: {type(error).__name__}.")
-        case RuntimeError() if "allowed-local-media-path" in str(error):
-            return VLLMValidationError(
-                "This server reads no local files: set `media.allowed_local_path` to allow a folder."
-            )
-        case FileNotFoundError() | IsADirectoryError() | PermissionError():
-            return VLLMValidationError(f"Cannot read {short}: no such file in the allowed folder.")
-        case UnidentifiedImageError():
-            return VLLMValidationError("Cannot read the image: it is in no known format, or broken.")
-        case ValueError() if "allowed-local-media-path" in str(error):
-            return VLLMValidationError(f"{short} is not in the folder that this server may read.")
-        case ValueError() | NotImplementedError():
-            return VLLMValidationError(str(error))
-        case _:
-            return VLLMValidationError(f"Cannot read the media: {error}" if str(error) else "Cannot read the media.")
+async def in_thread(function: Any, *args: Any) -> Any:
+    """In vLLM's pool for media (``VLLM_MEDIA_LOADING_THREAD_COUNT``)."""
+    return await asyncio.get_running_loop().run_in_executor(global_thread_pool, function, *args)
+
+
+VLLM_LIMITS = {
+    "VLLM_MAX_IMAGE_PIXELS": "`media.max_pixels`",
+    "VLLM_MAX_AUDIO_DECODE_DURATION_S": "`media.max_seconds`",
+}
+"""vLLM's names for limits of ours."""
+
+
+def to_client_error(error: Exception) -> VLLMError:
+    """Whatever decoding raises is about the client's bytes: nothing else went in."""
+    if isinstance(error, VLLMError):
+        return error
+    # vLLM's ValueErrors are sentences; other libraries' texts may be about this process.
+    text = re.sub(r" ?<[^<>]* object at 0x[0-9a-f]+>", "", str(error)) if isinstance(error, ValueError) else ""
+    for theirs, ours in VLLM_LIMITS.items():
+        text = text.replace(theirs, ours)
+    return VLLMValidationError(text or "Cannot read the media: it is in no known format, or broken.")

@@ -11,7 +11,8 @@ import json
 import logging
 import uuid
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -32,6 +33,7 @@ from serve_app import media, trace
 from serve_app.client import EPDClient
 from serve_app.config import EPDConfig
 from serve_app.errors import ConfigError, EPDError
+from serve_app.media_fetch import Fetcher
 from serve_app.metrics import merge_metrics
 from serve_app.trace import Trace
 
@@ -107,16 +109,28 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe:
     folder = config.media.allowed_local_path
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
-    envs.VLLM_MEDIA_CONNECTOR = media.CONNECTOR
-    envs.VLLM_IMAGE_FETCH_TIMEOUT = envs.VLLM_VIDEO_FETCH_TIMEOUT = envs.VLLM_AUDIO_FETCH_TIMEOUT = (
-        config.media.fetch_timeout_s
-    )
+    fetcher = media.install(config.media)
     app = build_app(args, ("generate",), client.model_config)
+    app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)
     await init_app_state(client, app.state, args, ("generate",))
     drop = REPLACED | NOT_HERE.keys()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
     _add_routes(app, client, probe)
     return PipelineMiddleware(app, max_body_bytes=config.media.max_body_bytes)
+
+
+def _then_close(lifespan: Callable[[Any], AbstractAsyncContextManager[Any]], fetcher: Fetcher) -> Any:
+    """The app's life, with its connections to media servers closed at the end of it."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[Any]:
+        try:
+            async with lifespan(app) as state:
+                yield state
+        finally:
+            await fetcher.close()
+
+    return life
 
 
 def _add_routes(app: FastAPI, client: EPDClient, probe: Probe) -> None:
@@ -190,6 +204,13 @@ def error_response(status: int, message: str, kind: str = "BadRequestError") -> 
     )
 
 
+def positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError(text)
+    return number
+
+
 class BodyTooLarge(HTTPException):
     """An HTTPException, because FastAPI makes a 400 of whatever else ``receive`` raises."""
 
@@ -215,6 +236,13 @@ class PipelineMiddleware:
         request_id = headers.get("x-request-id") or uuid.uuid4().hex
         headers["x-request-id"] = request_id  # vLLM's servings read it from there; Serve's proxy echoes it
         record = Trace(request_id)
+        timeout = headers.get("x-request-timeout-s")
+        if timeout is not None:
+            try:
+                record.timeout_s = positive(timeout)
+            except ValueError:
+                message = f"The header x-request-timeout-s must be a positive number of seconds, not {timeout[:40]!r}."
+                return await error_response(400, message)(scope, receive, send)
         reply = _HeldReply(send, record, anthropic=scope["path"].startswith("/v1/messages"))
         if int(headers.get("content-length") or 0) > self.max_body_bytes:
             error = BodyTooLarge(self.max_body_bytes)
@@ -263,6 +291,7 @@ class _HeldReply:
             return
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self._tell(MutableHeaders(raw=message["headers"]), message["status"])
             event_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
             self._holding = event_stream and self._trace.first_token is None
         if self._holding:
@@ -273,10 +302,21 @@ class _HeldReply:
             if self._trace.error is not None and self._trace.first_token is None:
                 return await self._replace()
             held, self._held = self._held, []
+            self._tell(MutableHeaders(raw=held[0]["headers"]), held[0]["status"])
             for earlier in held:
                 await self._send(earlier)
             return
         await self._send(message)
+
+    def _tell(self, headers: MutableHeaders, status: int) -> None:
+        """Where the time went, which rungs of the failure ladder ran, and when to come again. Called again when more is
+        known: the start of a stream is held until its first token."""
+        if times := self._trace.stage_times():
+            headers["server-timing"] = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in times.items())
+        if self._trace.rungs:
+            headers["x-epd-rungs"] = ",".join(self._trace.rungs)
+        if status in (429, 503):
+            headers["retry-after"] = "1"
 
     async def _replace(self) -> None:
         """Answer with the failure's own status instead of the stream that had not begun."""
@@ -285,6 +325,7 @@ class _HeldReply:
         body = create_error_response(self._trace.error)
         self.status = body.error.code
         start = next(message for message in self._held if message["type"] == "http.response.start")
+        self._tell(MutableHeaders(raw=start["headers"]), body.error.code)
         kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-type", b"content-length")]
         content = translate_error_response(body).body if self._anthropic else body.model_dump_json().encode()
         await self._send(

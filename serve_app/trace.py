@@ -22,6 +22,10 @@ class Trace:
     items: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    timeout_s: float | None = None
+    """Deadline of this request from its beginning, where the client set one."""
+    rungs: list[str] = field(default_factory=list)
+    """Rungs of the failure ladder that ran, in order."""
     replicas: dict[str, list[str]] = field(default_factory=dict)
     """Stage → replicas that worked on the request."""
     error: Exception | None = None
@@ -33,6 +37,9 @@ class Trace:
         seen = self.replicas.setdefault(stage, [])
         if replica not in seen:
             seen.append(replica)
+
+    def rung(self, name: str) -> None:
+        self.rungs.append(name)
 
     def token(self, count: int) -> None:
         if self.first_token is None:
@@ -64,11 +71,16 @@ class Trace:
         times = " ".join(f"{name}={seconds * 1000:.1f}ms" for name, seconds in self.stage_times().items())
         who = " ".join(f"{stage}={','.join(replicas)}" for stage, replicas in self.replicas.items())
         total = (time.perf_counter() - self.began) * 1000
+        rungs = f" rungs={','.join(self.rungs)}" if self.rungs else ""
         error = f' error="{self.error}"' if self.error is not None else ""
         return (
-            f"request={self.request_id} status={status} items={self.items} prompt_tokens={self.prompt_tokens} "
-            f"output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
-        ).rstrip() + error
+            (
+                f"request={self.request_id} status={status} items={self.items} prompt_tokens={self.prompt_tokens} "
+                f"output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
+            ).rstrip()
+            + rungs
+            + error
+        )
 
 
 current: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("epd_trace", default=None)

@@ -31,6 +31,8 @@ def ec_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
     extra = dict(ec.extra_config)
     if ec.uses_folder:
         extra.setdefault("shared_storage_path", str(storage_path(config)))
+    if ec.connector == "SharedFolderECConnector":
+        extra = ec.bounds | extra
     settings: dict[str, Any] = {
         "ec_connector": ec.connector,
         "ec_role": "ec_producer" if stage is Stage.ENCODER else "ec_consumer",

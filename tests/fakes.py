@@ -1,21 +1,42 @@
 """Stand-ins for what the ingress talks to: stages, and below them Serve's handles. All come in by constructor."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from serve_app.config import Stage
 from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
 
+
+class FakeClock:
+    """``time.monotonic`` that goes where a test sets it."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
 Calls = list[tuple[str, tuple[Any, ...]]]
 
 
 class FakeStage:
-    """A ``StageHandle``: methods by name, and every call in ``calls`` (and in ``log``, which stages may share)."""
+    """A ``StageHandle``: methods by name, and every call in ``calls`` (and in ``log``, which stages may share).
 
-    def __init__(self, stage: Stage, log: list[str] | None = None, **methods: Callable[..., Any]) -> None:
+    ``fails``: what the first calls of a method raise, one each; later ones reach the method.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        log: list[str] | None = None,
+        fails: Mapping[str, Sequence[Exception]] | None = None,
+        **methods: Callable[..., Any],
+    ) -> None:
         self.stage = stage
         self.calls: Calls = []
         self._log = [] if log is None else log
+        self._fails = {method: list(errors) for method, errors in (fails or {}).items()}
         self._methods = methods
 
     async def call(self, method: str, *args: Any) -> Any:
@@ -39,12 +60,19 @@ class FakeStage:
     def _called(self, method: str, args: tuple[Any, ...]) -> None:
         self.calls.append((method, args))
         self._log.append(method)
+        if errors := self._fails.get(method):
+            raise errors.pop(0)
 
 
 class FakePipeline:
-    """Encoder, prefill and decode stages that answer as engines would; each method can be replaced."""
+    """Encoder, prefill and decode stages that answer as engines would; each method can be replaced, or fail at first."""
 
-    def __init__(self, without: tuple[Stage, ...] = (), **methods: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        without: tuple[Stage, ...] = (),
+        fails: Mapping[str, Sequence[Exception]] | None = None,
+        **methods: Callable[..., Any],
+    ) -> None:
         self.log: list[str] = []
         self.prefills = 0
         known = {
@@ -53,7 +81,9 @@ class FakePipeline:
             Stage.DECODE: {"generate": self.generate, "release": self.release},
         }
         self.stages = {
-            stage: FakeStage(stage, self.log, **{name: methods.get(name, method) for name, method in own.items()})
+            stage: FakeStage(
+                stage, self.log, fails, **{name: methods.get(name, method) for name, method in own.items()}
+            )
             for stage, own in known.items()
             if stage not in without
         }

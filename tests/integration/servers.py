@@ -50,9 +50,6 @@ class Server:
                 total += float(line.rsplit(" ", 1)[1])
         return total
 
-    def metrics_total(self, name: str) -> float:
-        return self.metric(name)
-
     def processes(self) -> list[psutil.Process]:
         """All processes of this server: those that carry its mark in their environment."""
         return marked_processes(self.mark)
@@ -77,6 +74,13 @@ class Server:
 
     def tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def marked_environment(mark: str) -> dict[str, str]:
+    """The environment of a server that shares nothing with others of this machine and whose processes can be found."""
+    own = {"EPD_TEST_MARK": mark, "RAY_ADDRESS": "local"}
+    # setproctitle writes the titles of engine processes over their environment, and with it over the mark.
+    return dict(os.environ) | own | {"SPT_NOENV": "1"}
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
@@ -109,9 +113,7 @@ def default_sigint() -> None:
 
 @contextlib.contextmanager
 def start(command: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
-    environment = dict(os.environ)
-    environment |= {"EPD_TEST_MARK": str(log), "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local", "RAY_DEDUP_LOGS": "0"}
-    environment |= env or {}
+    environment = marked_environment(str(log)) | {"PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"} | (env or {})
     environment.pop("PYTEST_CURRENT_TEST", None)
     with log.open("wb") as out:
         process = subprocess.Popen(

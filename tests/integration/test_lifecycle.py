@@ -23,6 +23,7 @@ from tests.integration.servers import (
     default_sigint,
     engine_pids,
     kill_all,
+    marked_environment,
     marked_processes,
     serve_run,
     wait_gone,
@@ -91,14 +92,13 @@ def test_no_gpu_where_one_is_asked_for_fails_at_once(tmp_path: Path) -> None:
     path = tmp_path / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     mark = str(tmp_path)
-    environment = os.environ | {"EPD_TEST_MARK": mark, "RAY_ADDRESS": "local"}
     try:
         process = subprocess.Popen(
             [BIN / "serve", "run", path],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=marked_environment(mark),
             cwd=REPOSITORY,
             preexec_fn=default_sigint,
         )
@@ -129,7 +129,7 @@ class Cluster:
         self.mark = str(folder)
         self.http_port, gcs, dashboard = free_ports(3)
         self.dashboard = f"http://127.0.0.1:{dashboard}"
-        self.environment = os.environ | {"EPD_TEST_MARK": self.mark, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
+        self.environment = marked_environment(self.mark) | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}
         self.environment["RAY_AUTH_MODE"] = "disabled"  # else it depends on whether this user has a token
         head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=8", "--num-gpus=4"]
         self.run(BIN / "ray", "start", *head)

@@ -86,6 +86,33 @@ def test_options_of_the_request_reach_the_stages(make_client: Make) -> None:
         assert (call.options["priority"], call.options["trace_headers"]) == (5, {"a": "b"})
 
 
+@pytest.mark.parametrize(("by_tenant", "names"), [(False, 1), (True, 3)])
+def test_tenants_have_embeddings_of_their_own_where_that_is_asked_for(
+    make_client: Make, by_tenant: bool, names: int
+) -> None:
+    async def main() -> FakePipeline:
+        client = make_client((pipeline := FakePipeline()).stages, ec={"salt_by_tenant": by_tenant})
+        for salt in ("one", "other", None, "one"):
+            prompt = await render(client, "red") | {"cache_salt": salt}
+            assert [o async for o in client.generate(prompt, params(), "req")]
+        return pipeline
+
+    pipeline = asyncio.run(main())
+    of_stages = [
+        [call.prompt.items[0].hash for call in calls]
+        for calls in (
+            pipeline.encoder.requests("encode"),
+            pipeline.prefiller.requests("prefill"),
+            pipeline.decoder.requests("generate"),
+        )
+    ]
+    encodes, prefills, decodes = of_stages
+    assert prefills == decodes
+    assert encodes == list(dict.fromkeys(prefills))  # every stage knows the item by the same name; encoded once by each
+    assert len(set(prefills)) == names
+    assert prefills[0] == prefills[3]
+
+
 def test_distinct_items_are_encoded_once_and_all_at_the_same_time(make_client: Make) -> None:
     together = asyncio.Barrier(3)
 

@@ -1,6 +1,9 @@
-"""serve_app.client: stages that fail or hang, and clients that leave. Blocks nobody pulled are given back, once."""
+"""serve_app.client: stages that fail or hang, what is tried again, and clients that leave. Blocks nobody pulled are given
+back, once."""
 
 import asyncio
+import functools
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -10,22 +13,73 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 
 from serve_app import trace
-from serve_app.config import Stage
-from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageUnavailable
+from serve_app.config import RetryConfig, Stage
+from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageTimeout, StageUnavailable
 from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
+from serve_app.retry import Retries
 from serve_app.trace import Trace
-from tests.fakes import FakePipeline
+from tests.fakes import FakePipeline, encoded
 from tests.unit.running import Make, background, generate, params, render, run
 
 
-def test_failing_encoder_cancels_the_others_and_no_prefill_is_called(make_client: Make) -> None:
+def once(make: Make) -> Make:
+    """Clients that try nothing again."""
+    return functools.partial(make, retry={"attempts": 1})
+
+
+def traced(make: Make, pipeline: FakePipeline, *colours: str, **more: Any) -> tuple[list[RequestOutput], Trace]:
+    """A request, and its trace."""
+    record = Trace("req")
+    token = trace.current.set(record)
+    try:
+        return generate(make, pipeline, *colours, **more), record
+    finally:
+        trace.current.reset(token)
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    """What a client of one choice sees."""
+    return [output.outputs[0].text for output in outputs]
+
+
+def pixels(request: StageRequest) -> list[bool]:
+    return ["pixel_values" in item.data for item in request.prompt.items]
+
+
+def blocks(request: StageRequest) -> Any:
+    return request.params.extra_args["kv_transfer_params"]["remote_block_ids"]
+
+
+PREFILL_GONE = StageUnavailable(Stage.PREFILL, "is gone")
+DECODE_GONE = StageUnavailable(Stage.DECODE, "is gone")
+PREFILL_LOST = HandoffLost(Stage.PREFILL, "lost the embeddings")
+DECODE_LOST = HandoffLost(Stage.DECODE, "lost the blocks")
+
+
+def test_item_that_no_encoder_encodes_goes_to_prefill_with_its_pixels_and_the_others_without(make_client: Make) -> None:
+    async def encode(request: StageRequest) -> EncodeReply:
+        if ":0:" in request.request_id:
+            raise StageUnavailable(Stage.ENCODER, "is full")
+        return encoded(request)
+
+    pipeline = FakePipeline(encode=encode)
+    outputs, record = traced(make_client, pipeline, "red", "blue")
+    assert texts(outputs) == ["a", "b"]
+    assert pipeline.log == ["encode", "encode", "encode", "prefill", "generate"]
+    for call in pipeline.prefiller.requests("prefill") + pipeline.decoder.requests("generate"):
+        assert pixels(call) == [True, False]
+        assert list(call.params.extra_args["ec_transfer_params"]) == [call.prompt.items[1].hash]
+    assert record.rungs == ["encode-again", "encode-at-prefill(failed)"]
+
+
+def test_item_that_an_encoder_refuses_cancels_the_others_and_no_prefill_is_called(make_client: Make) -> None:
     both = asyncio.Barrier(2)
     cancelled: list[str] = []
 
     async def encode(request: StageRequest) -> EncodeReply:
         await both.wait()
         if ":0:" in request.request_id:
-            raise StageUnavailable(Stage.ENCODER, "is full")
+            raise BadRequest("this picture cannot be encoded")
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -34,32 +88,42 @@ def test_failing_encoder_cancels_the_others_and_no_prefill_is_called(make_client
         raise AssertionError
 
     pipeline = FakePipeline(encode=encode)
-    with pytest.raises(GracefulHTTPError, match="The encoder stage is full") as caught:
+    with pytest.raises(VLLMValidationError, match="this picture cannot be encoded"):
         generate(make_client, pipeline, "red", "blue")
-    assert caught.value.http_status == 503
     assert cancelled == ["1"]
     assert pipeline.log == ["encode", "encode"]
 
 
-def test_encoder_that_names_another_item_is_an_error(make_client: Make) -> None:
+def test_encoder_that_names_another_item_is_not_believed(make_client: Make) -> None:
     async def encode(request: StageRequest) -> EncodeReply:
         return EncodeReply({"another": {"item_indices": [0]}}, "e")
 
     pipeline = FakePipeline(encode=encode)
-    with pytest.raises(GracefulHTTPError, match="unusable answer: asked for item") as caught:
+    generate(make_client, pipeline, "red")
+    assert pipeline.log == ["encode", "encode", "prefill", "generate"]
+    for call in pipeline.prefiller.requests("prefill") + pipeline.decoder.requests("generate"):
+        assert pixels(call) == [True]
+        assert "ec_transfer_params" not in call.params.extra_args
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "log"),
+    [
+        (PREFILL_GONE, GracefulHTTPError, ["encode", "prefill", "prefill", "prefill"]),
+        (PREFILL_LOST, GracefulHTTPError, ["encode", "prefill", "encode", "prefill", "prefill"]),
+        (StageTimeout(Stage.PREFILL, "did not answer"), GracefulHTTPError, ["encode", "prefill"]),
+        (BadRequest("no such thing"), VLLMValidationError, ["encode", "prefill"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_failing_prefill_leaves_nothing_to_release(
+    make_client: Make, error: Exception, kind: type[Exception], log: list[str]
+) -> None:
+    pipeline = FakePipeline(fails={"prefill": [error] * 9})
+    with pytest.raises(kind) as caught:
         generate(make_client, pipeline, "red")
-    assert caught.value.http_status == 503
-    assert pipeline.log == ["encode"]
-
-
-def test_failing_prefill_leaves_nothing_to_release(make_client: Make) -> None:
-    async def prefill(request: StageRequest) -> PrefillReply:
-        raise HandoffLost(Stage.PREFILL, "lost it")
-
-    pipeline = FakePipeline(prefill=prefill)
-    with pytest.raises(GracefulHTTPError, match="The prefill stage lost it"):
-        generate(make_client, pipeline, "red")
-    assert pipeline.log == ["encode", "prefill"]
+    assert str(caught.value) == str(error)
+    assert pipeline.log == log
 
 
 @pytest.mark.parametrize(
@@ -80,7 +144,7 @@ def test_decode_that_fails_before_its_first_token_gives_the_blocks_back_once(
 
     pipeline = FakePipeline(generate=decode)
     with pytest.raises(kind) as caught:
-        generate(make_client, pipeline, "red")
+        generate(once(make_client), pipeline, "red")
     assert pipeline.released() == [("req", {"remote_block_ids": [1]})]
     assert status is None or caught.value.http_status == status  # type: ignore[attr-defined]
 
@@ -94,6 +158,7 @@ def test_decode_that_fails_after_its_first_token_has_pulled_the_blocks(make_clie
     with pytest.raises(GracefulHTTPError, match="is gone"):
         generate(make_client, pipeline, "red")
     assert pipeline.released() == []
+    assert pipeline.log == ["encode", "prefill", "generate"]
 
 
 def test_stream_that_ends_without_a_reason_is_an_error(make_client: Make) -> None:
@@ -158,9 +223,236 @@ def test_failing_choice_ends_the_others_and_gives_their_blocks_back(make_client:
 
     pipeline = FakePipeline(generate=decode)
     with pytest.raises(GracefulHTTPError):
-        generate(make_client, pipeline, n=2)
+        generate(once(make_client), pipeline, n=2)
     assert sorted(closed) == [1, 2]
     assert sorted(args[1]["remote_block_ids"] for args in pipeline.released()) == [[1], [2]]
+
+
+# ---- the ladder: before the first token a choice is tried again from the start
+
+
+def test_lost_prefill_is_made_again_and_the_client_sees_nothing_of_it(make_client: Make) -> None:
+    pipeline = FakePipeline(fails={"prefill": [PREFILL_GONE]})
+    outputs, record = traced(make_client, pipeline, "red")
+    assert texts(outputs) == ["a", "b"]
+    assert pipeline.log == ["encode", "prefill", "prefill", "generate"]  # its item is encoded already
+    first, second = pipeline.prefiller.requests("prefill")
+    assert pixels(first) == pixels(second) == [False]
+    assert first.params.extra_args == second.params.extra_args
+    assert record.rungs == ["prefill-again"]
+    assert record.error is None
+    assert " rungs=prefill-again" in record.line(200)
+
+
+@pytest.mark.parametrize("error", [DECODE_GONE, DECODE_LOST], ids=lambda error: type(error).__name__)
+def test_decode_lost_before_its_first_token_gives_the_blocks_back_and_begins_again(
+    make_client: Make, error: Exception
+) -> None:
+    pipeline = FakePipeline(fails={"generate": [error]})
+    outputs, record = traced(make_client, pipeline)
+    assert texts(outputs) == ["a", "b"]
+    assert [output.finished for output in outputs] == [False, True]
+    assert pipeline.released() == [("req", {"remote_block_ids": [1]})]
+    assert [blocks(call) for call in pipeline.decoder.requests("generate")] == [[1], [2]]
+    assert sorted(pipeline.log) == ["generate", "generate", "prefill", "prefill", "release"]
+    assert record.rungs == ["decode-again"]
+    assert (record.output_tokens, record.error) == (2, None)
+
+
+def test_decode_that_fails_after_its_first_token_is_not_tried_again(make_client: Make) -> None:
+    async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+        yield Chunk("a", [1]), "decode-0"
+        raise DECODE_LOST
+
+    seen: list[str] = []
+
+    async def main() -> FakePipeline:
+        pipeline = FakePipeline(generate=decode)
+        client = make_client(pipeline.stages)
+        prompt = await render(client, "red")
+        with pytest.raises(GracefulHTTPError, match="lost the blocks"):
+            async for output in client.generate(prompt, params(), "req"):
+                seen.append(output.outputs[0].text)
+        await background(client)
+        return pipeline
+
+    pipeline = asyncio.run(main())
+    assert seen == ["a"]
+    assert pipeline.log == ["encode", "prefill", "generate"]
+
+
+def test_items_whose_embeddings_were_lost_are_encoded_again(make_client: Make) -> None:
+    pipeline = FakePipeline(fails={"prefill": [PREFILL_LOST]})
+    outputs, record = traced(make_client, pipeline, "red", "blue")
+    assert texts(outputs) == ["a", "b"]
+    assert pipeline.log == ["encode", "encode", "prefill", "encode", "encode", "prefill", "generate"]
+    assert [pixels(call) for call in pipeline.prefiller.requests("prefill")] == [[False, False]] * 2
+    assert record.rungs == ["prefill-again"]
+
+
+def test_decode_that_prefills_asks_for_lost_embeddings_again(make_client: Make) -> None:
+    pipeline = FakePipeline((Stage.PREFILL,), fails={"generate": [DECODE_LOST]})
+    assert texts(generate(make_client, pipeline, "red")) == ["a", "b"]
+    assert pipeline.log == ["encode", "generate", "encode", "generate"]
+
+
+def test_lost_items_are_encoded_again_for_the_next_request_too(make_client: Make) -> None:
+    async def main() -> FakePipeline:
+        pipeline = FakePipeline(fails={"prefill": [PREFILL_LOST]})
+        client = make_client(pipeline.stages, retry={"attempts": 1})
+        with pytest.raises(GracefulHTTPError):
+            await run(client, "red")
+        await run(client, "red")
+        await run(client, "red")
+        return pipeline
+
+    pipeline = asyncio.run(main())
+    assert pipeline.log == ["encode", "prefill", "encode", "prefill", "generate", "prefill", "generate"]
+
+
+def test_embeddings_lost_twice_are_made_by_prefill(make_client: Make) -> None:
+    pipeline = FakePipeline(fails={"prefill": [PREFILL_LOST, PREFILL_LOST]})
+    outputs, record = traced(make_client, pipeline, "red", "blue")
+    assert texts(outputs) == ["a", "b"]
+    assert pipeline.log == ["encode", "encode", "prefill"] * 2 + ["prefill", "generate"]
+    *_, third = pipeline.prefiller.requests("prefill")
+    (decode,) = pipeline.decoder.requests("generate")
+    for call in (third, decode):
+        assert pixels(call) == [True, True]
+        assert "ec_transfer_params" not in call.params.extra_args
+    assert record.rungs == ["prefill-again", "prefill-again"]
+
+
+def test_pipeline_without_an_encoder_climbs_the_same_ladder(make_client: Make) -> None:
+    pipeline = FakePipeline((Stage.ENCODER,), fails={"prefill": [PREFILL_GONE], "generate": [DECODE_LOST]})
+    assert texts(generate(make_client, pipeline, "red")) == ["a", "b"]
+    assert [pixels(call) for call in pipeline.prefiller.requests("prefill")] == [[True]] * 3
+    assert pipeline.released() == [("req", {"remote_block_ids": [1]})]
+
+
+def test_hand_off_is_never_used_twice(make_client: Make) -> None:
+    pipeline = FakePipeline(fails={"generate": [DECODE_GONE, DECODE_LOST]})
+    generate(make_client, pipeline, "red")
+    assert [blocks(call) for call in pipeline.decoder.requests("generate")] == [[1], [2], [3]]
+    assert [args[1]["remote_block_ids"] for args in pipeline.released()] == [[1], [2]]
+
+
+@pytest.mark.parametrize("attempts", [1, 3, 4])
+def test_request_is_tried_so_many_times_and_then_fails_as_it_did(make_client: Make, attempts: int) -> None:
+    pipeline = FakePipeline(fails={"generate": [DECODE_GONE] * 9})
+    make = functools.partial(make_client, retry={"attempts": attempts, "backoff_s": 0})
+    with pytest.raises(GracefulHTTPError, match="The decode stage is gone") as caught:
+        generate(make, pipeline, "red")
+    assert caught.value.http_status == 503
+    assert [blocks(call) for call in pipeline.decoder.requests("generate")] == [[i + 1] for i in range(attempts)]
+    assert [args[1]["remote_block_ids"] for args in pipeline.released()] == [[i + 1] for i in range(attempts)]
+
+
+def test_requests_share_a_budget_of_retries(make_client: Make) -> None:
+    async def main() -> list[int]:
+        pipeline = FakePipeline(fails={"prefill": [PREFILL_GONE] * 9})
+        client = make_client(pipeline.stages, retry={"attempts": 9, "ratio": 0.5, "floor_per_s": 0, "backoff_s": 0})
+        prefills = []
+        for _ in range(3):
+            before = len(pipeline.prefiller.calls)
+            with pytest.raises(GracefulHTTPError, match="is gone"):
+                await run(client)
+            prefills.append(len(pipeline.prefiller.calls) - before)
+        return prefills
+
+    assert asyncio.run(main()) == [2, 1, 2]  # one retry at first, and one more for two requests
+
+
+def test_lost_choice_is_tried_again_by_itself(make_client: Make) -> None:
+    pipeline = FakePipeline(fails={"generate": [DECODE_GONE]})
+    outputs, record = traced(make_client, pipeline, "red", n=2, seed=7)
+    said = dict.fromkeys(range(2), "")
+    for output in outputs:
+        said[output.outputs[0].index] += output.outputs[0].text
+    assert said == {0: "ab", 1: "ab"}
+    assert outputs[-1].finished
+    decodes = pipeline.decoder.requests("generate")
+    assert sorted(blocks(call) for call in decodes) == [[1], [2], [3]]
+    failed, *others = decodes
+    assert [args[1]["remote_block_ids"] for args in pipeline.released()] == [blocks(failed)]
+    assert sorted(call.params.seed for call in others) == [7, 8]
+    assert record.rungs == ["decode-again"]
+
+
+# ---- deadlines
+
+
+def test_deadline_is_for_all_attempts_together(make_client: Make) -> None:
+    async def main() -> tuple[float, int]:
+        async def prefill(request: StageRequest) -> PrefillReply:
+            await asyncio.sleep(0.1)
+            raise PREFILL_GONE
+
+        pipeline = FakePipeline(prefill=prefill)
+        retry = {"attempts": 100, "floor_per_s": 1000, "backoff_s": 0}
+        client = make_client(pipeline.stages, request_timeout_s=0.5, retry=retry)
+        loop = asyncio.get_running_loop()
+        prompt = await render(client)
+        began = loop.time()
+        with pytest.raises(GracefulHTTPError, match=r"did not answer within 0\.5 s") as caught:
+            async for _ in client.generate(prompt, params(), "req"):
+                pass
+        assert caught.value.http_status == 504
+        return loop.time() - began, len(pipeline.prefiller.calls)
+
+    seconds, prefills = asyncio.run(main())
+    assert 0.5 <= seconds < 5
+    assert prefills >= 2
+
+
+def test_pause_before_a_retry_ends_with_the_deadline(make_client: Make) -> None:
+    async def main() -> None:
+        pipeline = FakePipeline(fails={"prefill": [PREFILL_GONE]})
+        client = make_client(pipeline.stages, request_timeout_s=0.1)
+        client._retries = Retries(RetryConfig(), lambda low, high: 60.0)
+        with pytest.raises(GracefulHTTPError, match=r"The prefill stage did not answer within 0\.1 s"):
+            await run(client)
+        assert pipeline.log == ["prefill"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("of_the_client", "of_the_server", "seconds"), [(0.1, 600, "0.1"), (600, 0.1, "0.1"), (None, 0.1, "0.1")]
+)
+def test_shorter_deadline_of_client_and_server_holds(
+    make_client: Make, of_the_client: float | None, of_the_server: float, seconds: str
+) -> None:
+    async def hang(request: StageRequest) -> PrefillReply:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def main() -> None:
+        trace.current.set(Trace("req", timeout_s=of_the_client))
+        client = make_client(FakePipeline(prefill=hang).stages, request_timeout_s=of_the_server)
+        with pytest.raises(GracefulHTTPError, match=f"did not answer within {seconds} s"):
+            await run(client)
+
+    asyncio.run(main())
+
+
+def test_deadline_of_the_client_counts_from_the_beginning_of_its_request(make_client: Make) -> None:
+    async def hang(request: StageRequest) -> PrefillReply:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        client = make_client(FakePipeline(prefill=hang).stages)
+        prompt = await render(client)
+        trace.current.set(Trace("req", began=time.perf_counter() - 2, timeout_s=2.1))
+        began = loop.time()
+        with pytest.raises(GracefulHTTPError, match="did not answer within"):
+            async for _ in client.generate(prompt, params(), "req"):
+                pass
+        return loop.time() - began
+
+    assert asyncio.run(main()) < 1.9
 
 
 @pytest.mark.parametrize("slow", ["encode", "prefill", "generate"])
@@ -269,3 +561,27 @@ def test_client_that_leaves_before_a_token_ends_the_work_and_frees_the_blocks(ma
     pipeline = asyncio.run(main())
     assert ended == [where]
     assert pipeline.released() == ([("req", {"remote_block_ids": [1]})] if where == "generate" else [])
+
+
+def test_client_that_leaves_between_two_attempts_leaves_nothing_behind(make_client: Make) -> None:
+    async def main() -> FakePipeline:
+        pausing = asyncio.Event()
+
+        def jitter(low: float, high: float) -> float:
+            pausing.set()
+            return 60.0
+
+        pipeline = FakePipeline(fails={"generate": [DECODE_GONE]})
+        client = make_client(pipeline.stages)
+        client._retries = Retries(RetryConfig(), jitter)
+        request = asyncio.create_task(run(client, "red"))
+        await pausing.wait()
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        await background(client)
+        return pipeline
+
+    pipeline = asyncio.run(main())
+    assert pipeline.log == ["encode", "prefill", "generate", "release"]
+    assert pipeline.released() == [("req", {"remote_block_ids": [1]})]

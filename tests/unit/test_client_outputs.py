@@ -10,10 +10,11 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from serve_app.client import assemble, merge, to_vllm_error, with_prefill
+from serve_app.client import to_vllm_error
 from serve_app.config import Stage
-from serve_app.errors import BadRequest, EPDError, HandoffLost, StageError, StageTimeout
+from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout, StageUnavailable
 from serve_app.handoff import Chunk, PrefillReply, Prompt, StageRequest
+from serve_app.outputs import assemble, merge, with_prefill
 
 Pairs = list[tuple[int, Chunk]]
 
@@ -149,6 +150,8 @@ def test_closing_the_merge_closes_every_source(count: int) -> None:
         (StageError(Stage.PREFILL, "x"), GracefulHTTPError, 503),
         (StageTimeout(Stage.PREFILL, "x"), GracefulHTTPError, 504),
         (HandoffLost(Stage.PREFILL, "x"), GracefulHTTPError, 503),
+        (StageUnavailable(Stage.PREFILL, "x"), GracefulHTTPError, 503),
+        (Overloaded("x"), GracefulHTTPError, 503),
         (BadRequest("x"), VLLMValidationError, None),
         (EPDError("x"), GracefulHTTPError, 500),
     ],

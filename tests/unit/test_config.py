@@ -13,9 +13,11 @@ from serve_app.config import (
     SHARED_ARGS,
     Accelerator,
     ECConfig,
+    EncodeConfig,
     EPDConfig,
     KVConfig,
     MediaConfig,
+    RetryConfig,
     Stage,
     StageConfig,
 )
@@ -37,6 +39,8 @@ def refusal(args: dict[str, Any]) -> str:
         ({"decode": {"num_gpus": 1}}, "decode.num_gpus"),
         ({"ec": {"path": "/x"}}, "ec.path"),
         ({"kv": {"lease": 3}}, "kv.lease"),
+        ({"encode": {"timeout": 3}}, "encode.timeout"),
+        ({"retry": {"budget": 3}}, "retry.budget"),
         ({"media": {"domains": []}}, "media.domains"),
     ],
 )
@@ -70,6 +74,12 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
     [
         ({"decode": None}, ["every topology has a decode stage", "`prefill:`"]),
         ({"encoder": None, "ec": {}}, ["`ec:` has no effect", "`encoder: null`"]),
+        (
+            {"ec": {"connector": "ECCPUConnector", "max_bytes": 1 << 30}, "accelerator": "cuda"},
+            ["`ec.max_bytes` has no effect with `ec.connector: ECCPUConnector`"],
+        ),
+        ({"ec": {"lease_s": 60, "max_age_s": 30}}, ["`ec.lease_s: 60` is longer than `ec.max_age_s: 30`"]),
+        ({"encoder": None, "encode": {}}, ["`encode:` has no effect", "without an encoder stage"]),
         ({"prefill": None, "kv": {}}, ["`kv:` has no effect", "`prefill: null`"]),
         ({"accelerator": "cpu", "ec": {"connector": "ECCPUConnector"}}, ["ECCPUConnector` needs a GPU"]),
         (
@@ -92,6 +102,11 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
         ({"accelerator": "rocm"}, ["accelerator", "'cuda'"]),
         ({"request_timeout_s": 0}, ["request_timeout_s"]),
         ({"media": {"max_body_bytes": 1}}, ["media.max_body_bytes"]),
+        ({"encode": {"attempts": 0}}, ["encode.attempts", "greater than or equal to 1"]),
+        ({"encode": {"timeout_s": 0}}, ["encode.timeout_s", "greater than 0"]),
+        ({"encode": {"affinity_headroom": 0.9}}, ["encode.affinity_headroom", "greater than or equal to 1"]),
+        ({"retry": {"attempts": 0}}, ["retry.attempts", "greater than or equal to 1"]),
+        ({"retry": {"ratio": -0.1}}, ["retry.ratio", "greater than or equal to 0"]),
         ({"decode": {"max_ongoing_requests": 0}}, ["decode.max_ongoing_requests"]),
         ({"decode": {"gpus_per_replica": -1}}, ["decode.gpus_per_replica"]),
     ],
@@ -115,6 +130,9 @@ def test_mistake_is_refused_in_words_that_name_it(args: dict[str, Any], words: l
         {"accelerator": "cpu", "ec": {"connector": "ECExampleConnector", "storage_path": "/x"}},
         {"ec": {"connector": "Mine", "module_path": "mine", "storage_path": "/x"}},
         {"encoder": None, "prefill": None},
+        {"encoder": None, "retry": {"attempts": 1}},
+        {"encode": {"min_embeds": 0, "max_outstanding_embeds": 0, "remember_s": 0, "retry_encoders_after_s": 0}},
+        {"retry": {"attempts": 1, "ratio": 0, "floor_per_s": 0, "backoff_s": 0}},
         {"kv": {"lease_s": 6}},
     ],
     ids=str,
@@ -166,7 +184,9 @@ def test_world_size_is_tensor_times_pipeline_parallel() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [EPDConfig(), StageConfig(), ECConfig(), KVConfig(), MediaConfig()], ids=lambda part: type(part).__name__
+    "part",
+    [EPDConfig(), StageConfig(), ECConfig(), EncodeConfig(), RetryConfig(), KVConfig(), MediaConfig()],
+    ids=lambda part: type(part).__name__,
 )
 def test_a_config_cannot_be_changed(part: Any) -> None:
     field = next(iter(type(part).model_fields))

@@ -1,243 +1,524 @@
-"""serve_app.ec_connector: embeddings as files. What vLLM 0.32.0 hands a connector is real or has its fields."""
+"""serve_app.ec_connector: embeddings as files, with vLLM's real scheduler around it (``ec_engine.py``).
+
+Every test that can runs twice: with vLLM's plain scheduler, and with the asynchronous one that is a step ahead.
+"""
 
 import os
-import threading
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.config import ECTransferConfig
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
-from vllm.multimodal.inputs import (
-    MultiModalBatchedField,
-    MultiModalFeatureSpec,
-    MultiModalFieldElem,
-    MultiModalKwargsItem,
-    PlaceholderRange,
-)
+from vllm.v1.request import RequestStatus
 
 from serve_app.config import EPDConfig, Stage
-from serve_app.ec_connector import SharedFolderECConnector, SharedFolderStats
+from serve_app.ec_connector import DTYPE_NAMES, Load, SharedFolderECConnector
+from serve_app.ec_metrics import SharedFolderStats
+from serve_app.ec_store import FolderStore, Shape
 from serve_app.transfer import ec_transfer_config
+from tests.unit.ec_engine import GRID, LENGTH, PIXELS, Engine, embedding, feature
 
-SCHEDULER, WORKER = ECConnectorRole.SCHEDULER, ECConnectorRole.WORKER
-GRID = {"image_grid_thw": True}
-PIXELS = {"pixel_values": False, **GRID}
+MakeEngine = Callable[..., Engine]
 
 
-class Engines:
-    """Connectors of an encoder and of its consumers over one folder, made as vLLM makes them."""
+@pytest.fixture(params=[False, True], ids=["plain", "ahead"])
+def make(request: pytest.FixtureRequest, demo_vllm_config: Any, tmp_path: Path) -> Iterator[MakeEngine]:
+    """Make engines over one folder. At the end none may hold a pin or an open file."""
+    engines: list[Engine] = []
+    before = len(os.listdir("/proc/self/fd"))
 
-    def __init__(self, model_config: Any, folder: Path) -> None:
-        self._model_config = model_config
-        self._config = EPDConfig(ec={"storage_path": folder})
+    def make(stage: Stage, **options: Any) -> Engine:
+        engines.append(Engine(demo_vllm_config, tmp_path, stage, ahead=request.param, **options))
+        return engines[-1]
 
-    def vllm_config(self, stage: Stage) -> Any:
-        settings = ec_transfer_config(self._config, stage)
-        assert settings is not None
-        return SimpleNamespace(model_config=self._model_config, ec_transfer_config=ECTransferConfig(**settings))
-
-    def connector(self, stage: Stage, role: ECConnectorRole) -> SharedFolderECConnector:
-        connector = ECConnectorFactory.create_connector(self.vllm_config(stage), role)
-        assert isinstance(connector, SharedFolderECConnector)
-        return connector
-
-    def save(self, name: str, tensor: torch.Tensor) -> None:
-        self.connector(Stage.ENCODER, WORKER).save_caches({name: tensor}, name)
+    yield make
+    for engine in engines:
+        pins = dict(engine.connector._pins), dict(engine.connector._pinned_by)
+        engine.close()
+        assert pins == ({}, {})
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.fixture
-def engines(demo_vllm_config: Any, tmp_path: Path) -> Engines:
-    return Engines(demo_vllm_config.model_config, tmp_path)
+def encoder(make: MakeEngine) -> Engine:
+    return make(Stage.ENCODER)
 
 
-def feature(name: str, fields: dict[str, bool] | None, offset: int = 0, length: int = 4) -> MultiModalFeatureSpec:
-    """An item with fields (name → kept on the CPU), or without data as after a cache hit."""
-    data = None
-    if fields is not None:
-        data = MultiModalKwargsItem(
-            {
-                key: MultiModalFieldElem(data=torch.ones(3), field=MultiModalBatchedField(keep_on_cpu=kept))
-                for key, kept in fields.items()
-            }
-        )
-    return MultiModalFeatureSpec(data, "image", name, PlaceholderRange(offset, length))
+@pytest.fixture
+def prefill(make: MakeEngine) -> Engine:
+    return make(Stage.PREFILL)
 
 
-def request(*features: MultiModalFeatureSpec, request_id: str = "r") -> Any:
-    return SimpleNamespace(
-        request_id=request_id,
-        mm_features=list(features),
-        get_num_encoder_embeds=lambda index: features[index].mm_position.get_num_embeds(),
-    )
+def path(engine: Engine, name: str) -> Path:
+    return engine.connector._store.path(engine.connector._prefix + name)
 
 
-def test_saved_embedding_is_found_and_loaded_by_the_consumers(engines: Engines) -> None:
-    embedding = torch.arange(12.0).reshape(3, 4).T  # not contiguous
-    assert not embedding.is_contiguous()
-    engines.save("A", embedding)
+def lose(engine: Engine, *names: str) -> None:
+    for name in names:
+        path(engine, name).unlink()
+
+
+def evict_all(engine: Engine) -> None:
+    """As another encoder with next to no budget would, long after the last use."""
+    other = FolderStore(engine.connector._store.root, max_bytes=0, lease_s=0)
+    while other.evict() is None:  # an encoder's first pass, in its own thread
+        os.sched_yield()
+
+
+def publish(encoder: Engine, *names: str) -> None:
+    for name in names:
+        assert encoder.ask(f"encode-{name}-{len(encoder.replies)}", feature(name, PIXELS)) == "stop"
+
+
+def before_read(engine: Engine, do: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something after the files have been looked at, while the request is being scheduled."""
+    has_cache_item = engine.connector.has_cache_item
+
+    def late(identifier: str) -> bool:
+        do(identifier)
+        return has_cache_item(identifier)
+
+    monkeypatch.setattr(engine.connector, "has_cache_item", late)
+
+
+def truncate(engine: Engine, name: str) -> None:
+    if path(engine, name).exists():
+        os.truncate(path(engine, name), path(engine, name).stat().st_size - 1)
+
+
+# ---- the way of an embedding
+
+
+def test_encoded_once_and_loaded_by_every_consumer(make: MakeEngine, encoder: Engine) -> None:
+    publish(encoder, "A", "B")
+    size_bytes = LENGTH * encoder.width * 4
+    assert encoder.replies["encode-A-0"] == {
+        "A": {"item_indices": [0], "metadata": {"image_grid_thw": [1.0, 1.0, 1.0]}}
+    }
+    assert encoder.counts.items() >= {"encoded": 2, "bytes.written": 2 * size_bytes}.items()
     for stage in (Stage.PREFILL, Stage.DECODE):
-        scheduler, worker = engines.connector(stage, SCHEDULER), engines.connector(stage, WORKER)
-        assert scheduler.has_cache_item("A") and not scheduler.has_cache_item("B")
-        scheduler.update_state_after_alloc(request(feature("A", GRID)), 0)
-        worker.bind_connector_metadata(scheduler.build_connector_meta(SimpleNamespace()))  # type: ignore[arg-type]
-        cache: dict[str, torch.Tensor] = {}
-        worker.start_load_caches(cache)
-        assert torch.equal(cache["A"], embedding)
+        consumer = make(stage)
+        assert consumer.ask("r", feature("A", GRID), feature("B", GRID), feature("A", GRID)) == "length"
+        assert consumer.tokens["r"] == [consumer.answer("A", "B", "A")]
+        assert consumer.counts == {"loaded": 2, "bytes.loaded": 2 * size_bytes}
 
 
-def test_only_the_encoder_writes(engines: Engines, tmp_path: Path) -> None:
-    engines.connector(Stage.DECODE, WORKER).save_caches({"A": torch.ones(2)}, "A")
-    assert list(tmp_path.rglob("*.safetensors*")) == []
+def test_encoder_loads_what_another_has_encoded(make: MakeEngine, encoder: Engine) -> None:
+    publish(encoder, "A")
+    other = make(Stage.ENCODER)
+    publish(other, "A")
+    assert other.encodings == [] and "A" in other.encoder_cache
+    assert other.counts["loaded"] == 1 and "encoded" not in other.counts
 
 
-def test_file_is_complete_whenever_it_can_be_seen(engines: Engines, tmp_path: Path) -> None:
-    """Readers load as fast as they can while it is written over and over; a torn file would raise."""
-    first, second = torch.zeros(256, 256), torch.ones(256, 256)
-    path = tmp_path / "A" / "encoder_cache.safetensors"
-    scheduler = engines.connector(Stage.DECODE, SCHEDULER)
-    assert not scheduler.has_cache_item("A")
-    engines.save("A", first)
-    done = threading.Event()
-
-    def write() -> None:
-        for round in range(40):
-            engines.save("A", second if round % 2 else first)
-        done.set()
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    loads = 0
-    while not done.is_set() or loads == 0:
-        assert scheduler.has_cache_item("A")
-        values = safetensors.torch.load_file(path)["ec_cache"]
-        assert values.shape == (256, 256) and values.min() == values.max()
-        loads += 1
-    writer.join()
-    assert os.listdir(path.parent) == [path.name]  # nothing is left beside it
+def test_requests_of_one_step_share_an_item(encoder: Engine, prefill: Engine) -> None:
+    publish(encoder, "A")
+    for name in ("r1", "r2"):
+        prefill.add(name, feature("A", GRID))
+    prefill.run()
+    assert prefill.tokens == {"r1": [prefill.answer("A")], "r2": [prefill.answer("A")]}
+    assert prefill.counts["loaded"] == 1
 
 
-def test_place_of_an_item_is_taken_only_by_a_finished_file(
-    engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file system sees a whole file under another name first, in the same folder."""
-    moves: list[tuple[Path, Path]] = []
-    replace = os.replace
-
-    def watch(source: str, target: str) -> None:
-        assert torch.equal(safetensors.torch.load_file(source)["ec_cache"], torch.ones(2))
-        assert not os.path.exists(target)
-        moves.append((Path(source), Path(target)))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", watch)
-    engines.save("A", torch.ones(2))
-    ((source, target),) = moves
-    assert target == tmp_path / "A" / "encoder_cache.safetensors"
-    assert source.parent == target.parent
+def test_consumer_that_got_pixels_encodes_what_has_no_file(prefill: Engine) -> None:
+    """Items of a model that declares no placeholder metadata keep them."""
+    assert prefill.ask("r", feature("A", PIXELS)) == "length"
+    assert prefill.tokens["r"] == [prefill.answer("A")]
+    assert prefill.counts == {"encoded": 1}
+    assert not path(prefill, "A").exists()  # only encoders write
 
 
-def test_looking_an_item_up_makes_no_folder(engines: Engines, tmp_path: Path) -> None:
-    assert not engines.connector(Stage.DECODE, SCHEDULER).has_cache_item("A")
-    assert os.listdir(tmp_path) == []
+def test_prompt_in_several_steps_gets_all_its_items(encoder: Engine, prefill: Engine) -> None:
+    names = [f"item {index}" for index in range(6)]
+    publish(encoder, *names)
+    prefill.scheduler.max_num_scheduled_tokens = 10  # two and a half items
+    assert prefill.ask("r", *(feature(name, GRID) for name in names)) == "length"
+    assert prefill.counts["loaded"] == 6
+
+
+# ---- files that are gone or wrong, seen before the request is scheduled
 
 
 @pytest.mark.parametrize("fields", [GRID, None, {"other_meta": True}], ids=["grid", "no data", "kept on the CPU"])
-def test_item_with_neither_file_nor_pixels_fails_its_own_request_once(
-    engines: Engines, fields: dict[str, bool] | None
+def test_lost_item_fails_its_request_and_no_other(
+    encoder: Engine, prefill: Engine, fields: dict[str, bool] | None
 ) -> None:
-    scheduler = engines.connector(Stage.DECODE, SCHEDULER)
-    lost, well = request(feature("A", fields), request_id="lost"), request(request_id="well")
-    assert not scheduler.ensure_cache_available(lost, 0)
-    assert scheduler.ensure_cache_available(well, 0)
-    assert scheduler.take_unavailable_requests() == {"lost"}
-    assert scheduler.take_unavailable_requests() == set()
+    publish(encoder, "A", "B")
+    lose(encoder, "B")
+    prefill.add("well", feature("A", GRID))
+    prefill.add("lost", feature("A", GRID), feature("B", fields))
+    prefill.add("text")
+    prefill.run()
+    assert prefill.reasons == {"well": "length", "lost": "error", "text": "length"}
+    assert prefill.tokens["lost"] == []
+    assert prefill.counts["missing"] == 1
 
 
-def test_item_with_pixels_is_encoded_where_its_file_is_gone(engines: Engines) -> None:
-    scheduler = engines.connector(Stage.DECODE, SCHEDULER)
-    assert scheduler.ensure_cache_available(request(feature("A", PIXELS)), 0)
-    assert scheduler.take_unavailable_requests() == set()
+@pytest.mark.parametrize("cut", [0, 4, 40, -1])
+def test_truncated_file_fails_its_request_and_no_other(encoder: Engine, prefill: Engine, cut: int) -> None:
+    publish(encoder, "A", "B")
+    os.truncate(path(encoder, "B"), cut % path(encoder, "B").stat().st_size)
+    prefill.add("lost", feature("B", GRID))
+    prefill.add("well", feature("A", GRID))
+    prefill.run()
+    assert prefill.reasons == {"well": "length", "lost": "error"}
+    assert (prefill.counts["missing"], prefill.counts["broken"]) == (1, 1)
+    publish(encoder, "B")  # the client sends it again
+    assert prefill.ask("again", feature("B", GRID)) == "length"
+    assert prefill.tokens["again"] == [prefill.answer("B")]
 
 
-def test_item_with_a_file_needs_no_pixels(engines: Engines) -> None:
-    engines.save("A", torch.ones(2))
-    assert engines.connector(Stage.DECODE, SCHEDULER).ensure_cache_available(request(feature("A", GRID)), 0)
+@pytest.mark.parametrize("shape", [(LENGTH + 1, 1), (LENGTH, 0.5), (LENGTH, 0), (0, 1)], ids=str)
+def test_embedding_of_a_wrong_shape_fails_its_request_and_no_other(
+    encoder: Engine, prefill: Engine, shape: tuple[int, float]
+) -> None:
+    publish(encoder, "A")
+    wrong = Shape(shape[0], int(shape[1] * prefill.width), "F32")
+    store = prefill.connector._store
+    store.put(prefill.connector._prefix + "B", bytes(wrong.size_bytes), wrong)
+    prefill.add("lost", feature("B", GRID))
+    prefill.add("well", feature("A", GRID))
+    prefill.run()
+    assert prefill.reasons == {"well": "length", "lost": "error"}
+    publish(encoder, "B")  # the encoder does not take it for an embedding either
+    assert encoder.encodings == ["A", "B"]
+    assert prefill.ask("again", feature("B", GRID)) == "length"
 
 
-@pytest.mark.parametrize(("computed", "available"), [(0, False), (6, False), (7, True), (99, True)])
-def test_item_that_is_computed_already_needs_nothing(engines: Engines, computed: int, available: bool) -> None:
-    scheduler = engines.connector(Stage.DECODE, SCHEDULER)
-    item = feature("A", GRID, offset=3, length=4)  # positions 3 to 6
-    assert scheduler.ensure_cache_available(request(item), computed) is available
+def test_file_of_integers_fails_its_request(encoder: Engine, prefill: Engine) -> None:
+    publish(encoder, "A")
+    text = path(encoder, "A").read_bytes().replace(b'"F32"', b'"I32"')
+    path(encoder, "A").write_bytes(text)
+    assert prefill.ask("r", feature("A", GRID)) == "error"
 
 
-def test_one_missing_item_among_good_ones_is_found(engines: Engines) -> None:
-    engines.save("A", torch.ones(2))
-    scheduler = engines.connector(Stage.DECODE, SCHEDULER)
-    items = feature("A", GRID), feature("P", PIXELS, offset=4), feature("B", GRID, offset=8)
-    assert not scheduler.ensure_cache_available(request(*items), 0)
+def test_metadata_only_item_on_an_encoder_fails_its_request(encoder: Engine) -> None:
+    assert encoder.ask("r", feature("A", GRID)) == "error"
+    publish(encoder, "B")
 
 
-def counts(connector: SharedFolderECConnector) -> dict[str, int]:
-    stats = connector.get_ec_connector_stats()
-    return {} if stats is None else stats.data
+def test_embedding_of_another_precision_is_another_item(encoder: Engine, prefill: Engine) -> None:
+    publish(encoder, "A")
+    prefill.connector._prefix = "torch.bfloat16:"
+    assert prefill.ask("r", feature("A", GRID)) == "error"
 
 
-def test_counts_tell_what_became_of_the_items_and_start_over(engines: Engines) -> None:
-    engines.save("A", torch.ones(2))
-    scheduler = engines.connector(Stage.DECODE, SCHEDULER)
-    assert scheduler.get_ec_connector_stats() is None
-    items = request(feature("A", GRID), feature("P", PIXELS), feature("A", GRID))
+# ---- files that are lost later
+
+
+def test_file_that_is_deleted_while_its_request_is_scheduled_is_loaded(
+    encoder: Engine, prefill: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(encoder, "A")
+    before_read(prefill, lambda name: lose(prefill, name), monkeypatch)
+    assert prefill.ask("r", feature("A", GRID)) == "length"
+    assert prefill.tokens["r"] == [prefill.answer("A")]
+
+
+def test_file_of_a_waiting_request_is_not_evicted(make: MakeEngine, encoder: Engine) -> None:
+    """It was looked at, and then there were no KV blocks."""
+    publish(encoder, "A", "B")
+    prefill = make(Stage.PREFILL, blocks=2)  # one of them is vLLM's null block
+    prefill.add("first", feature("A", GRID), max_tokens=4)
+    prefill.add("second", feature("B", GRID))
+    prefill.step()
+    evict_all(prefill)
+    assert path(prefill, "B").exists()
+    prefill.run()
+    assert prefill.tokens["second"] == [prefill.answer("B")]
+    assert prefill.counts["loaded"] == 2
+    evict_all(prefill)
+    assert not path(prefill, "A").exists() and not path(prefill, "B").exists()
+
+
+def test_preempted_request_still_has_its_items(make: MakeEngine, encoder: Engine) -> None:
+    """It is prefilled again, its item is no longer in the engine's own cache, and the folder was emptied meanwhile."""
+    names = ["A", "B", "C"]
+    publish(encoder, *names)
+    decode = make(Stage.DECODE, blocks=6, cache=LENGTH)
+    requests = [decode.add(name, feature(name, GRID), max_tokens=35) for name in names]
+    for _ in range(6):
+        decode.step()
+    evict_all(decode)
+    decode.run(300)
+    assert decode.reasons == dict.fromkeys(names, "length")
+    assert sum(request.num_preemptions for request in requests) > 1
+    assert decode.counts["loaded"] > 3
+
+
+def test_request_whose_blocks_came_from_prefill_has_its_items_pinned(encoder: Engine, prefill: Engine) -> None:
+    """As on decode: nothing is to be read, unless it is preempted."""
+    publish(encoder, "A")
+    waiting = SimpleNamespace(request_id="r", mm_features=[feature("A", GRID), feature("B", GRID, offset=LENGTH)])
+    assert prefill.connector.ensure_cache_available(waiting, 2 * LENGTH)  # B is gone: not its fault
+    evict_all(prefill)
+    assert path(prefill, "A").exists()
+    prefill.connector.request_finished(waiting)
+    evict_all(prefill)
+    assert not path(prefill, "A").exists()
+    assert prefill.counts == {}
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_request_whose_file_fails_while_it_is_scheduled_ends_without_a_token(
+    encoder: Engine, prefill: Engine, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    """The step cannot be stopped any more. It runs on zeros, and nobody sees what comes of them, now or later."""
+    publish(encoder, "A", "B")
+    with monkeypatch.context() as patch:
+        before_read(prefill, lambda name: truncate(prefill, name) if name == "A" else None, patch)
+        prefill.add("well", feature("B", GRID), max_tokens=max_tokens)
+        prefill.add("spoiled", feature("B", GRID), feature("A", GRID), max_tokens=max_tokens)
+        prefill.add("text", max_tokens=max_tokens)
+        prefill.run()
+    assert prefill.reasons == {"well": "length", "spoiled": "error", "text": "length"}
+    assert prefill.tokens["spoiled"] == [] and prefill.tokens["well"][0] == prefill.answer("B")
+    assert not prefill.encoder_cache["A"].any()
+    assert prefill.ask("too early", feature("A", GRID)) == "error"
+    assert prefill.ask("with pixels", feature("A", PIXELS)) == "error"  # vLLM would not encode what it believes it has
+    publish(encoder, "A")
+    assert prefill.ask("again", feature("A", GRID)) == "length"
+    assert prefill.tokens["again"] == [prefill.answer("A")]
+
+
+def test_request_with_pixels_is_encoded_when_its_file_fails_late(
+    encoder: Engine, prefill: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(encoder, "A")
+    before_read(prefill, lambda name: truncate(prefill, name), monkeypatch)
+    assert prefill.ask("r", feature("A", PIXELS)) == "length"
+    assert prefill.tokens["r"] == [prefill.answer("A")]
+
+
+def test_item_in_the_engines_own_cache_needs_no_file(encoder: Engine, prefill: Engine) -> None:
+    publish(encoder, "A")
+    assert prefill.ask("first", feature("A", GRID)) == "length"
+    lose(prefill, "A")
+    assert prefill.ask("second", feature("A", GRID)) == "length"
+    assert prefill.tokens["second"] == [prefill.answer("A")]
+    assert prefill.counts["loaded"] == 1 and "missing" not in prefill.counts
+
+
+def test_item_that_leaves_the_engines_own_cache_needs_its_file_again(make: MakeEngine, encoder: Engine) -> None:
+    publish(encoder, "A", "B")
+    prefill = make(Stage.PREFILL, cache=LENGTH)
+    for name in ("A", "B", "A"):
+        assert prefill.ask(f"{name}-{len(prefill.reasons)}", feature(name, GRID)) == "length"
+    lose(prefill, "B")
+    assert prefill.ask("lost", feature("B", GRID)) == "error"
+    assert prefill.counts["loaded"] == 3
+
+
+def test_item_that_leaves_the_engines_own_cache_while_its_request_is_scheduled(
+    make: MakeEngine, encoder: Engine
+) -> None:
+    """vLLM makes room for one item of a request by dropping another of it, whose file is gone."""
+    publish(encoder, "A", "B", "C")
+    prefill = make(Stage.PREFILL, cache=2 * LENGTH)
+    assert prefill.ask("fill", feature("A", GRID), feature("B", GRID)) == "length"
+    lose(prefill, "A", "B")
+    assert prefill.ask("r", feature("C", GRID), feature("A", GRID)) == "error"
+    assert prefill.tokens["r"] == []
+    assert prefill.ask("well", feature("C", GRID)) == "length"
+    assert prefill.tokens["well"] == [prefill.answer("C")]
+
+
+def test_cache_that_vllm_resets_is_filled_again(encoder: Engine, prefill: Engine) -> None:
+    publish(encoder, "A")
+    assert prefill.ask("first", feature("A", GRID)) == "length"
+    prefill.scheduler.reset_encoder_cache()
+    prefill.encoder_cache.clear()
+    assert prefill.ask("second", feature("A", GRID)) == "length"
+    prefill.scheduler.reset_encoder_cache()
+    prefill.encoder_cache.clear()
+    lose(prefill, "A")
+    assert prefill.ask("third", feature("A", GRID)) == "error"
+
+
+def test_requests_that_are_aborted_let_go_of_their_files(make: MakeEngine, encoder: Engine) -> None:
+    publish(encoder, "A", "B")
+    prefill = make(Stage.PREFILL, blocks=2)
+    prefill.add("running", feature("A", GRID), max_tokens=5)
+    prefill.add("waiting", feature("B", GRID))
+    prefill.step()
+    assert set(prefill.connector._pins) == {"A", "B"}
+    prefill.scheduler.finish_requests(["running", "waiting"], RequestStatus.FINISHED_ABORTED)
+    assert prefill.connector._pins == {}
+
+
+def test_more_items_than_files_may_be_open(encoder: Engine, prefill: Engine) -> None:
+    names = [f"item {index}" for index in range(5)]
+    publish(encoder, *names)
+    prefill.connector._max_files = 2
+    for name in names:
+        prefill.add(name, feature(name, GRID))
+    prefill.run()
+    assert prefill.tokens == {name: [prefill.answer(name)] for name in names}
+
+
+# ---- encoders publish what they are asked for
+
+
+def test_encoder_writes_again_what_it_holds_and_the_folder_lost(encoder: Engine, prefill: Engine) -> None:
+    publish(encoder, "A")
+    evict_all(encoder)
+    publish(encoder, "A")
+    assert encoder.encodings == ["A"]
+    assert prefill.ask("r", feature("A", GRID)) == "length"
+
+
+def test_encoder_writes_again_what_it_had_only_loaded(make: MakeEngine, encoder: Engine, prefill: Engine) -> None:
+    publish(encoder, "A")
+    other = make(Stage.ENCODER)
+    publish(other, "A")
+    evict_all(encoder)
+    publish(other, "A")
+    assert other.encodings == []
+    assert prefill.ask("r", feature("A", GRID)) == "length"
+    assert prefill.tokens["r"] == [prefill.answer("A")]
+
+
+def test_encoder_writes_again_what_is_broken(encoder: Engine, prefill: Engine) -> None:
+    publish(encoder, "A")
+    truncate(encoder, "A")
+    publish(encoder, "A")
+    assert prefill.ask("r", feature("A", GRID)) == "length"
+
+
+def test_encoder_encodes_again_what_its_own_cache_has_dropped_too(make: MakeEngine) -> None:
+    encoder = make(Stage.ENCODER, cache=LENGTH)
+    publish(encoder, "A", "B")
+    evict_all(encoder)
+    publish(encoder, "A")
+    assert encoder.encodings == ["A", "B", "A"]
+    assert path(encoder, "A").exists()
+
+
+def test_reply_names_only_items_whose_file_is_there(encoder: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk neither kills the encoder nor sends a consumer to look for nothing."""
+
+    def full(*args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "put", full)
+        assert encoder.ask("full", feature("A", PIXELS)) == "stop"
+    assert encoder.replies["full"] is None
+    assert encoder.ask("again", feature("A", PIXELS)) == "stop"
+    assert set(encoder.replies["again"] or {}) == {"A"}
+    assert path(encoder, "A").exists()
+
+
+def test_encoder_evicts_and_says_so(make: MakeEngine, tmp_path: Path) -> None:
+    half = Shape(64, 1024, "F64")
     for index in range(3):
-        scheduler.update_state_after_alloc(items, index)
-    scheduler.ensure_cache_available(request(feature("B", GRID)), 0)
-    assert counts(scheduler) == {"loaded": 2, "encoded": 1, "missing": 1}
-    assert counts(scheduler) == {}
+        FolderStore(tmp_path).put(str(index), bytes(half.size_bytes), half)
+    encoder = make(Stage.ENCODER, max_bytes=1024**2, lease_s=0)
+    encoder.close()  # waits for the first pass
+    publish(encoder, "A")
+    assert encoder.counts["evicted"] == 2
+    assert 2 * half.size_bytes < encoder.counts["bytes.evicted"] < 2 * half.size_bytes + 1000
+    assert half.size_bytes < encoder.counts["folder_bytes"] < half.size_bytes + 1000
 
 
-def test_encoder_counts_what_it_encoded(engines: Engines) -> None:
-    engines.save("A", torch.ones(2))
-    scheduler = engines.connector(Stage.ENCODER, SCHEDULER)
-    scheduler.update_state_after_alloc(request(feature("A", PIXELS)), 0)
-    assert counts(scheduler) == {"encoded": 1}
+# ---- a worker's half
 
 
-def test_workers_count_nothing(engines: Engines) -> None:
-    assert engines.connector(Stage.DECODE, WORKER).get_ec_connector_stats() is None
+def connector(config: Any, folder: Path, stage: Stage, role: ECConnectorRole) -> SharedFolderECConnector:
+    settings = ec_transfer_config(EPDConfig(ec={"storage_path": folder}), stage)
+    assert settings is not None
+    vllm_config = SimpleNamespace(model_config=config.model_config, ec_transfer_config=ECTransferConfig(**settings))
+    made = ECConnectorFactory.create_connector(vllm_config, role)
+    assert isinstance(made, SharedFolderECConnector)
+    return made
+
+
+@pytest.mark.parametrize("dtype", list(DTYPE_NAMES))
+def test_embedding_is_what_it_was_in_every_precision(demo_vllm_config: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.arange(12.0).reshape(3, 4).T.to(dtype)  # not contiguous
+    worker = connector(demo_vllm_config, tmp_path, Stage.ENCODER, ECConnectorRole.WORKER)
+    worker.save_caches({"A": tensor}, "A")
+    item = worker._store.open(worker._prefix + "A")
+    assert item is not None
+    with item:
+        load = pickle.loads(pickle.dumps(Load(item.shape, item.read())))  # as it goes to workers of other processes
+    assert load.tensor().dtype == dtype and torch.equal(load.tensor(), tensor)
+
+
+def test_zeros_have_the_shape_of_the_item() -> None:
+    assert torch.equal(Load(Shape(2, 3, "BF16"), None).tensor(), torch.zeros(2, 3, dtype=torch.bfloat16))
+    assert Load(Shape(0, 3, "F32"), bytearray()).tensor().shape == (0, 3)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.int32)], ids=["3-d", "int"])
+def test_what_is_no_embedding_is_not_written_and_fails_no_step(
+    demo_vllm_config: Any, tmp_path: Path, tensor: torch.Tensor
+) -> None:
+    worker = connector(demo_vllm_config, tmp_path, Stage.ENCODER, ECConnectorRole.WORKER)
+    worker.save_caches({"A": tensor}, "A")
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_encoders_write(demo_vllm_config: Any, tmp_path: Path) -> None:
+    worker = connector(demo_vllm_config, tmp_path, Stage.DECODE, ECConnectorRole.WORKER)
+    worker.save_caches({"A": embedding("A", 2)}, "A")
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_the_scheduler_of_an_encoder_evicts(demo_vllm_config: Any, tmp_path: Path) -> None:
+    for stage, role in ((Stage.ENCODER, ECConnectorRole.WORKER), (Stage.DECODE, ECConnectorRole.SCHEDULER)):
+        assert connector(demo_vllm_config, tmp_path, stage, role)._evictor is None
+    scheduler = connector(demo_vllm_config, tmp_path, Stage.ENCODER, ECConnectorRole.SCHEDULER)
+    assert scheduler._evictor is not None
+    scheduler.shutdown()
+    assert not scheduler._evictor._thread.is_alive()
+
+
+def test_workers_count_nothing(demo_vllm_config: Any, tmp_path: Path) -> None:
+    worker = connector(demo_vllm_config, tmp_path, Stage.DECODE, ECConnectorRole.WORKER)
+    assert worker.get_ec_connector_stats() is None
+
+
+# ---- counts
 
 
 def test_counts_add_up_and_travel_as_data() -> None:
-    total = SharedFolderStats(data={"loaded": 1})
-    total.aggregate(SharedFolderECConnector.build_ec_connector_stats({"loaded": 2, "missing": 1}))
-    assert total.reduce() == {"loaded": 3, "missing": 1}
+    total = SharedFolderStats(data={"loaded": 1, "folder_bytes": 7})
+    total.aggregate(SharedFolderECConnector.build_ec_connector_stats({"loaded": 2, "missing": 1, "folder_bytes": 5}))
+    assert total.reduce() == {"loaded": 3, "missing": 1, "folder_bytes": 5}
     total.reset()
     assert total.is_empty()
     assert SharedFolderECConnector.build_ec_connector_stats().is_empty()
 
 
-def test_counts_are_a_metric_per_engine(engines: Engines) -> None:
+def test_counts_are_metrics_per_engine(demo_vllm_config: Any) -> None:
     registry = CollectorRegistry()
 
-    def counter(name: str, text: str, labelnames: list[str]) -> Counter:
-        return Counter(name, text, labelnames, registry=registry)
+    def metric(kind: type[Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: kind(*args, **kwargs, registry=registry)
 
     metrics = SharedFolderECConnector.build_prom_metrics(
-        engines.vllm_config(Stage.DECODE),
-        {Counter: counter, Gauge: Gauge, Histogram: Histogram},
+        SimpleNamespace(ec_transfer_config=None),
+        {Counter: metric(Counter), Gauge: metric(Gauge), Histogram: metric(Histogram)},  # type: ignore[dict-item]
         ["model_name", "engine"],
         {0: ["demo", "0"], 1: ["demo", "1"]},
     )
-    metrics.observe({"loaded": 2}, 0)
-    metrics.observe({"loaded": 3, "missing": 1}, 1)
+    metrics.observe({"loaded": 2, "bytes.loaded": 100, "folder_bytes": 9}, 0)
+    metrics.observe({"loaded": 3, "missing": 1, "folder_bytes": 8}, 1)
+    metrics.observe({"folder_bytes": 7}, 1)
 
-    def value(engine: str, event: str) -> float | None:
-        labels = {"model_name": "demo", "engine": engine, "event": event}
-        return registry.get_sample_value("epd:ec_items_total", labels)
+    def value(name: str, engine: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model_name": "demo", "engine": engine, **labels})
 
-    assert (value("0", "loaded"), value("1", "loaded"), value("1", "missing")) == (2, 3, 1)
+    assert value("epd:ec_items_total", "0", event="loaded") == 2
+    assert value("epd:ec_items_total", "1", event="loaded") == 3
+    assert value("epd:ec_items_total", "1", event="missing") == 1
+    assert value("epd:ec_bytes_total", "0", direction="loaded") == 100
+    assert [value("epd:ec_folder_bytes", engine) for engine in "01"] == [9, 7]

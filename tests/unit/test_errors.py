@@ -9,6 +9,7 @@ from serve_app.errors import (
     ConfigError,
     EPDError,
     HandoffLost,
+    Overloaded,
     StageError,
     StageTimeout,
     StageUnavailable,
@@ -28,7 +29,7 @@ PLAIN = sorted(
 
 def test_all_errors_are_here() -> None:
     assert {StageError, HandoffLost, StageTimeout, StageUnavailable} <= set(STAGE_ERRORS)
-    assert {EPDError, ConfigError, BadRequest} == set(PLAIN)
+    assert {EPDError, ConfigError, BadRequest, Overloaded} == set(PLAIN)
 
 
 @pytest.mark.parametrize("cls", STAGE_ERRORS)

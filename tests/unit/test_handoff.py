@@ -8,6 +8,8 @@ import cloudpickle
 import msgspec
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
@@ -25,6 +27,7 @@ from serve_app.handoff import (
     for_encoder,
     merge_ec_params,
     prefill_params,
+    salted,
     without_pixels,
 )
 
@@ -71,6 +74,36 @@ def test_encoder_sees_which_placeholders_take_an_embedding() -> None:
     assert qwen("A", 1, length=3).num_embeds == 3
 
 
+def names(prompt: Prompt) -> list[str]:
+    return [item.hash for item in prompt.items]
+
+
+def test_without_a_salt_an_item_keeps_its_name() -> None:
+    assert salted(PROMPT, None) is PROMPT
+    assert salted(PROMPT, "") is PROMPT
+
+
+def test_salt_changes_names_and_nothing_else() -> None:
+    own = salted(PROMPT, "tenant")
+    assert (own.token_ids, own.cache_salt) == (PROMPT.token_ids, PROMPT.cache_salt)
+    for before, after in zip(PROMPT.items, own.items, strict=True):
+        assert msgspec.structs.replace(after, hash=before.hash) == before
+    a, b, again = names(own)
+    assert a == again != b
+    assert names(salted(PROMPT, "tenant")) == names(own)
+
+
+@given(
+    first=st.tuples(st.text(min_size=1, max_size=5), st.text(max_size=5)),
+    second=st.tuples(st.text(min_size=1, max_size=5), st.text(max_size=5)),
+)
+@settings(deadline=None)
+def test_no_two_pairs_of_salt_and_item_have_a_name_in_common(first: tuple[str, str], second: tuple[str, str]) -> None:
+    one, other = (names(salted(Prompt([], (item(name, 0),)), salt)) for salt, name in (first, second))
+    assert (one == other) == (first == second)
+    assert names(Prompt([], (item(first[1], 0),))) != one  # nor with an unsalted one
+
+
 def test_repeated_item_is_named_once_at_its_first_place() -> None:
     assert distinct(PROMPT.items) == {"A": 0, "B": 1}
     assert distinct(()) == {}
@@ -98,8 +131,6 @@ def test_merged_answers_name_every_place_of_each_item_in_the_whole_prompt() -> N
 @pytest.mark.parametrize(
     ("replies", "words"),
     [
-        ({0: reply("A")}, "no encoder answered for ['B']"),
-        ({}, "no encoder answered for ['A', 'B']"),
         ({0: reply("A"), 1: reply("A")}, "asked for item B, the encoder answered for ['A']"),
         ({0: EncodeReply({}, "e"), 1: reply("B")}, "asked for item A, the encoder answered for []"),
         (
@@ -115,6 +146,12 @@ def test_answers_that_do_not_fit_the_items_are_an_error_and_never_a_guess(
         merge_ec_params(replies, PROMPT)
 
 
+def test_items_that_no_encoder_was_asked_for_are_not_named() -> None:
+    """Prefill encodes them."""
+    assert merge_ec_params({1: reply("B")}, PROMPT) == {"B": {"item_indices": [1], "metadata": {"of": "B"}}}
+    assert merge_ec_params({}, PROMPT) == {}
+
+
 def kept(prompt: Prompt) -> list[set[str] | None]:
     return [None if each.data is None else set(each.data) for each in prompt.items]
 
@@ -122,7 +159,7 @@ def kept(prompt: Prompt) -> list[set[str] | None]:
 def test_item_without_pixels_keeps_what_its_positions_need() -> None:
     mask = torch.tensor([True, False])
     prompt = Prompt([1, 2], (qwen("A", 0, is_embed=mask),), cache_salt="salt")
-    bare = without_pixels(prompt, lambda modality: frozenset())
+    bare = without_pixels(prompt, lambda modality: frozenset(), {"A"})
     assert kept(bare) == [{"image_grid_thw"}]
     assert isinstance(bare.items[0].data, MultiModalKwargsItem)
     assert bare.items[0].is_embed is mask
@@ -130,24 +167,34 @@ def test_item_without_pixels_keeps_what_its_positions_need() -> None:
     assert kept(prompt) == [{"pixel_values", "image_grid_thw"}]  # the encoder still needs them
 
 
+@pytest.mark.parametrize(
+    ("encoded", "with_pixels"),
+    [((), [True, True, True]), ({"B"}, [True, False, True]), ({"A"}, [False, True, False]), ({"A", "B"}, [False] * 3)],
+)
+def test_item_that_may_still_have_to_be_encoded_keeps_its_pixels(encoded: Any, with_pixels: list[bool]) -> None:
+    bare = without_pixels(PROMPT, lambda modality: frozenset(), encoded)
+    assert ["pixel_values" in each.data for each in bare.items] == with_pixels
+    assert all("image_grid_thw" in each.data for each in bare.items)
+
+
 def test_item_keeps_the_fields_that_its_model_declares_for_its_modality() -> None:
     data = fields(pixel_values=False, second_per_grid=False, grid=True)
     prompt = Prompt(
         [1, 2, 3, 4], (item("A", 0, data=data), msgspec.structs.replace(item("V", 2, data=data), modality="video"))
     )
-    bare = without_pixels(prompt, lambda modality: {"second_per_grid"} if modality == "video" else set())
+    bare = without_pixels(prompt, lambda modality: {"second_per_grid"} if modality == "video" else set(), {"A", "V"})
     assert kept(bare) == [{"grid"}, {"grid", "second_per_grid"}]
 
 
 def test_item_of_a_model_that_declares_nothing_keeps_everything() -> None:
     """Nothing says that its engine could do without."""
     prompt = Prompt([1, 2], (item("A", 0, data=fields(pixel_values=False)),))
-    assert kept(without_pixels(prompt, lambda modality: ())) == [{"pixel_values"}]
+    assert kept(without_pixels(prompt, lambda modality: (), {"A"})) == [{"pixel_values"}]
 
 
 def test_item_whose_declared_fields_it_lacks_loses_its_pixels() -> None:
     prompt = Prompt([1, 2], (item("A", 0, data=fields(pixel_values=False)), item("B", 1)))
-    assert kept(without_pixels(prompt, lambda modality: {"elsewhere"})) == [set(), None]
+    assert kept(without_pixels(prompt, lambda modality: {"elsewhere"}, {"A", "B"})) == [set(), None]
 
 
 def client_params(**more: Any) -> SamplingParams:

@@ -69,5 +69,16 @@ def test_line_of_a_failure_says_which() -> None:
     assert record.line(503).endswith(' error="the decode stage is gone"')
 
 
+def test_rungs_are_in_the_line_in_the_order_in_which_they_ran() -> None:
+    record = Trace("r")
+    assert "rungs" not in record.line(200)
+    record.saw("prefill", "p1")
+    for rung in ("encode-again", "prefill-again", "prefill-again"):
+        record.rung(rung)
+    assert record.line(200).endswith(" prefill=p1 rungs=encode-again,prefill-again,prefill-again")
+    record.fail(ValueError("gone"))
+    assert record.line(503).endswith(' rungs=encode-again,prefill-again,prefill-again error="gone"')
+
+
 def test_outside_a_request_there_is_no_trace() -> None:
     assert current.get() is None

@@ -42,11 +42,16 @@ def test_roles_of_each_stage_in_each_topology(topology: str, stage: str, ec: str
 
 
 def test_our_folder_connector_is_loaded_from_our_module() -> None:
-    config = EPDConfig(ec={"storage_path": "/shared"})
+    config = EPDConfig(ec={"storage_path": "/shared", "max_bytes": 1 << 30})
     assert ec_transfer_config(config, Stage.PREFILL) == {
         "ec_connector": "SharedFolderECConnector",
         "ec_role": "ec_consumer",
-        "ec_connector_extra_config": {"shared_storage_path": "/shared"},
+        "ec_connector_extra_config": {
+            "shared_storage_path": "/shared",
+            "max_bytes": 1 << 30,
+            "max_age_s": 86_400.0,
+            "lease_s": 60.0,
+        },
         "ec_connector_module_path": "serve_app.ec_connector",
     }
 
@@ -61,7 +66,7 @@ def test_vllms_own_folder_connector_needs_no_module() -> None:
     settings = ec_transfer_config(EPDConfig(ec={"connector": "ECExampleConnector"}), Stage.DECODE)
     assert settings is not None
     assert "ec_connector_module_path" not in settings
-    assert "shared_storage_path" in settings["ec_connector_extra_config"]
+    assert settings["ec_connector_extra_config"].keys() == {"shared_storage_path"}
 
 
 def test_connector_without_a_folder_gets_only_its_own_settings() -> None:

@@ -1,0 +1,95 @@
+"""Which encoder replica gets an item: the one that had it before while its load allows, else the one with least work.
+
+Load is counted in embeddings (visual or audio tokens), not in calls: an item of a 4K image is the work of a hundred
+thumbnails. ``rank`` is the rule; ``LeastCostRouter`` is its place in Ray Serve, in each ingress replica, which sees its own
+calls only. The rule is consistent hashing with bounded loads (Mirrokni et al., 2016), with rendezvous hashing.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
+
+from serve_app.handoff import StageRequest
+
+FORGET_UNROUTED_S = 60.0
+
+
+def rank(key: str, cost: float, loads: Mapping[str, float], headroom: float) -> list[str]:
+    """Replicas in the order in which an item of ``cost`` tries them.
+
+    First the replica that ``key`` hashes to, if with this item it has at most ``headroom`` × the mean load; then all
+    others by load. ``loads``: work outstanding by replica, without this item.
+    """
+    home = max(loads, key=lambda replica: hashlib.blake2b(f"{key} {replica}".encode(), digest_size=8).digest())
+    by_load = sorted(loads, key=lambda replica: (loads[replica], replica != home))
+    mean = (sum(loads.values()) + cost) / len(loads)
+    if loads[home] + cost <= max(headroom * mean, cost):
+        by_load.remove(home)
+        by_load.insert(0, home)
+    return by_load
+
+
+class Loads:
+    """Work outstanding by replica, from the calls that were sent and not answered."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, tuple[str, float, float]] = {}  # call → replica, cost, time by which it has to be routed
+
+    def of(self, replicas: Sequence[str], now: float) -> dict[str, float]:
+        for call, (_, _, routed_by) in list(self._calls.items()):
+            if routed_by < now:  # cancelled while it waited for a replica
+                del self._calls[call]
+        loads = dict.fromkeys(replicas, 0.0)
+        for replica, cost, _ in self._calls.values():
+            if replica in loads:
+                loads[replica] += cost
+        return loads
+
+    def chosen(self, call: str, replica: str, cost: float, now: float) -> None:
+        """Counts from the choice on: items of one request are chosen for before the first of them is sent."""
+        self._calls[call] = (replica, cost, now + FORGET_UNROUTED_S)
+
+    def sent(self, call: str, replica: str) -> None:
+        if call in self._calls:
+            self._calls[call] = (replica, self._calls[call][1], float("inf"))
+
+    def answered(self, call: str) -> None:
+        self._calls.pop(call, None)
+
+
+class LeastCostRouter(RequestRouter):
+    """Ray Serve's request router of the Encoder deployment.
+
+    Needs calls with internal request ids of their own (``encoding.py`` makes them in fresh contexts): Serve matches choice
+    and call by that id.
+    """
+
+    def initialize_state(self, headroom: float = 1.25) -> None:
+        self._headroom = headroom
+        self._loads = Loads()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
+    ) -> list[list[Any]]:
+        if pending_request is None or not candidate_replicas:
+            return [candidate_replicas] if candidate_replicas else []
+        pending_request.routing_context.should_backoff = True
+        request = next((arg for arg in pending_request.args if isinstance(arg, StageRequest)), None)
+        if request is None:
+            return [candidate_replicas]
+        item, now = request.prompt.items[0], time.monotonic()
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        call = pending_request.metadata.internal_request_id
+        self._loads.answered(call)  # an earlier choice for the same call that a replica rejected
+        order = rank(item.hash, item.num_embeds, self._loads.of(list(replicas), now), self._headroom)
+        self._loads.chosen(call, order[0], item.num_embeds, now)
+        return [[replicas[replica]] for replica in order]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        self._loads.sent(pending_request.metadata.internal_request_id, replica_id.unique_id)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._loads.answered(internal_request_id)

@@ -1,0 +1,394 @@
+"""A bounded folder of embeddings that many processes share, on one node or several. Plain files, no server, no vLLM.
+
+::
+
+    <root>/<2 hex>/<62 hex>.safetensors    an item: sha256 of its identifier, which is never trusted as a path
+    <root>/tmp/                            files that are being written
+    <root>/lock                            held by the process that evicts; its times are the folder's clock
+
+- A file is written under ``tmp/`` and renamed into its place, and never changed after that.
+- Who needs a file holds a shared ``flock`` on it (a pin). Who evicts takes an exclusive one first and leaves a file alone
+  that it cannot get. The kernel drops the pins of a process that dies. On NFS, Linux passes ``flock`` to the server;
+  where a file system has none, only the lease protects.
+- Used means touched: the modification time is the last use, by the file server's clock. For ``lease_s`` after that a file
+  is never removed, pinned or not: a request on its way from the encoder to its consumer has nobody to pin for it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import random
+import struct
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Self
+
+TENSOR = "ec_cache"
+"""Name of the tensor in the file, as in vLLM's ECExampleConnector."""
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Element types of an embedding by their safetensors names."""
+
+MAX_HEADER_BYTES = 4096
+STALE_TEMPORARY_S = 60.0
+
+
+class Shape(NamedTuple):
+    """An embedding: ``rows`` × ``width`` elements."""
+
+    rows: int
+    width: int
+    dtype: str
+
+    @property
+    def size_bytes(self) -> int:
+        return self.rows * self.width * DTYPE_BYTES[self.dtype]
+
+
+class BrokenItem(Exception):
+    """The file is not a whole embedding: truncated, overwritten by something else, or unreadable."""
+
+
+class Evicted(NamedTuple):
+    """What one pass removed, and the bytes of the items that are left."""
+
+    files: int
+    size_bytes: int
+    left_bytes: int
+
+
+class OpenItem:
+    """An item that is open, whole and pinned: until ``close`` it is there to be read, even if it is deleted."""
+
+    def __init__(self, fd: int, start: int, shape: Shape) -> None:
+        self._fd = fd
+        self._start = start
+        self.shape = shape
+
+    def read(self) -> bytearray:
+        """The elements, row by row. Raises ``BrokenItem``: a disk or an outsider can still fail us."""
+        data = bytearray(self.shape.size_bytes)
+        view, done = memoryview(data), 0
+        try:
+            while done < len(data):
+                got = os.preadv(self._fd, [view[done:]], self._start + done)
+                if not got:
+                    raise BrokenItem(f"ends after {done} of {len(data)} bytes")
+                done += got
+        except OSError as error:
+            raise BrokenItem(str(error)) from error
+        return data
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+
+class FolderStore:
+    """Every method may be called by any number of processes at once. Folders are made when first written to."""
+
+    def __init__(
+        self, root: Path, *, max_bytes: int = 8 << 30, max_age_s: float = 86_400.0, lease_s: float = 60.0
+    ) -> None:
+        self.root = root
+        self.max_bytes = max_bytes
+        self.max_age_s = max_age_s
+        self.lease_s = lease_s
+
+    def path(self, identifier: str) -> Path:
+        digest = hashlib.sha256(identifier.encode(errors="surrogatepass")).hexdigest()
+        return self.root / digest[:2] / f"{digest[2:]}.safetensors"
+
+    def put(self, identifier: str, data: bytes | bytearray | memoryview, shape: Shape) -> int:
+        """Write an item, unless a whole one of this shape is there. Returns the bytes of the file, 0 if none was written.
+
+        Raises ``OSError`` when it cannot be written (disk full); nothing is left behind then. Not synced: a file that a
+        crash of the machine has cut short is seen as broken by whoever opens it.
+        """
+        if self.shape(identifier) == shape:
+            return 0
+        header, path = _header(shape), self.path(identifier)
+        temporary = self.root / "tmp" / uuid.uuid4().hex
+        fd = _create(temporary)
+        try:
+            try:
+                _flock(fd, fcntl.LOCK_EX)  # its writer lives
+                for part in (header, data):
+                    _write(fd, memoryview(part).cast("B"))
+            finally:
+                os.close(fd)  # before the rename: NFS has the data on the server then, and readers can pin it
+            try:
+                os.replace(temporary, path)
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return len(header) + shape.size_bytes
+
+    def open(self, identifier: str) -> OpenItem | None:
+        """Pin an item, and count it as used. None: it is not there. Raises ``BrokenItem``.
+
+        Reads the header only. What is no embedding at all is removed, so that it can be written anew.
+        """
+        path = self.path(identifier)
+        for _ in range(3):  # removed between our open and our pin: look again, somebody may have written it anew
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError as error:
+                raise BrokenItem(str(error)) from error
+            try:
+                if not _pin(fd):
+                    os.close(fd)
+                    continue
+                start, shape = _parse(fd)
+            except BrokenItem:
+                used = os.fstat(fd).st_mtime_ns
+                os.close(fd)
+                self._remove(path, used)
+                raise
+            except OSError as error:
+                os.close(fd)
+                raise BrokenItem(str(error)) from error
+            with contextlib.suppress(OSError):  # a consumer may have no more than the right to read
+                os.utime(fd)
+            return OpenItem(fd, start, shape)
+        return None
+
+    def shape(self, identifier: str) -> Shape | None:
+        """What an item is, counted as a use. None: not there, or not whole."""
+        try:
+            item = self.open(identifier)
+        except BrokenItem:
+            return None
+        if item is None:
+            return None
+        with item:
+            return item.shape
+
+    # ---- bounds
+
+    def evict(self) -> Evicted | None:
+        """Remove what is over the bounds, least recently used first; None while another process is at it.
+
+        Goes down to nine tenths of ``max_bytes``, so that the next write does not need it again. Pinned items and those
+        within their lease stay, whatever the bounds say. Also removes what dead writers left in ``tmp/``.
+
+        Cost: one look at each file (about 10 µs on a local disk). Never call it per write: see ``Evictor``.
+        """
+        with self._sole() as now:
+            if now is None:
+                return None
+            self._sweep(now)
+            items = sorted(self._scan())
+            left = sum(size for _, size, _ in items)
+            target = self.max_bytes if left <= self.max_bytes else self.max_bytes * 9 // 10
+            files = size_bytes = 0
+            for used, size, path in items:
+                idle = now - used / 1e9
+                if idle < self.lease_s or (left <= target and idle <= self.max_age_s):
+                    break  # and so are all that come after
+                if self._remove(path, used):
+                    left -= size
+                    files += 1
+                    size_bytes += size
+            return Evicted(files, size_bytes, left)
+
+    @contextlib.contextmanager
+    def _sole(self) -> Iterator[float | None]:
+        """The folder's time, for the one process that evicts; None for others."""
+        fd = _create(self.root / "lock", exclusive=False)
+        try:
+            if not _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                yield None
+                return
+            os.utime(fd)
+            yield os.fstat(fd).st_mtime
+        finally:
+            os.close(fd)
+
+    def _scan(self) -> Iterator[tuple[int, int, Path]]:
+        """Last use in ns, bytes, and path of each item."""
+        for shard in _entries(self.root):
+            if len(shard.name) == 2:
+                for entry in _entries(shard.path):
+                    with contextlib.suppress(FileNotFoundError):
+                        stat = entry.stat()
+                        yield stat.st_mtime_ns, stat.st_size, Path(entry.path)
+
+    def _sweep(self, now: float) -> None:
+        for entry in _entries(self.root / "tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                used = entry.stat().st_mtime_ns
+                if now - used / 1e9 >= STALE_TEMPORARY_S:
+                    self._remove(Path(entry.path), used)
+
+    def _remove(self, path: Path, used: int) -> bool:
+        """Remove a file that nobody pins, if it was last used at ``used`` (ns)."""
+        try:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS gives exclusive locks to writers only
+            except PermissionError:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            if not _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return False
+            ours, there = os.fstat(fd), os.stat(path)
+            if ours.st_ino != there.st_ino or ours.st_mtime_ns != used:
+                return False
+            os.unlink(path)
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+
+
+class Evictor:
+    """Evicts in a thread of its own: after every twentieth of the budget that this process wrote, and once a minute.
+
+    So ``n`` writing processes can be over the budget by ``n`` twentieths, and the look at all files is paid by the many
+    writes between two of them.
+    """
+
+    def __init__(self, store: FolderStore) -> None:
+        self._store = store
+        self._written = 0
+        self._lock = threading.Lock()
+        self._files = self._bytes = 0
+        self._left: int | None = None
+        self._wake = threading.Event()
+        self._closed = False
+        self._interval_s = min(60.0, max(1.0, store.max_age_s / 10)) * random.uniform(0.8, 1.2)
+        self._thread = threading.Thread(target=self._run, name="ec-evict", daemon=True)
+        self._thread.start()
+
+    def wrote(self, size_bytes: int) -> None:
+        self._written += size_bytes
+        if self._written >= self._store.max_bytes // 20:
+            self.now()
+
+    def now(self) -> None:
+        """Evict soon."""
+        self._written = 0
+        self._wake.set()
+
+    def take(self) -> tuple[int, int, int | None]:
+        """Files and bytes removed since the last call, and the bytes of the folder if they were counted since."""
+        with self._lock:
+            taken = self._files, self._bytes, self._left
+            self._files, self._bytes, self._left = 0, 0, None
+        return taken
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):  # no folder yet, or the disk is away: the next pass looks again
+                done = self._store.evict()
+                if done is not None:
+                    with self._lock:
+                        self._files += done.files
+                        self._bytes += done.size_bytes
+                        self._left = done.left_bytes
+            self._wake.wait(self._interval_s)
+            self._wake.clear()
+            if self._closed:
+                return
+
+
+# ---- files
+
+
+def _create(path: Path, exclusive: bool = True) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o666)
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _write(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _flock(fd: int, operation: int) -> bool:
+    """Whether we have the lock, or the file system has no locks."""
+    try:
+        fcntl.flock(fd, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF):
+            raise
+    return True
+
+
+def _pin(fd: int) -> bool:
+    """Pin an open file; False if it has been removed. Whoever evicts it now is done in microseconds."""
+    for _ in range(50):
+        if _flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB):
+            return os.fstat(fd).st_nlink > 0
+        time.sleep(0.001)
+    return False
+
+
+def _header(shape: Shape) -> bytes:
+    """The head of a safetensors file that has one tensor."""
+    tensor = {"dtype": shape.dtype, "shape": [shape.rows, shape.width], "data_offsets": [0, shape.size_bytes]}
+    text = json.dumps({TENSOR: tensor}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _parse(fd: int) -> tuple[int, Shape]:
+    """Where the elements start, and what they are. Raises ``BrokenItem`` unless the file is exactly one whole embedding."""
+    size = os.fstat(fd).st_size
+    prefix = os.pread(fd, 8, 0)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise BrokenItem("has no header")
+    try:
+        header = json.loads(os.pread(fd, length, 8))
+        tensor = header[TENSOR]
+        rows, width = tensor["shape"]
+        shape, offsets = Shape(rows, width, tensor["dtype"]), tensor["data_offsets"]
+        whole = type(rows) is type(width) is int and rows >= 0 and width >= 0 and offsets == [0, shape.size_bytes]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BrokenItem(f"has a header that is not an embedding's: {error}") from error
+    if not whole or header.keys() - {TENSOR, "__metadata__"}:
+        raise BrokenItem("has a header that is not an embedding's")
+    if size != 8 + length + shape.size_bytes:
+        raise BrokenItem(f"has {size} bytes instead of {8 + length + shape.size_bytes}")
+    return 8 + length, shape

@@ -1,0 +1,125 @@
+"""serve_app.balance: the order in which an item tries encoder replicas, and the load it is decided on."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.balance import FORGET_UNROUTED_S, LeastCostRouter, Loads, rank
+from serve_app.handoff import Item, Prompt, StageRequest
+
+REPLICAS = ["a", "b", "c", "d"]
+
+
+def idle(*replicas: str) -> dict[str, float]:
+    return dict.fromkeys(replicas or REPLICAS, 0.0)
+
+
+def test_an_item_finds_the_same_replica_again_and_items_spread() -> None:
+    homes = {f"item {i}": rank(f"item {i}", 10, idle(), 1.25)[0] for i in range(400)}
+    assert all(rank(key, 10, idle(), 1.25)[0] == home for key, home in homes.items())
+    assert all(60 < list(homes.values()).count(replica) < 140 for replica in REPLICAS)
+
+
+def test_a_replica_that_goes_moves_only_its_own_items() -> None:
+    for i in range(100):
+        before, after = rank(f"{i}", 1, idle(), 1.25)[0], rank(f"{i}", 1, idle("a", "b", "c"), 1.25)[0]
+        assert before == after or before == "d"
+
+
+def test_a_home_with_too_much_work_is_passed_over_for_the_least_loaded() -> None:
+    home = rank("item", 10, idle(), 1.25)[0]
+    others = [replica for replica in REPLICAS if replica != home]
+    loads = {home: 100.0, others[0]: 30.0, others[1]: 10.0, others[2]: 20.0}
+    assert rank("item", 10, loads, 1.25) == [others[1], others[2], others[0], home]
+
+
+def test_a_home_within_the_headroom_is_kept() -> None:
+    home = rank("item", 10, idle(), 1.25)[0]
+    loads = dict.fromkeys(REPLICAS, 100.0) | {home: 110.0}
+    assert rank("item", 10, loads, 1.25)[0] == home
+    assert rank("item", 10, loads, 1.0)[0] != home
+
+
+@given(
+    st.text(min_size=1),
+    st.floats(1, 1e6),
+    st.dictionaries(st.text(min_size=1), st.floats(0, 1e6), min_size=1),
+    st.floats(1, 4),
+)
+def test_rank_names_every_replica_once_and_bounds_the_first(
+    key: str, cost: float, loads: dict[str, float], headroom: float
+) -> None:
+    order = rank(key, cost, loads, headroom)
+    assert sorted(order) == sorted(loads)
+    mean = (sum(loads.values()) + cost) / len(loads)
+    assert loads[order[0]] == min(loads.values()) or loads[order[0]] + cost <= max(headroom * mean, cost) + 1e-6
+
+
+def test_loads_count_from_the_choice_to_the_answer() -> None:
+    loads = Loads()
+    loads.chosen("call 1", "a", 5, now=0)
+    loads.chosen("call 2", "a", 7, now=0)
+    loads.sent("call 2", "b")  # the first choice was full
+    assert loads.of(["a", "b"], now=1) == {"a": 5, "b": 7}
+    loads.answered("call 2")
+    assert loads.of(["a", "b"], now=FORGET_UNROUTED_S + 1) == {"a": 0, "b": 0}, "call 1 never reached a replica"
+
+
+def test_a_long_call_still_counts() -> None:
+    loads = Loads()
+    loads.chosen("call", "a", 5, now=0)
+    loads.sent("call", "a")
+    assert loads.of(["a"], now=1e9) == {"a": 5}
+
+
+class Replica:
+    def __init__(self, name: str) -> None:
+        self.replica_id = SimpleNamespace(unique_id=name)
+
+
+def pending(call: str, item_hash: str, cost: int) -> Any:
+    prompt = Prompt([1], (Item("image", item_hash, 0, cost, None, None),))
+    return SimpleNamespace(
+        args=[StageRequest("id", prompt, None)],
+        metadata=SimpleNamespace(internal_request_id=call),
+        routing_context=SimpleNamespace(should_backoff=False),
+    )
+
+
+@pytest.fixture
+def router() -> LeastCostRouter:
+    made = object.__new__(LeastCostRouter)
+    made.initialize_state(headroom=1.25)
+    return made
+
+
+def choose(router: LeastCostRouter, request: Any, replicas: list[Replica]) -> list[str]:
+    ranks = asyncio.run(router.choose_replicas(replicas, request))
+    return [replica.replica_id.unique_id for (replica,) in ranks]
+
+
+def test_items_of_one_request_are_chosen_for_with_each_other_in_mind(router: LeastCostRouter) -> None:
+    replicas = [Replica(name) for name in ("a", "b")]
+    first = [choose(router, pending(f"call {i}", f"item {i}", 100), replicas)[0] for i in range(6)]
+    assert first.count("a") == first.count("b") == 3
+
+
+def test_an_answered_call_frees_its_replica(router: LeastCostRouter) -> None:
+    replicas = [Replica(name) for name in ("a", "b")]
+    big = pending("big", "item", 1000)
+    taken = choose(router, big, replicas)[0]
+    router.on_request_routed(big, SimpleNamespace(unique_id=taken), None)
+    assert choose(router, pending("next", "item", 10), replicas)[0] != taken
+    router.on_request_completed(SimpleNamespace(unique_id=taken), "big")
+    router.on_request_completed(SimpleNamespace(unique_id=taken), "next")
+    assert choose(router, pending("again", "item", 10), replicas)[0] == taken
+
+
+def test_calls_without_an_item_go_anywhere(router: LeastCostRouter) -> None:
+    replicas = [Replica("a"), Replica("b")]
+    assert asyncio.run(router.choose_replicas(replicas, None)) == [replicas]
+    assert asyncio.run(router.choose_replicas([], None)) == []
