@@ -108,11 +108,12 @@ def replica_env(config: EPDConfig, stage: Stage | None) -> dict[str, str]:
     env = dict(COMMON_ENV)
     if config.accelerator is Accelerator.CPU:
         env |= CPU_ENV
-        if stage is None or engine_args(config, stage, "")["enforce_eager"]:
+        args = engine_args(config, stage, "") if stage is not None else None
+        if args is None or args["enforce_eager"]:
             env |= CPU_EAGER_ENV
-        if config.prefill is not None and stage in (Stage.PREFILL, Stage.DECODE):
+        if args is not None and "kv_transfer_config" in args:
             env[STILL_NIXL_ENV] = "1"
-        if stage is not None and "kv_cache_memory_bytes" not in engine_args(config, stage, ""):
+        if args is not None and "kv_cache_memory_bytes" not in args:
             # GiB of KV cache; by itself each engine would take most of the machine's memory.
             env["VLLM_CPU_KVCACHE_SPACE"] = "1"
     if config.model == DEMO_MODEL:

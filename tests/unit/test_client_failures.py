@@ -13,6 +13,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 
 from serve_app import trace
+from serve_app.client import EPDClient
 from serve_app.config import RetryConfig, Stage
 from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageTimeout, StageUnavailable
 from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
@@ -530,6 +531,16 @@ def test_client_that_leaves_after_a_token_ends_the_streams_and_releases_nothing(
     assert pipeline.released() == []
 
 
+async def leave(client: EPDClient, moment: asyncio.Event) -> None:
+    """Ask, and go away at ``moment``; returns when what that set off in the background is done."""
+    request = asyncio.create_task(run(client, "red"))
+    await moment.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    await background(client)
+
+
 @pytest.mark.parametrize("where", ["encode", "prefill", "generate"])
 def test_client_that_leaves_before_a_token_ends_the_work_and_frees_the_blocks(make_client: Make, where: str) -> None:
     ended: list[str] = []
@@ -550,12 +561,7 @@ def test_client_that_leaves_before_a_token_ends_the_work_and_frees_the_blocks(ma
 
         pipeline = FakePipeline(**{where: hang_streaming if where == "generate" else hang})
         client = make_client(pipeline.stages)
-        request = asyncio.create_task(run(client, "red"))
-        await reached.wait()
-        request.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await request
-        await background(client)
+        await leave(client, reached)
         return pipeline
 
     pipeline = asyncio.run(main())
@@ -574,12 +580,7 @@ def test_client_that_leaves_between_two_attempts_leaves_nothing_behind(make_clie
         pipeline = FakePipeline(fails={"generate": [DECODE_GONE]})
         client = make_client(pipeline.stages)
         client._retries = Retries(RetryConfig(), jitter)
-        request = asyncio.create_task(run(client, "red"))
-        await pausing.wait()
-        request.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await request
-        await background(client)
+        await leave(client, pausing)
         return pipeline
 
     pipeline = asyncio.run(main())
