@@ -1,5 +1,6 @@
 """Decode replicas: a prompt and the KV blocks of its prefill in, a stream of tokens out."""
 
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -19,11 +20,14 @@ class Decode(EngineReplica):
 
     async def generate(self, request: StageRequest) -> AsyncGenerator[tuple[Chunk, str]]:
         """New tokens as they come, with this replica's id. What piles up while the caller is busy comes as one chunk."""
-        from serve_app.engine import to_chunk
+        from serve_app.engine import queue_s, to_chunk
 
+        began, first = time.perf_counter(), True
         async with aclosing(self.engine.generate(request)) as outputs:
             async for output in outputs:
-                yield to_chunk(output), self.replica
+                ran_s = time.perf_counter() - began - queue_s(output) if first else None
+                first = False
+                yield to_chunk(output, ran_s), self.replica
 
     async def release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
         """Give back the blocks of a prefill whose request will not be decoded."""

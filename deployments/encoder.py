@@ -1,17 +1,47 @@
-"""Encoder replicas: pixels in, the key of an encoder-cache entry out."""
+"""Encoder replicas: an item in, as media or as tensors; the key of an encoder-cache entry out."""
+
+import time
+from typing import TYPE_CHECKING
 
 from ray import serve
 
 from deployments._replica import EngineReplica
-from serve_app.config import Stage
-from serve_app.handoff import EncodeReply, StageRequest
+from serve_app.config import EPDConfig, Stage
+from serve_app.handoff import EncodeReply, Features, MediaRequest, StageRequest
+
+if TYPE_CHECKING:
+    from serve_app.from_media import ItemProcessor
 
 
 @serve.deployment(name="Encoder")
 class Encoder(EngineReplica):
     stage = Stage.ENCODER
+    items: "ItemProcessor"
+
+    def __init__(self, config: EPDConfig) -> None:
+        super().__init__(config)
+        from serve_app.from_media import ItemProcessor
+        from serve_app.media_check import set_vllm_limits
+
+        set_vllm_limits(config.media)
+        self.items = ItemProcessor(self.engine.renderer, config.media)
 
     async def encode(self, request: StageRequest) -> EncodeReply:
         """Encode the one item of the request and publish its embedding through the EC connector."""
+        return await self._encode(request, time.perf_counter())
+
+    async def encode_media(self, request: MediaRequest) -> EncodeReply:
+        """The same for an item that is not processed yet."""
+        from serve_app.engine import ENCODE_PARAMS
+
+        began = time.perf_counter()
+        features = await self.items.features(request.media)
+        call = StageRequest(request.request_id, features.prompt, ENCODE_PARAMS, request.options)
+        return await self._encode(call, began, self.items.without_pixels(features))
+
+    async def _encode(self, request: StageRequest, began: float, features: Features | None = None) -> EncodeReply:
+        from serve_app.engine import queue_s
+
         output = await self.engine.final(request)
-        return EncodeReply(output.ec_transfer_params or {}, self.replica)
+        ran_s = time.perf_counter() - began - queue_s(output)
+        return EncodeReply(output.ec_transfer_params or {}, self.replica, features, ran_s)

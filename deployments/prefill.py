@@ -1,5 +1,7 @@
 """Prefill replicas: a prompt in, KV blocks held for one decode request out."""
 
+import time
+
 from ray import serve
 
 from deployments._replica import EngineReplica
@@ -14,7 +16,13 @@ class Prefill(EngineReplica):
 
     async def prefill(self, request: StageRequest) -> PrefillReply:
         """Run the prompt; its blocks stay until decode has pulled them or the lease ends."""
+        from serve_app.engine import queue_s
+
+        began = time.perf_counter()
         output = await self.engine.final(request)
         if output.kv_transfer_params is None:
             raise HandoffLost(self.stage, "ended without KV blocks to hand over")
-        return PrefillReply(output.kv_transfer_params, output.prompt_logprobs, output.num_cached_tokens, self.replica)
+        ran_s = time.perf_counter() - began - queue_s(output)
+        return PrefillReply(
+            output.kv_transfer_params, output.prompt_logprobs, output.num_cached_tokens, self.replica, ran_s
+        )

@@ -1,23 +1,23 @@
-"""What an ingress replica takes on at a time: requests, items, bytes of processed pixels. Above that it says so at once.
+"""What an ingress replica takes on at a time: requests, items, bytes of media and embeddings. Above that it says so at once.
 
 Text is bound by the number of requests alone, so it keeps flowing when media are at their limit.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from serve_app.config import AdmissionConfig
 from serve_app.errors import Overloaded
-from serve_app.handoff import Item
+from serve_app.handoff import Item, Media
 
 
 class Admission:
-    """Counts what is outstanding. One object per ingress replica."""
+    """Counts what is outstanding. One object per ingress replica. ``embed_bytes``: size of one embedding."""
 
-    def __init__(self, config: AdmissionConfig) -> None:
+    def __init__(self, config: AdmissionConfig, embed_bytes: int) -> None:
         self._config = config
-        self.requests = self.items = self.size_bytes = 0
+        self._embed_bytes = embed_bytes
+        self.requests = self.items = self.media_bytes = self.embed_bytes = 0
 
     def check_request(self) -> None:
         """Before anything is rendered. Raises ``Overloaded``."""
@@ -26,20 +26,35 @@ class Admission:
     @contextmanager
     def admit(self, items: tuple[Item, ...]) -> Iterator[None]:
         """Hold the places of one request. Raises ``Overloaded`` where it does not fit in."""
-        size_bytes = sum(size_of(item.data) for item in items)
         self.check_request()
-        if items:
-            self._check("media items", self.items, len(items), self._config.max_items)
-            self._check("bytes of media", self.size_bytes, size_bytes, self._config.max_media_bytes)
         self.requests += 1
-        self.items += len(items)
-        self.size_bytes += size_bytes
+        try:
+            media_bytes = sum(size_of(item) for item in items)
+            embed_bytes = self._embed_bytes * sum(item.num_embeds for item in items)
+            with self._hold(len(items), media_bytes, embed_bytes):
+                yield
+        finally:
+            self.requests -= 1
+
+    def admit_media(self, media: Collection[Media]) -> AbstractContextManager[None]:
+        """Hold the places of items that are encoded before their request is rendered. Raises ``Overloaded``."""
+        return self._hold(len(media), sum(len(each.data) for each in media), 0)
+
+    @contextmanager
+    def _hold(self, items: int, media_bytes: int, embed_bytes: int) -> Iterator[None]:
+        if items:
+            self._check("media items", self.items, items, self._config.max_items)
+            self._check("bytes of media", self.media_bytes, media_bytes, self._config.max_media_bytes)
+            self._check("bytes of embeddings", self.embed_bytes, embed_bytes, self._config.max_embed_bytes)
+        self.items += items
+        self.media_bytes += media_bytes
+        self.embed_bytes += embed_bytes
         try:
             yield
         finally:
-            self.requests -= 1
-            self.items -= len(items)
-            self.size_bytes -= size_bytes
+            self.items -= items
+            self.media_bytes -= media_bytes
+            self.embed_bytes -= embed_bytes
 
     @staticmethod
     def _check(what: str, outstanding: int, more: int, limit: int) -> None:
@@ -50,8 +65,7 @@ class Admission:
             )
 
 
-def size_of(data: Any | None) -> int:
-    """Bytes of the tensors of an item (vLLM's MultiModalKwargsItem); 0 for what is no tensor."""
-    if data is None:
-        return 0
-    return sum(int(getattr(field.data, "nbytes", 0)) for field in data.values())
+def size_of(item: Item) -> int:
+    """Bytes of an item as the ingress holds it: its tensors (of vLLM's MultiModalKwargsItem) and the media it came from."""
+    tensors = 0 if item.data is None else sum(int(getattr(field.data, "nbytes", 0)) for field in item.data.values())
+    return tensors + (len(item.source.media.data) if item.source is not None else 0)

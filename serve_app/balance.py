@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
-from serve_app.handoff import StageRequest
+from serve_app.handoff import MediaRequest, StageRequest
 
 FORGET_UNROUTED_S = 60.0
 
@@ -30,6 +30,14 @@ def rank(key: str, cost: float, loads: Mapping[str, float], headroom: float) -> 
         by_load.remove(home)
         by_load.insert(0, home)
     return by_load
+
+
+def work_of(request: StageRequest | MediaRequest) -> tuple[str, int]:
+    """What names the item of an encode call, and its cost in embeddings."""
+    if isinstance(request, MediaRequest):
+        return request.media.key, request.cost
+    item = request.prompt.items[0]
+    return item.hash, item.num_embeds
 
 
 class Loads:
@@ -77,15 +85,15 @@ class LeastCostRouter(RequestRouter):
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas] if candidate_replicas else []
         pending_request.routing_context.should_backoff = True
-        request = next((arg for arg in pending_request.args if isinstance(arg, StageRequest)), None)
+        request = next((arg for arg in pending_request.args if isinstance(arg, StageRequest | MediaRequest)), None)
         if request is None:
             return [candidate_replicas]
-        item, now = request.prompt.items[0], time.monotonic()
+        (key, cost), now = work_of(request), time.monotonic()
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         call = pending_request.metadata.internal_request_id
         self._loads.answered(call)  # an earlier choice for the same call that a replica rejected
-        order = rank(item.hash, item.num_embeds, self._loads.of(list(replicas), now), self._headroom)
-        self._loads.chosen(call, order[0], item.num_embeds, now)
+        order = rank(key, cost, self._loads.of(list(replicas), now), self._headroom)
+        self._loads.chosen(call, order[0], cost, now)
         return [[replicas[replica]] for replica in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:

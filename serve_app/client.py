@@ -26,10 +26,11 @@ from vllm.v1.engine.input_processor import InputProcessor
 from serve_app import handoff, trace
 from serve_app.admission import Admission
 from serve_app.config import EPDConfig, Stage
-from serve_app.encoding import Encoded, EncodeStage
+from serve_app.encoding import Encoded, EncodeStage, Replies
 from serve_app.engine import from_engine_input
 from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout
-from serve_app.handoff import Chunk, PrefillReply, StageRequest
+from serve_app.from_media import FromMedia, ItemProcessor, declared_fields, refuse_client_names
+from serve_app.handoff import Chunk, Media, PrefillReply, StageRequest
 from serve_app.outputs import assemble, merge, with_prefill
 from serve_app.retry import Retries
 from serve_app.routing import StageHandle
@@ -62,17 +63,24 @@ class EPDClient(EngineClient):
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
         refuse_client_ids(self.renderer)
+        declared = declared_fields(self.renderer)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self.stages = stages
         self._config = config
-        self._declared: dict[str, frozenset[str]] = {}
         self._background: set[asyncio.Task[Any]] = set()
-        self._admission = Admission(config.admission)
+        self._admission = Admission(config.admission, embed_size_bytes(self.model_config))
         self._retries = Retries(config.retry)
         encoder = stages.get(Stage.ENCODER)
         self._encoders: EncodeStage | None = None
         if encoder is not None:
-            self._encoders = EncodeStage(encoder, config.encode, config.ec.uses_folder, self._declared_fields)
+            self._encoders = EncodeStage(encoder, config.encode, config.ec.uses_folder, declared)
+        self.from_media: frozenset[str] = frozenset()
+        """Modalities whose items go to encoders as media."""
+        if self._encoders is not None and config.encode.from_media:
+            processor = ItemProcessor(self.renderer, config.media)
+            self.from_media = processor.modalities
+            self._encoders.features = processor.features
+            FromMedia(processor, self._encode_media, config.ec.salt_by_tenant)
 
     # ---- the pipeline
 
@@ -110,17 +118,33 @@ class EPDClient(EngineClient):
             request = self._admit(prompt, sampling_params, request_id, options)
             text = prompt_text if prompt_text is not None else extract_prompt_components(self.model_config, prompt)[0]
             with self._admission.admit(request.prompt.items):
-                record.rendered = record.rendered or time.perf_counter()
+                record.begin()
                 record.items += len(request.prompt.items)
                 record.prompt_tokens += len(request.prompt.token_ids)
                 self._retries.accepted()
-                seconds = min(record.timeout_s or math.inf, self._config.request_timeout_s)
-                left = seconds - (time.perf_counter() - record.began)
-                deadline = Deadline(asyncio.get_running_loop().time() + left, seconds)
+                deadline = self._deadline(record)
                 choices = [self._choice(request, index, deadline, record) for index in range(sampling_params.n)]
                 async with aclosing(assemble(request, text, merge(choices))) as outputs:
                     async for output in outputs:
                         yield output
+        except Exception as error:
+            mapped = to_vllm_error(error)
+            record.fail(mapped)
+            raise mapped from error
+
+    def _deadline(self, record: Trace) -> Deadline:
+        seconds = min(record.timeout_s or math.inf, self._config.request_timeout_s)
+        left = seconds - (time.perf_counter() - record.began)
+        return Deadline(asyncio.get_running_loop().time() + left, seconds)
+
+    async def _encode_media(self, media: list[Media]) -> Replies:
+        """Encode items while their prompt is rendered."""
+        assert self._encoders is not None
+        record = trace.current.get() or Trace("media")
+        try:
+            with self._admission.admit_media(media):
+                work = first_failure(self._encoders.encode_media(media, record))
+                return await self._deadline(record).within(Stage.ENCODER, work)
         except Exception as error:
             mapped = to_vllm_error(error)
             record.fail(mapped)
@@ -152,10 +176,13 @@ class EPDClient(EngineClient):
         attempt = lost = 0
         while True:
             attempt += 1
-            encoded, begun = Encoded(request.prompt, None), False
+            begun = False
+            # An answer that came while the prompt was rendered serves all choices, or the first alone.
+            first = attempt == 1 and (index == 0 or self._config.ec.uses_folder)
+            encoded = Encoded(request.prompt, None)
             try:
-                if lost < 2:
-                    encoded = await deadline.within(Stage.ENCODER, self._encode(request, record))
+                work = self._encode(request, record, first, without_encoders=lost >= 2)
+                encoded = await deadline.within(Stage.ENCODER, work)
                 async with aclosing(self._attempt(request, encoded, index, deadline, record)) as chunks:
                     async for chunk in chunks:
                         begun = True
@@ -170,14 +197,13 @@ class EPDClient(EngineClient):
                 record.rung(f"{error.stage}-again")
                 await deadline.within(error.stage, self._retries.pause(attempt))
 
-    async def _encode(self, request: StageRequest, record: Trace) -> Encoded:
+    async def _encode(self, request: StageRequest, record: Trace, first: bool, without_encoders: bool) -> Encoded:
         """Where no encoder is needed the prompt goes on as it is."""
         if self._encoders is None or not request.prompt.items:
             return Encoded(request.prompt, None)
-        try:
-            return await self._encoders.encode(request, record)
-        except ExceptionGroup as failures:  # of the items; the first has cancelled the others
-            raise failures.exceptions[0] from None
+        if without_encoders:
+            return await self._encoders.at_prefill(request.prompt)
+        return await first_failure(self._encoders.encode(request, record, first))
 
     async def _attempt(
         self, request: StageRequest, encoded: Encoded, index: int, deadline: Deadline, record: Trace
@@ -188,6 +214,7 @@ class EPDClient(EngineClient):
         params = handoff.decode_params(request.params, kv, encoded.ec_transfer_params, index)
         decode = StageRequest(request.request_id, encoded.prompt, params, request.options)
         pulled = False
+        began = time.perf_counter()
         stream = self.stages[Stage.DECODE].stream("generate", decode)
         try:
             async with aclosing(stream):
@@ -199,6 +226,8 @@ class EPDClient(EngineClient):
                     except StopAsyncIteration:
                         return
                     record.saw(Stage.DECODE, replica)
+                    if chunk.ran_s is not None:
+                        record.waited(Stage.DECODE, time.perf_counter() - began - chunk.ran_s)
                     record.token(len(chunk.token_ids))
                     if prefilled and not pulled:
                         chunk = with_prefill(chunk, prefilled)
@@ -214,9 +243,12 @@ class EPDClient(EngineClient):
             return None
         params = handoff.prefill_params(request.params, encoded.ec_transfer_params)
         call = StageRequest(request.request_id, encoded.prompt, params, request.options)
+        began = time.perf_counter()
         reply: PrefillReply = await prefill.call("prefill", call)
         record.saw(Stage.PREFILL, reply.replica)
-        record.prefilled = time.perf_counter()
+        took = time.perf_counter() - began
+        record.took("prefill", took)
+        record.waited(Stage.PREFILL, took - reply.ran_s)
         return reply
 
     def _release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
@@ -228,14 +260,6 @@ class EPDClient(EngineClient):
         task = asyncio.get_running_loop().create_task(_quietly(call), context=contextvars.Context())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-    def _declared_fields(self, modality: str) -> frozenset[str]:
-        """Fields that the model declares as placeholder metadata of a modality; empty for models that declare none."""
-        if modality not in self._declared:
-            processor = self.renderer.mm_processor
-            fields = processor.info.data_parser.placeholder_metadata_fields(modality) if processor else ()
-            self._declared[modality] = frozenset(fields)
-        return self._declared[modality]
 
     # ---- the rest of vLLM's protocol
 
@@ -317,19 +341,27 @@ class EPDClient(EngineClient):
 
 
 def refuse_client_ids(renderer: Any) -> None:
-    """Refuse the ``uuid`` that a client may give a media item.
-
-    vLLM takes it for the item's hash, and the hash is the key of an encoder cache that all clients share: a client could
-    put its own picture in the place of another's. Items are known by their content here.
-    """
+    """Refuse names of items that a client gives, for prompts that vLLM renders by itself."""
     process = renderer._process_mm_uuids
 
     def checked(mm_data: Any, mm_data_items: Any, mm_uuid_items: Mapping[str, Any], mm_req_id: str) -> Any:
-        if any(uuid is not None for uuids in mm_uuid_items.values() for uuid in uuids or ()):
-            raise VLLMValidationError("`uuid` of a media item is not taken: items are known by their content here.")
+        refuse_client_names(mm_uuid_items)
         return process(mm_data, mm_data_items, mm_uuid_items, mm_req_id)
 
     renderer._process_mm_uuids = checked
+
+
+def embed_size_bytes(model_config: Any) -> int:
+    """Bytes of one embedding (visual or audio token) of a model."""
+    return int(model_config.get_inputs_embeds_size() * model_config.dtype.itemsize)
+
+
+async def first_failure(work: Awaitable[T]) -> T:
+    """The result of work on several items; where one failed, and with that has cancelled the others, its error."""
+    try:
+        return await work
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
 
 
 def not_disaggregated(what: str) -> VLLMValidationError:

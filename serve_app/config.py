@@ -211,8 +211,13 @@ class ECConfig(Strict):
 
 
 class EncodeConfig(Strict):
-    """Which items go to an encoder, and how often."""
+    """Which items go to an encoder, in which form, and how often."""
 
+    from_media: bool = Field(
+        True,
+        description="Send encoders the media itself where the model allows. False: always processed tensors, which are "
+        "made at the ingress and far larger.",
+    )
     min_embeds: int = Field(
         0, ge=0, description="Smaller items (visual or audio tokens) are encoded by prefill itself."
     )
@@ -240,7 +245,10 @@ class AdmissionConfig(Strict):
 
     max_requests: int = Field(1024, ge=1, description="Requests under way; a choice more does not count.")
     max_items: int = Field(2048, ge=1, description="Media items of requests under way.")
-    max_media_bytes: int = Field(4 << 30, ge=1, description="Bytes of processed media of requests under way.")
+    max_media_bytes: int = Field(
+        4 << 30, ge=1, description="Bytes of their media, and of its tensors where those are made at the ingress."
+    )
+    max_embed_bytes: int = Field(4 << 30, ge=1, description="Bytes of the embeddings of requests under way.")
 
 
 class RetryConfig(Strict):

@@ -10,15 +10,17 @@ import contextvars
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import msgspec
 
 from serve_app import handoff
 from serve_app.config import EncodeConfig, Stage
 from serve_app.engine import ENCODE_PARAMS
 from serve_app.errors import HandoffLost, StageError, StageTimeout
-from serve_app.handoff import EncodeReply, Prompt, StageRequest
+from serve_app.handoff import EncodeReply, Features, Item, Media, MediaRequest, Prompt, StageRequest
 from serve_app.routing import StageHandle
 from serve_app.trace import Trace
 
@@ -60,11 +62,49 @@ def encode_at_prefill(cost: int, encodes: Encodes, config: EncodeConfig, now: fl
 
 
 @dataclass
+class Costs:
+    """Embeddings per unit of media (see ``Media.units``) by modality: as encoders told, the latest counting a fifth.
+
+    A guess, for balance and for the rule above: an item's real cost is known once it is processed.
+    """
+
+    per_unit: dict[str, float] = field(default_factory=lambda: {"image": 1 / 28**2, "video": 1e-3, "audio": 1e-3})
+
+    def of(self, media: Media) -> int:
+        return max(round(self.per_unit.get(media.modality, 1e-3) * media.units), 1)
+
+    def learn(self, media: Media, num_embeds: int) -> None:
+        told = num_embeds / max(media.units, 1)
+        self.per_unit[media.modality] = 0.8 * self.per_unit.get(media.modality, told) + 0.2 * told
+
+
+@dataclass(frozen=True)
+class Job:
+    """One item for an encoder."""
+
+    key: str
+    """Names its content: the item's hash, or the media's key where the hash is not known yet."""
+    cost: int
+    method: str
+    """``encode`` or ``encode_media``."""
+    call: StageRequest | MediaRequest
+    """With the id of the request; each attempt has one of its own (``handoff.child_id``)."""
+    index: int
+    """Place of the item in its request."""
+    hash: str | None
+    """What the answer has to name; None: not known before, the answer's own features name it."""
+
+
+@dataclass
 class _Flight:
     """An encode call that several requests may wait for."""
 
     task: asyncio.Task[EncodeReply]
     waiting: int = 0
+
+
+Replies = dict[str, EncodeReply]
+"""Answers by ``Job.key``; an item that has none is encoded by prefill."""
 
 
 @dataclass
@@ -77,119 +117,181 @@ class EncodeStage:
     """Whether an answer serves more than one request: files in a folder do, blocks that are pulled once do not."""
     declared: Callable[[str], frozenset[str]]
     """Fields that the model declares as placeholder metadata of a modality."""
+    features: Callable[[Media], Awaitable[Features]] | None = None
+    """Processes an item that came as media, for prefill to encode it; None where all come from features."""
     clock: Callable[[], float] = time.monotonic
     state: Encodes = field(default_factory=Encodes)
+    costs: Costs = field(default_factory=Costs)
     _flights: dict[str, _Flight] = field(default_factory=dict)
     _known: OrderedDict[str, tuple[float, EncodeReply]] = field(default_factory=OrderedDict)
 
-    async def encode(self, request: StageRequest, record: Trace) -> Encoded:
-        """Encode the items of a prompt, largest first, all at the same time."""
-        prompt = request.prompt
-        items = prompt.items
-        order = sorted(handoff.distinct(items).values(), key=lambda index: -items[index].num_embeds)
+    async def encode(self, request: StageRequest, record: Trace, first: bool = True) -> Encoded:
+        """Encode the items of a prompt, all at the same time.
+
+        ``first``: what was answered while the prompt was rendered still holds. Otherwise encoders are asked again.
+        """
+        items = request.prompt.items
+        replies: dict[int, EncodeReply] = {}
+        jobs: dict[int, Job] = {}
+        for index in handoff.distinct(items).values():
+            source = items[index].source
+            if source is None or not first:
+                jobs[index] = self._job(request, index)
+            elif source.reply is not None:
+                replies[index] = source.reply
+        answers = await self.run(list(jobs.values()), record)
+        replies |= {index: answers[job.key] for index, job in jobs.items() if job.key in answers}
+        try:
+            params = handoff.merge_ec_params(replies, request.prompt)
+        except ValueError as error:
+            raise HandoffLost(Stage.ENCODER, f"gave an unusable answer: {error}") from error
+        hashes = frozenset(items[index].hash for index in replies)
+        prompt = await self._with_pixels(handoff.without_pixels(request.prompt, self.declared, hashes), hashes)
+        return Encoded(prompt, params or None, hashes)
+
+    async def at_prefill(self, prompt: Prompt) -> Encoded:
+        """The prompt with the pixels of all items: no encoder is asked."""
+        return Encoded(await self._with_pixels(prompt, frozenset()), None)
+
+    async def encode_media(self, media: list[Media], record: Trace) -> Replies:
+        """Encode items that are to be rendered around: distinct ones, in the order of the prompt."""
+        return await self.run(
+            [self._media_job(each, record.request_id, index, {}) for index, each in enumerate(media)], record
+        )
+
+    async def run(self, jobs: list[Job], record: Trace) -> Replies:
+        """Ask encoders for items, largest first, all at the same time.
+
+        Each in a context of its own: Serve gives calls of one context one internal id, by which the router knows them.
+        """
+        if not jobs:
+            return {}
+        began = self.clock()
         at_encoder, taken = [], 0
-        for index in order:
-            item, now = items[index], self.clock()
-            if self.shareable and (self._remembered(item.hash) or item.hash in self._flights):
-                at_encoder.append(index)  # costs the encoders nothing
+        for job in sorted(jobs, key=lambda job: -job.cost):
+            now = self.clock()
+            if self.shareable and (self._remembered(job.key) or job.key in self._flights):
+                at_encoder.append(job)  # costs the encoders nothing
                 continue
             seen = replace(self.state, outstanding=self.state.outstanding + taken)
-            reason = encode_at_prefill(item.num_embeds, seen, self.config, now)
+            reason = encode_at_prefill(job.cost, seen, self.config, now)
             if reason is not None:
+                logger.info(f"request={record.request_id} encode-at-prefill({reason}) cost={job.cost} {seen}")
                 record.rung(f"encode-at-prefill({reason})")
                 continue
-            at_encoder.append(index)
-            taken += item.num_embeds
+            at_encoder.append(job)
+            taken += job.cost
             if self.state.down:  # this item is the probe
                 self.state.probe_at = now + self.config.timeout_s * self.config.attempts
         async with asyncio.TaskGroup() as group:
-            tasks = {index: group.create_task(self._item(request, index, record)) for index in at_encoder}
-        replies = {index: reply for index, task in tasks.items() if (reply := task.result()) is not None}
-        hashes = frozenset(items[index].hash for index in replies)
-        try:
-            params = handoff.merge_ec_params(replies, prompt)
-        except ValueError as error:
-            raise HandoffLost(Stage.ENCODER, f"gave an unusable answer: {error}") from error
-        if items:
-            record.encoded = time.perf_counter()
-        return Encoded(handoff.without_pixels(prompt, self.declared, hashes), params or None, hashes)
+            tasks = {
+                job.key: group.create_task(self._answer(job, record), context=contextvars.Context())
+                for job in at_encoder
+            }
+        record.took("encode", self.clock() - began)
+        return {key: reply for key, task in tasks.items() if (reply := task.result()) is not None}
 
     def forget(self, hashes: frozenset[str]) -> None:
         """The cache may have lost these items: the next request that has one sends it again."""
-        for item_hash in hashes:
-            self._known.pop(item_hash, None)
+        for key in [key for key, (_, reply) in self._known.items() if not hashes.isdisjoint(reply.ec_transfer_params)]:
+            del self._known[key]
 
-    async def _item(self, request: StageRequest, index: int, record: Trace) -> EncodeReply | None:
+    def _job(self, request: StageRequest, index: int) -> Job:
+        item, options = request.prompt.items[index], request.options
+        passed = {"lora_request": options.get("lora_request"), "priority": options.get("priority", 0)}
+        if item.source is not None:
+            return replace(self._media_job(item.source.media, request.request_id, index, passed), hash=item.hash)
+        call = StageRequest(request.request_id, handoff.for_encoder(request.prompt, index), ENCODE_PARAMS, passed)
+        return Job(item.hash, item.num_embeds, "encode", call, index, item.hash)
+
+    def _media_job(self, media: Media, request_id: str, index: int, options: dict[str, Any]) -> Job:
+        cost = self.costs.of(media)
+        call = MediaRequest(request_id, media, cost, options)
+        return Job(media.key, cost, "encode_media", call, index, None)
+
+    async def _with_pixels(self, prompt: Prompt, encoded: frozenset[str]) -> Prompt:
+        """For the engines behind: an item that may still have to be encoded must have its pixels."""
+
+        async def whole(item: Item) -> Item:
+            if not item.bare or item.hash in encoded:
+                return item
+            assert self.features is not None and item.source is not None
+            features = await self.features(item.source.media)
+            if features.item.hash != item.hash:
+                raise HandoffLost(Stage.ENCODER, f"named an item {item.hash} that is {features.item.hash} here")
+            return msgspec.structs.replace(item, data=features.item.data)
+
+        items = await asyncio.gather(*map(whole, prompt.items))
+        return handoff.without_sources(msgspec.structs.replace(prompt, items=tuple(items)))
+
+    async def _answer(self, job: Job, record: Trace) -> EncodeReply | None:
         """The ladder of one item. None: prefill encodes it."""
-        item = request.prompt.items[index]
         for attempt in range(self.config.attempts):
+            began = self.clock()
             try:
-                if self.shareable:
-                    reply = self._remembered(item.hash) or await self._shared(item.hash, request, index)
-                else:
-                    reply = await self._call(request, index)
+                reply = self._remembered(job.key) if self.shareable else None
+                if reply is None:
+                    reply = await (self._shared(job) if self.shareable else self._call(job))
+                    record.waited(Stage.ENCODER, self.clock() - began - reply.ran_s)
                 record.saw(Stage.ENCODER, reply.replica)
                 return reply
             except StageError as error:
-                logger.warning(f"request={record.request_id} item={index} attempt={attempt + 1}: {error}")
+                logger.warning(f"request={record.request_id} item={job.index} attempt={attempt + 1}: {error}")
                 record.rung("encode-again" if attempt + 1 < self.config.attempts else "encode-at-prefill(failed)")
         self.state.down, self.state.probe_at = True, self.clock() + self.config.retry_encoders_after_s
         return None
 
-    def _remembered(self, item_hash: str) -> EncodeReply | None:
-        known = self._known.get(item_hash)
+    def _remembered(self, key: str) -> EncodeReply | None:
+        known = self._known.get(key)
         if known is None or self.clock() > known[0]:
             return None
-        self._known.move_to_end(item_hash)
+        self._known.move_to_end(key)
         return known[1]
 
-    async def _shared(self, item_hash: str, request: StageRequest, index: int) -> EncodeReply:
+    async def _shared(self, job: Job) -> EncodeReply:
         """The answer for an item, from one call for all requests that want it now.
 
-        The call has a context of its own: Serve would cancel it with the request that happened to come first, and gives
-        calls of one request one internal id. It is cancelled when the last request that waits for it has gone.
+        The call has a context of its own: Serve would cancel it with the request that happened to come first. It is
+        cancelled when the last request that waits for it has gone.
         """
-        flight = self._flights.get(item_hash)
+        flight = self._flights.get(job.key)
         if flight is None:
-            call = self._call(request, index)
+            call = self._call(job)
             flight = _Flight(asyncio.get_running_loop().create_task(call, context=contextvars.Context()))
-            self._flights[item_hash] = flight
-            flight.task.add_done_callback(lambda _: self._landed(item_hash, flight))
+            self._flights[job.key] = flight
+            flight.task.add_done_callback(lambda _: self._landed(job.key, flight))
         flight.waiting += 1
         try:
             return await asyncio.shield(flight.task)
         finally:
             flight.waiting -= 1
             if not flight.waiting and not flight.task.done():
-                self._landed(item_hash, flight)
+                self._landed(job.key, flight)
                 flight.task.cancel()
 
-    def _landed(self, item_hash: str, flight: _Flight | None) -> None:
-        if self._flights.get(item_hash) is flight:
-            del self._flights[item_hash]
+    def _landed(self, key: str, flight: _Flight | None) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
 
-    async def _call(self, request: StageRequest, index: int) -> EncodeReply:
-        item = request.prompt.items[index]
-        call = StageRequest(
-            handoff.child_id(request.request_id, index),
-            handoff.for_encoder(request.prompt, index),
-            ENCODE_PARAMS,
-            {"lora_request": request.options.get("lora_request"), "priority": request.options.get("priority", 0)},
-        )
-        self.state.outstanding += item.num_embeds
+    async def _call(self, job: Job) -> EncodeReply:
+        call = msgspec.structs.replace(job.call, request_id=handoff.child_id(job.call.request_id, job.index))
+        self.state.outstanding += job.cost
         try:
             async with asyncio.timeout(self.config.timeout_s):
-                reply: EncodeReply = await self.handle.call("encode", call)
+                reply: EncodeReply = await self.handle.call(job.method, call)
         except TimeoutError:
             raise StageTimeout(Stage.ENCODER, f"did not answer within {self.config.timeout_s:g} s") from None
         finally:
-            self.state.outstanding -= item.num_embeds
-        if set(reply.ec_transfer_params) != {item.hash}:
-            raise HandoffLost(Stage.ENCODER, f"answered for {sorted(reply.ec_transfer_params)}, not for {item.hash}")
+            self.state.outstanding -= job.cost
+        expected = job.hash or (reply.features.item.hash if reply.features else None)
+        if set(reply.ec_transfer_params) != {expected}:
+            raise HandoffLost(Stage.ENCODER, f"answered for {sorted(reply.ec_transfer_params)}, not for {expected}")
         self.state.down = False
+        if isinstance(job.call, MediaRequest) and reply.features is not None:
+            self.costs.learn(job.call.media, reply.features.item.num_embeds)
         if self.shareable and self.config.remember_s:
-            self._known[item.hash] = (self.clock() + self.config.remember_s, reply)
-            self._known.move_to_end(item.hash)
+            self._known[job.key] = (self.clock() + self.config.remember_s, reply)
+            self._known.move_to_end(job.key)
             while len(self._known) > self.config.remember_items:
                 self._known.popitem(last=False)
         return reply

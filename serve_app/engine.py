@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import mm_input, tokens_input
-from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from serve_app.config import Stage
 from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageUnavailable
-from serve_app.handoff import Chunk, Item, Prompt, StageRequest
+from serve_app.handoff import Chunk, Item, Prompt, Source, StageRequest
 
 
 def check_engine_args(args: dict[str, Any], where: str) -> None:
@@ -48,6 +48,14 @@ def to_engine_input(prompt: Prompt) -> Any:
     return mm_input(prompt.token_ids, MultiModalKwargsItems(kwargs), hashes, ranges, cache_salt=prompt.cache_salt)
 
 
+class SourcedItem(MultiModalKwargsItem):
+    """A processed item that knows the media it came from: so a ``Source`` gets through vLLM's app to our ``generate``."""
+
+    def __init__(self, data: MultiModalKwargsItem, source: Source) -> None:
+        super().__init__(data)
+        self.source = source
+
+
 def from_engine_input(engine_input: Any) -> Prompt:
     """The prompt that vLLM's renderer made, items in prompt order.
 
@@ -60,8 +68,14 @@ def from_engine_input(engine_input: Any) -> Prompt:
             f"Prompts of type {engine_input['type']!r} cannot be served disaggregated: only token and multimodal prompts of "
             "decoder-only models can be handed from stage to stage."
         )
+
+    def item(modality: str, item_hash: str, where: PlaceholderRange, data: Any) -> Item:
+        source = data.source if isinstance(data, SourcedItem) else None
+        plain = MultiModalKwargsItem(data.data) if source is not None else data
+        return Item(modality, item_hash, where.offset, where.length, where.is_embed, plain, source)
+
     items = [
-        Item(modality, item_hash, where.offset, where.length, where.is_embed, data)
+        item(modality, item_hash, where, data)
         for modality, hashes in engine_input["mm_hashes"].items()
         for item_hash, where, data in zip(
             hashes, engine_input["mm_placeholders"][modality], engine_input["mm_kwargs"][modality], strict=True
@@ -80,6 +94,11 @@ class StageEngine:
     def __init__(self, stage: Stage, args: dict[str, Any]) -> None:
         self._stage = stage
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+
+    @property
+    def renderer(self) -> Any:
+        """vLLM's renderer of this engine's model."""
+        return self._llm.renderer
 
     async def generate(self, request: StageRequest) -> AsyncGenerator[RequestOutput]:
         """Run a request; closing the iterator aborts it.
@@ -147,7 +166,13 @@ ENCODE_PARAMS = SamplingParams(max_tokens=1, detokenize=False, output_kind=Reque
 """An encoder-only engine emits no token: the request ends when its items are encoded."""
 
 
-def to_chunk(output: RequestOutput) -> Chunk:
+def queue_s(output: RequestOutput) -> float:
+    """Seconds that the request of an output waited in its engine's queue."""
+    stats = output.metrics
+    return max(stats.scheduled_ts - stats.queued_ts, 0.0) if stats is not None and stats.scheduled_ts else 0.0
+
+
+def to_chunk(output: RequestOutput, ran_s: float | None = None) -> Chunk:
     """The only choice of an output, without the prompt that every ``RequestOutput`` repeats."""
     (choice,) = output.outputs
     return Chunk(
@@ -159,4 +184,5 @@ def to_chunk(output: RequestOutput) -> Chunk:
         stop_reason=choice.stop_reason,
         num_cached_tokens=output.num_cached_tokens,
         prompt_logprobs=output.prompt_logprobs,
+        ran_s=ran_s,
     )

@@ -25,6 +25,40 @@ REMOTE_DECODE = {
 """``kv_transfer_params`` of a prefill request: hold the blocks until a decode engine has pulled them."""
 
 
+class Media(msgspec.Struct, frozen=True):
+    """One image, video or audio as the client sent it: what an encoder decodes, transforms and encodes by itself."""
+
+    modality: str
+    data: bytes
+    """The file's bytes, fetched and without base64."""
+    io: Any
+    """vLLM's MediaIO that decodes them."""
+    units: int
+    """What its cost is guessed from before an encoder has told: pixels of an image, else bytes."""
+    processor_kwargs: dict[str, Any] = {}
+    io_kwargs: dict[str, Any] = {}
+    """The request's own, which the item's hash covers."""
+    salt: str | None = None
+    """Of the tenant, where embeddings of tenants are kept apart."""
+    key: str = ""
+    """Names this content with these arguments, before it is decoded; see ``keyed``."""
+
+
+def keyed(media: Media) -> Media:
+    """With the key that equal media of equal requests have in common."""
+    arguments = repr((media.modality, media.processor_kwargs, media.io_kwargs, media.salt)).encode(errors="replace")
+    digest = hashlib.blake2b(media.data, digest_size=32, key=hashlib.blake2b(arguments, digest_size=32).digest())
+    return msgspec.structs.replace(media, key=digest.hexdigest())
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where an item came from that was not processed at the ingress. Never leaves the ingress."""
+
+    media: Media
+    reply: "EncodeReply | None"
+    """The encoder's answer while the prompt was rendered. With it the item's data has no pixels; without, it has."""
+
+
 class Item(msgspec.Struct, frozen=True):
     """One image, video or audio of a prompt."""
 
@@ -39,6 +73,13 @@ class Item(msgspec.Struct, frozen=True):
     """Bool tensor of shape ``(length,)``: the placeholder tokens that take an embedding. None: all."""
     data: Any | None
     """vLLM's MultiModalKwargsItem: processed tensors, pixels included, or only the fields that positions need."""
+    source: Source | None = None
+    """Set for items that came from media."""
+
+    @property
+    def bare(self) -> bool:
+        """Without pixels: an engine must not get it unless the item's embedding is there."""
+        return self.source is not None and self.source.reply is not None
 
     @property
     def num_embeds(self) -> int:
@@ -64,11 +105,37 @@ class StageRequest(msgspec.Struct, frozen=True):
     """Keyword arguments of ``AsyncLLM.generate``: lora_request, priority, trace_headers, …"""
 
 
+class MediaRequest(msgspec.Struct, frozen=True):
+    """One call of an encoder with an item as media."""
+
+    request_id: str
+    media: Media
+    cost: int
+    """Embeddings that it will have, as far as the ingress can tell."""
+    options: dict[str, Any] = {}
+
+
+class Features(msgspec.Struct, frozen=True):
+    """One processed item: alone in a prompt, and what rendering another prompt around it needs."""
+
+    prompt: Prompt
+    metadata: dict[str, Any]
+    """Fields that size its placeholder range, as lists: ``{"image_grid_thw": [1, 6, 6]}``."""
+
+    @property
+    def item(self) -> Item:
+        return self.prompt.items[0]
+
+
 class EncodeReply(msgspec.Struct, frozen=True):
     """``{hash: {"item_indices", "metadata", …}}`` as the EC connector of the encoder gave it; passed on verbatim."""
 
     ec_transfer_params: dict[str, Any]
     replica: str
+    features: Features | None = None
+    """Of an item that went as media; without pixels."""
+    ran_s: float = 0.0
+    """Seconds in the replica, less those in its engine's queue. What the call took besides is queueing and transfer."""
 
 
 class PrefillReply(msgspec.Struct, frozen=True):
@@ -77,6 +144,7 @@ class PrefillReply(msgspec.Struct, frozen=True):
     prompt_logprobs: Any | None
     num_cached_tokens: int | None
     replica: str
+    ran_s: float = 0.0
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -90,6 +158,8 @@ class Chunk(msgspec.Struct, frozen=True):
     stop_reason: int | str | None = None
     num_cached_tokens: int | None = None
     prompt_logprobs: Any | None = None
+    ran_s: float | None = None
+    """With the first chunk: seconds in the replica up to it, less those in its engine's queue."""
 
 
 def salted(prompt: Prompt, salt: str | None) -> Prompt:
@@ -103,6 +173,8 @@ def salted(prompt: Prompt, salt: str | None) -> Prompt:
     secret = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=32).digest()
 
     def own(item: Item) -> Item:
+        if item.source is not None:  # named with the salt where it was processed
+            return item
         digest = hashlib.blake2b(item.hash.encode(errors="surrogatepass"), key=secret, digest_size=32).hexdigest()
         return msgspec.structs.replace(item, hash=digest)
 
@@ -122,7 +194,7 @@ def for_encoder(prompt: Prompt, index: int) -> Prompt:
     item = prompt.items[index]
     return Prompt(
         token_ids=prompt.token_ids[item.offset : item.offset + item.length],
-        items=(msgspec.structs.replace(item, offset=0),),
+        items=(msgspec.structs.replace(item, offset=0, source=None),),
     )
 
 
@@ -143,12 +215,19 @@ def without_pixels(prompt: Prompt, declared: Callable[[str], Collection[str]], e
     can do without.
     """
     items = tuple(
-        _metadata_only(item, declared(item.modality)) if item.hash in encoded else item for item in prompt.items
+        metadata_only(item, declared(item.modality)) if item.hash in encoded else item for item in prompt.items
     )
     return msgspec.structs.replace(prompt, items=items)
 
 
-def _metadata_only(item: Item, declared: Collection[str]) -> Item:
+def without_sources(prompt: Prompt) -> Prompt:
+    """The prompt as an engine gets it: the media that items came from stay at the ingress."""
+    items = tuple(msgspec.structs.replace(item, source=None) if item.source else item for item in prompt.items)
+    return msgspec.structs.replace(prompt, items=items)
+
+
+def metadata_only(item: Item, declared: Collection[str]) -> Item:
+    """The item without pixels, for an engine that gets its embedding."""
     if item.data is None:
         return item
     kept = {key: field for key, field in item.data.items() if key in declared or field.field.keep_on_cpu}

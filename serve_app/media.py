@@ -3,8 +3,8 @@
 ::
 
     URL ── data: ── file: ── http(s): ──> bytes      media_fetch.py, with media_address.py
-    bytes ──> pixels, frames, seconds in bounds?     media_check.py
-    bytes ──> image, frames, samples                 vLLM's own MediaIO classes
+    bytes ──> pixels, frames, seconds in bounds?     media_check.py      at the ingress, or on an encoder
+    bytes ──> image, frames, samples                 vLLM's own MediaIO classes      (see from_media.py)
 
 Registered with vLLM under the name ``epd`` and chosen through ``VLLM_MEDIA_CONNECTOR``; vLLM makes a connector per request.
 The rules are those of the ``MediaConfig`` that it is installed with; what vLLM passes along of them (``roles.shared_args``
@@ -13,25 +13,31 @@ gives it the same folder and domains) is not read.
 
 import asyncio
 import re
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 from vllm import envs
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO, VideoMediaIO
-from vllm.multimodal.media.connector import global_thread_pool
+from vllm.multimodal.media.connector import MODALITY_IO_MAP, global_thread_pool
 
 from serve_app.config import MediaConfig
-from serve_app.media_check import check, check_jpegs, set_vllm_limits
+from serve_app.handoff import Media
+from serve_app.media_check import check, check_image, check_jpegs, set_vllm_limits
 from serve_app.media_fetch import Fetcher, decode_base64, read_file, split_data_url, too_large
 
 CONNECTOR = "epd"
+MODALITY_OF: dict[type, str] = {io: modality for modality, io in MODALITY_IO_MAP.items()}
 
 
-def install(rules: MediaConfig) -> Fetcher:
-    """Make vLLM load media by these rules, in this process. The caller closes the fetcher at the end."""
+def install(rules: MediaConfig, undecoded: Collection[str] = ()) -> Fetcher:
+    """Make vLLM load media by these rules, in this process. The caller closes the fetcher at the end.
+
+    ``undecoded``: modalities whose items are left as ``Media``, for an encoder to decode.
+    """
     fetcher = Fetcher(rules)
-    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(partial(EPDMediaConnector, rules, fetcher))
+    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(partial(EPDMediaConnector, rules, fetcher, frozenset(undecoded)))
     envs.VLLM_MEDIA_CONNECTOR = CONNECTOR
     set_vllm_limits(rules)
     return fetcher
@@ -44,12 +50,14 @@ class EPDMediaConnector(MediaConnector):
         self,
         rules: MediaConfig,
         fetcher: Fetcher,
+        undecoded: frozenset[str] = frozenset(),
         media_io_kwargs: dict[str, dict[str, Any]] | None = None,
         **of_vllm: Any,
     ) -> None:
         super().__init__(media_io_kwargs)
         self._rules = rules
         self._fetcher = fetcher
+        self._undecoded = undecoded
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
         """The media behind a URL. ``media.fetch_timeout_s`` counts, not vLLM's ``fetch_timeout``."""
@@ -93,10 +101,19 @@ class EPDMediaConnector(MediaConnector):
     def _decode(self, data: bytes, media_io: MediaIO[Any]) -> Any:
         if len(data) > self._rules.max_bytes:
             raise too_large("The media", self._rules)
-        try:
-            return check(data, media_io, self._rules).load_bytes(data)
-        except Exception as error:
-            raise to_client_error(error) from error
+        modality = MODALITY_OF.get(type(media_io))
+        if modality not in self._undecoded:
+            return decode(data, media_io, self._rules)
+        units = check_image(data, self._rules) if modality == "image" else len(data)
+        return Media(modality, data, media_io, units)
+
+
+def decode(data: bytes, media_io: MediaIO[Any], rules: MediaConfig) -> Any:
+    """Raises ``VLLMValidationError`` for media that is broken or over a limit."""
+    try:
+        return check(data, media_io, rules).load_bytes(data)
+    except Exception as error:
+        raise to_client_error(error) from error
 
 
 async def in_thread(function: Any, *args: Any) -> Any:

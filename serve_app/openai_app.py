@@ -95,6 +95,9 @@ def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
         logging_config=parsed.create_logging_config(),
         structured_outputs_config=parsed.create_structured_outputs_config(),
     )
+    if model_config.multimodal_config is not None:
+        # Prompts are rendered around metadata of items (from_media.py); clients still cannot send any (enable_mm_embeds).
+        model_config.multimodal_config.allow_missing_mm_embeddings = True
     if parsed.max_num_seqs is not None:
         vllm_config.scheduler_config.max_num_seqs = parsed.max_num_seqs
     return vllm_config
@@ -109,7 +112,7 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe:
     folder = config.media.allowed_local_path
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
-    fetcher = media.install(config.media)
+    fetcher = media.install(config.media, client.from_media)
     app = build_app(args, ("generate",), client.model_config)
     app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)
     await init_app_state(client, app.state, args, ("generate",))

@@ -16,9 +16,11 @@ class Trace:
     began: float = field(default_factory=time.perf_counter)
     rendered: float | None = None
     """When the first engine call began; until then the ingress rendered: fetch, template, processor."""
-    encoded: float | None = None
-    prefilled: float | None = None
+    encoded_in_render: float = 0.0
+    """Seconds of that for which encoders worked on items that went as media."""
     first_token: float | None = None
+    longest: dict[str, float] = field(default_factory=dict)
+    """Seconds by step (``queue``, ``encode``, ``prefill``): the longest of what runs at the same time or again."""
     items: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -41,6 +43,19 @@ class Trace:
     def rung(self, name: str) -> None:
         self.rungs.append(name)
 
+    def begin(self) -> None:
+        """An engine call begins."""
+        if self.rendered is None:
+            self.rendered = time.perf_counter()
+            self.encoded_in_render = self.longest.get("encode", 0.0)
+
+    def took(self, step: str, seconds: float) -> None:
+        self.longest[step] = max(self.longest.get(step, 0.0), seconds)
+
+    def waited(self, stage: str, seconds: float) -> None:
+        """A call of a stage waited so long, in queues and on the way."""
+        self.took(f"{stage} queue", seconds)
+
     def token(self, count: int) -> None:
         if self.first_token is None:
             self.first_token = time.perf_counter()
@@ -53,17 +68,22 @@ class Trace:
         self.decided.set()
 
     def stage_times(self) -> dict[str, float]:
-        """Seconds per stage of what has happened so far: render, encode, prefill, decode's first token."""
-        marks = {
-            "render": self.rendered,
-            "encode": self.encoded,
-            "prefill": self.prefilled,
-            "first_token": self.first_token,
-        }
-        times, last = {}, self.began
-        for name, mark in marks.items():
-            if mark is not None:
-                times[name], last = mark - last, mark
+        """Seconds of what has happened so far, one after the other: render, queue, encode, prefill, first token.
+
+        ``queue`` is what calls of the stages waited, in queues and on the way; the stages' own times are without it. Items
+        that go as media are encoded while the prompt is rendered, which ``render`` does not count.
+        """
+        waits = {stage: self.longest.get(f"{stage} queue", 0.0) for stage in ("encoder", "prefill", "decode")}
+        times: dict[str, float] = {}
+        if self.rendered is not None:
+            times["render"] = max(self.rendered - self.began - self.encoded_in_render, 0.0)
+        if any(waits.values()):
+            times["queue"] = sum(waits.values())
+        for step, wait in (("encode", waits["encoder"]), ("prefill", waits["prefill"])):
+            if step in self.longest:
+                times[step] = max(self.longest[step] - wait, 0.0)
+        if self.first_token is not None:
+            times["first_token"] = max(self.first_token - self.began - sum(times.values()), 0.0)
         return times
 
     def line(self, status: int | str) -> str:

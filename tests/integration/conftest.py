@@ -52,7 +52,7 @@ def all_at_once(server: Server) -> list[Any]:
 
 TOPOLOGIES: dict[str, dict[str, Any]] = {
     "E+P+D": {},
-    "E+PD": {"prefill": None},
+    "E+PD": {"prefill": None, "encode": {"from_media": False}},  # the other way to the encoder
     "P+D": {"encoder": None},
     "PD": {"encoder": None, "prefill": None},
 }

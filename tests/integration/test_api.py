@@ -87,6 +87,44 @@ def test_anthropic_messages(epd: Server) -> None:
     assert answer.usage.output_tokens == 8
 
 
+def test_anthropic_tools(epd: Server) -> None:
+    claude = anthropic.Anthropic(base_url=epd.url, api_key="none", max_retries=0)
+    options: dict[str, Any] = {
+        "max_tokens": 200,
+        "messages": [{"role": "user", "content": "Weather in London?"}],
+        "tools": [{"name": "weather", "description": "The weather", "input_schema": CITY}],
+        "tool_choice": {"type": "tool", "name": "weather"},
+        "extra_body": {"temperature": 0},
+    }
+    answer = claude.messages.create(model="demo", **options)
+    (call,) = [block for block in answer.content if block.type == "tool_use"]
+    with claude.messages.stream(model="demo", **options) as stream:
+        (streamed,) = [block for block in stream.get_final_message().content if block.type == "tool_use"]
+    assert call.name == streamed.name == "weather"
+    assert call.input == streamed.input
+    assert call.input["city"] in ("Paris", "London")
+
+
+def test_anthropic_structured_output(epd: Server) -> None:
+    claude = anthropic.Anthropic(base_url=epd.url, api_key="none", max_retries=0)
+    answer = claude.messages.create(
+        model="demo",
+        max_tokens=200,
+        messages=[{"role": "user", "content": "Which city?"}],
+        extra_body={"temperature": 0, "output_config": {"format": {"type": "json_schema", "schema": CITY}}},
+    )
+    assert json.loads(answer.content[0].text)["city"] in ("Paris", "London")
+
+
+def test_response_says_where_the_time_to_the_first_token_went(epd: Server) -> None:
+    path, body = chat(text("Describe."), image(5001))
+    for streaming in (False, True):
+        answer = epd.post(path, body | {"stream": streaming, "messages": chat(image(5001 + streaming))[1]["messages"]})
+        steps = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"]))
+        assert list(steps) == ["render", "queue", "encode", "prefill", "first_token"]
+        assert float(steps["encode"]) > 0 and float(steps["prefill"]) > 0
+
+
 def test_models_version_ping_docs(epd: Server, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
     assert epd.get("/version").json()["version"].startswith("0.32.0")
@@ -286,11 +324,11 @@ def test_request_ids_reach_the_engines_and_the_log(epd: Server) -> None:
     response = epd.post(*chat(text("Describe."), image(3001), image(3002)), headers={"x-request-id": request_id})
     assert response.headers["x-request-id"] == request_id
     expected = [
-        rf"Encoder.*Added request chatcmpl-{request_id}:0:\w{{6}}-",
-        rf"Encoder.*Added request chatcmpl-{request_id}:1:\w{{6}}-",
+        rf"Encoder.*Added request {request_id}:0:\w{{6}}-",
+        rf"Encoder.*Added request {request_id}:1:\w{{6}}-",
         rf"Prefill.*Added request chatcmpl-{request_id}-",
         rf"Decode.*Added request chatcmpl-{request_id}-",
-        rf"Ingress.*request={request_id} status=200 items=2 prompt_tokens=\d+ output_tokens=16 render=.* encode=.* "
+        rf"Ingress.*request={request_id} status=200 items=2 prompt_tokens=\d+ output_tokens=16 render=.* queue=.* encode=.* "
         r"prefill=.* first_token=.* total=.* encoder=\w+.* prefill=\w+ decode=\w+",
     ]
     epd.wait_until(

@@ -5,7 +5,10 @@ prefill that pushes its blocks.
 """
 
 import base64
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "served_model_name": "demo",
         "accelerator": "cpu",
         "engine_args": engine | {"kv_cache_memory_bytes": 1 << 27, "reasoning_parser": "deepseek_r1"},
-        "media": {"limits": {"audio": 2}},
+        "media": {"limits": {"audio": 2}, "allow_private_addresses": True, "allowed_domains": ["127.0.0.1"]},
     }
 
 
@@ -83,6 +86,30 @@ def test_answers_as_one_engine(server: Server, audio_baseline: dict[str, Any], n
 
 def test_streams_as_one_engine(server: Server, audio_baseline: dict[str, Any]) -> None:
     assert differences(gather(events(server.post(*stream_case()))), audio_baseline["stream"]) == []
+
+
+@pytest.fixture
+def folder_by_http(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and its URL."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield tmp_path, f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+def test_sound_from_the_web_is_known_by_its_content(
+    server: Server, audio_baseline: dict[str, Any], folder_by_http: tuple[Path, str]
+) -> None:
+    folder, url = folder_by_http
+    for seed, name in ((1, "audio_url"), (5, "another sound")):
+        (folder / "sound.wav").write_bytes(wav(seed))  # the same URL with another content
+        part = {"type": "audio_url", "audio_url": {"url": f"{url}/sound.wav"}}
+        response = server.post(*chat(part, text("What do you hear?")))
+        assert response.status_code == 200, response.text
+        assert differences(reduce(response.json()), audio_baseline[name]) == []
 
 
 def test_reasoning_is_told_apart(server: Server) -> None:

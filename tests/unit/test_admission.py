@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from serve_app.admission import Admission, size_of
 from serve_app.config import AdmissionConfig
 from serve_app.errors import Overloaded
-from serve_app.handoff import Item
+from serve_app.handoff import Item, Media, Source
 
 
 def item(size_bytes: int = 0) -> Item:
@@ -16,8 +17,16 @@ def item(size_bytes: int = 0) -> Item:
     return Item("image", "hash", 0, 4, None, data)
 
 
+def media(size_bytes: int) -> Media:
+    return Media("image", b"x" * size_bytes, None, 1)
+
+
 def admission(**limits: Any) -> Admission:
-    return Admission(AdmissionConfig(**limits))
+    return Admission(AdmissionConfig(**limits), embed_bytes=10)
+
+
+def held(gate: Admission) -> tuple[int, int, int, int]:
+    return gate.requests, gate.items, gate.media_bytes, gate.embed_bytes
 
 
 def test_requests_beyond_the_limit_are_refused_until_one_ends() -> None:
@@ -29,12 +38,16 @@ def test_requests_beyond_the_limit_are_refused_until_one_ends() -> None:
             with pytest.raises(Overloaded), gate.admit(()):
                 pytest.fail("a third request was let in")
         gate.check_request()
-    assert (gate.requests, gate.items, gate.size_bytes) == (0, 0, 0)
+    assert held(gate) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("limits", "items", "what"),
-    [({"max_items": 2}, (item(), item()), "media items"), ({"max_media_bytes": 100}, (item(60),), "bytes of media")],
+    [
+        ({"max_items": 2}, (item(), item()), "media items"),
+        ({"max_media_bytes": 100}, (item(60),), "bytes of media"),
+        ({"max_embed_bytes": 79}, (item(),), "bytes of embeddings"),
+    ],
 )
 def test_text_keeps_flowing_when_media_are_at_their_limit(
     limits: dict[str, int], items: tuple[Item, ...], what: str
@@ -52,16 +65,28 @@ def test_text_keeps_flowing_when_media_are_at_their_limit(
 def test_one_request_larger_than_a_limit_passes_when_nothing_else_is_there() -> None:
     gate = admission(max_items=1, max_media_bytes=10)
     with gate.admit((item(50), item(50))):
-        assert (gate.items, gate.size_bytes) == (2, 100)
+        assert held(gate) == (1, 2, 100, 80)
+
+
+def test_media_that_is_encoded_before_its_request_is_rendered_has_places_of_its_own() -> None:
+    gate = admission(max_items=2, max_media_bytes=100)
+    with gate.admit_media([media(60)]):
+        assert held(gate) == (0, 1, 60, 0)
+        with pytest.raises(Overloaded, match="bytes of media"), gate.admit_media([media(41)]):
+            pytest.fail("more media were let in")
+        with gate.admit_media([media(40)]), pytest.raises(Overloaded, match="media items"), gate.admit((item(),)):
+            pytest.fail("more items were let in")
+    assert held(gate) == (0, 0, 0, 0)
 
 
 def test_places_are_given_back_when_a_request_fails() -> None:
     gate = admission()
     with pytest.raises(KeyError), gate.admit((item(7),)):
         raise KeyError
-    assert (gate.requests, gate.items, gate.size_bytes) == (0, 0, 0)
+    assert held(gate) == (0, 0, 0, 0)
 
 
-def test_size_counts_tensors_only() -> None:
-    assert size_of(item(12).data) == 12
-    assert size_of(None) == 0
+def test_size_counts_tensors_and_the_media_that_they_came_from() -> None:
+    assert size_of(item(12)) == 12
+    assert size_of(msgspec.structs.replace(item(12), source=Source(media(5), None))) == 17
+    assert size_of(msgspec.structs.replace(item(), data=None)) == 0

@@ -201,7 +201,7 @@ def test_trace_knows_who_worked_on_the_request_and_how_much(make_client: Make) -
     assert record.replicas == {"encoder": ["encoder-0"], "prefill": ["prefill-0"], "decode": ["decode-0"]}
     assert (record.items, record.output_tokens, record.error) == (2, 2, None)
     assert record.prompt_tokens > 4 * 2
-    assert list(record.stage_times()) == ["render", "encode", "prefill", "first_token"]
+    assert list(record.stage_times()) == ["render", "queue", "encode", "prefill", "first_token"]
     assert record.decided.is_set()
 
 

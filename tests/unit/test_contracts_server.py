@@ -96,8 +96,19 @@ def test_scheduler_reports_a_lost_embedding_too_late_for_its_step() -> None:
 
 
 def test_model_declares_the_fields_of_its_placeholders(make_client: Any) -> None:
-    declared = make_client({})._declared_fields("image")
-    assert declared == {"image_grid_thw"}, "serve_app/client.py _declared_fields: placeholder_metadata_fields"
+    from serve_app.from_media import declared_fields
+
+    renderer = make_client({}).renderer
+    declared = declared_fields(renderer)
+    assert declared("image") == {"image_grid_thw"}, "serve_app/from_media.py: placeholder_metadata_fields"
+    assert declared("audio") == frozenset()
+    assert hasattr(renderer, "_mm_executor"), "serve_app/from_media.py in_turn: vLLM's thread for its processors"
+
+
+def test_metadata_alone_is_taken_where_the_ingress_says_so_and_not_from_clients(demo_vllm_config: Any) -> None:
+    multimodal = demo_vllm_config.model_config.multimodal_config
+    assert multimodal.allow_missing_mm_embeddings, "serve_app/openai_app.py ingress_vllm_config"
+    assert not multimodal.enable_mm_embeds, "clients could send metadata of items that nobody has encoded"
 
 
 def test_frontend_arguments_are_fields() -> None:

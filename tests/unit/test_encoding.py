@@ -51,7 +51,7 @@ class Bench:
         self.clock = FakeClock()
         self.handle: Any = FakeStage(Stage.ENCODER, fails={"encode": fails or []}, encode=encode)
         self.stage = EncodeStage(
-            self.handle, EncodeConfig(**config), shareable, lambda modality: frozenset(), self.clock
+            self.handle, EncodeConfig(**config), shareable, lambda modality: frozenset(), clock=self.clock
         )
 
     @property
@@ -193,10 +193,10 @@ def test_trace_knows_the_encoders_and_when_they_were_done() -> None:
     bench = Bench(encode)
     asyncio.run(bench.encode("a", "b", record=record))
     assert record.replicas == {"encoder": ["encoder-a", "encoder-b"]}
-    assert record.encoded is not None
+    assert record.longest.keys() == {"encode", "encoder queue"}
     assert record.rungs == []
     result = asyncio.run(bench.encode(record=text))
-    assert (result.ec_transfer_params, text.encoded, text.replicas) == (None, None, {})
+    assert (result.ec_transfer_params, text.longest, text.replicas) == (None, {}, {})
 
 
 # ---- one call for all who want an item
@@ -454,7 +454,8 @@ def test_answer_that_does_not_name_its_item_is_a_lost_hand_off(shareable: bool) 
         return EncodeReply({"another": {"item_indices": [0]}}, "encoder-0")
 
     with pytest.raises(HandoffLost, match=r"answered for \['another'\], not for a"):
-        asyncio.run(Bench(encode, shareable=shareable).stage._call(request("a"), 0))
+        stage = Bench(encode, shareable=shareable).stage
+        asyncio.run(stage._call(stage._job(request("a"), 0)))
 
 
 @pytest.mark.parametrize("shareable", [True, False])

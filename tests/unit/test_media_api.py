@@ -12,6 +12,7 @@ from vllm import envs
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from serve_app.config import EPDConfig, Stage
+from serve_app.from_media import ItemProcessor
 from serve_app.media_fetch import Fetcher
 from serve_app.openai_app import make_app, server_args
 from serve_app.placement import Cluster, resolve
@@ -39,7 +40,9 @@ def api(
 ) -> Iterator[TestClient]:
     rules = {"allowed_local_path": str(tmp_path), "max_pixels": 10_000, "max_seconds": 1.0, "max_bytes": 100_000}
     config = resolve(EPDConfig(media=rules), Cluster(0, 2)).config
-    client = make_client({stage: FakeStage(stage) for stage in Stage}, media=rules)
+    encoder = FakeStage(Stage.ENCODER, encode_media=lambda request: items.features(request.media))
+    client = make_client({stage: FakeStage(stage) for stage in Stage} | {Stage.ENCODER: encoder}, media=rules)
+    items = ItemProcessor(client.renderer, config.media)  # what an encoder does first
 
     async def probe() -> dict[str, str]:
         return {}

@@ -1,5 +1,7 @@
 """serve_app.trace: what is known of one request, and its log line."""
 
+import time
+
 import pytest
 
 from serve_app.trace import Trace, current
@@ -34,9 +36,33 @@ def test_replica_is_listed_once_in_the_order_of_its_work() -> None:
     assert record.replicas == {"encoder": ["b", "a"], "decode": ["d"]}
 
 
-def test_stage_times_are_the_steps_between_the_marks() -> None:
-    record = Trace("r", began=100.0, rendered=101.0, encoded=103.0, prefilled=106.0, first_token=110.0)
-    assert record.stage_times() == {"render": 1, "encode": 2, "prefill": 3, "first_token": 4}
+def test_stage_times_are_steps_whose_sum_is_the_time_to_the_first_token() -> None:
+    record = Trace("r", began=100.0, rendered=101.0, first_token=112.0)
+    record.took("encode", 2.5)
+    record.waited("encoder", 0.5)
+    record.took("prefill", 4.0)
+    record.waited("prefill", 1.0)
+    record.waited("decode", 0.25)
+    times = record.stage_times()
+    assert times == {"render": 1, "queue": 1.75, "encode": 2, "prefill": 3, "first_token": 4.25}
+    assert sum(times.values()) == 12
+
+
+def test_of_what_runs_at_the_same_time_the_longest_counts() -> None:
+    record = Trace("r", began=0.0, rendered=1.0)
+    for seconds in (2.0, 5.0, 3.0):
+        record.took("prefill", seconds)
+    assert record.stage_times()["prefill"] == 5
+
+
+def test_encoding_within_rendering_counts_once() -> None:
+    record = Trace("r", began=time.perf_counter() - 3.0)
+    record.took("encode", 2.0)
+    record.begin()
+    times = record.stage_times()
+    assert times["encode"] == 2
+    assert times["render"] == pytest.approx(1.0, abs=0.5)
+    assert record.encoded_in_render == 2
 
 
 def test_time_of_a_stage_that_there_is_not_goes_to_the_next() -> None:
@@ -46,7 +72,8 @@ def test_time_of_a_stage_that_there_is_not_goes_to_the_next() -> None:
 
 
 def test_line_has_everything_that_is_known() -> None:
-    record = Trace("r", rendered=0.25, encoded=0.75, items=2, prompt_tokens=9, output_tokens=4, began=0.0)
+    record = Trace("r", rendered=0.25, items=2, prompt_tokens=9, output_tokens=4, began=0.0)
+    record.took("encode", 0.5)
     record.saw("encoder", "e1")
     record.saw("encoder", "e2")
     line = record.line(200)
