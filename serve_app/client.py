@@ -72,7 +72,8 @@ class EPDClient(EngineClient):
         encoder = stages.get(Stage.ENCODER)
         self._encoders: EncodeStage | None = None
         if encoder is not None:
-            self._encoders = EncodeStage(encoder, config.encode, config.ec.uses_folder, self._declared_fields)
+            encode = config.encode if config.ec.uses_folder else config.encode.model_copy(update={"remember_s": 0})
+            self._encoders = EncodeStage(encoder, encode, config.ec.shareable, self._declared_fields)
 
     # ---- the pipeline
 
