@@ -9,7 +9,7 @@ from ray import serve
 from serve_app.config import EPDConfig, Stage
 from serve_app.placement import xpu_affinity
 from serve_app.roles import engine_args, model_path, replica_env
-from serve_app.transfer import side_channel_env, storage_path
+from serve_app.transfer import check_shared_memory, side_channel_env, storage_path
 from serve_app.vllm_plugin import REPLICA_ENV
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class EngineReplica:
         for key, value in env.items():
             os.environ.setdefault(key, value)
         os.environ.update(side_channel_env(ray.util.get_node_ip_address()))
+        check_shared_memory(config)
         if config.encoder is not None and config.ec.uses_folder:
             storage_path(config).mkdir(parents=True, exist_ok=True)
 

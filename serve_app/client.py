@@ -73,7 +73,8 @@ class EPDClient(EngineClient):
         encoder = stages.get(Stage.ENCODER)
         self._encoders: EncodeStage | None = None
         if encoder is not None:
-            self._encoders = EncodeStage(encoder, config.encode, config.ec.uses_folder, declared)
+            encode = config.encode if config.ec.uses_folder else config.encode.model_copy(update={"remember_s": 0})
+            self._encoders = EncodeStage(encoder, encode, config.ec.shareable, declared)
         self.from_media: frozenset[str] = frozenset()
         """Modalities whose items go to encoders as media."""
         if self._encoders is not None and config.encode.from_media:
@@ -178,7 +179,7 @@ class EPDClient(EngineClient):
             attempt += 1
             begun = False
             # An answer that came while the prompt was rendered serves all choices, or the first alone.
-            first = attempt == 1 and (index == 0 or self._config.ec.uses_folder)
+            first = attempt == 1 and (index == 0 or self._config.ec.shareable)
             encoded = Encoded(request.prompt, None)
             try:
                 work = self._encode(request, record, first, without_encoders=lost >= 2)

@@ -73,6 +73,22 @@ OWN_KEYS = {
 }
 """Engine arguments that have a key, or an owner, of their own here."""
 
+SIDE_CHANNEL_ENV = frozenset(f"VLLM_{kind}_SIDE_CHANNEL_{part}" for kind in ("NIXL", "EC") for part in ("HOST", "PORT"))
+"""A replica's own addresses, which it sets itself (see ``transfer.side_channel_env``)."""
+
+EC_EXTRA_KEYS = {
+    "SharedFolderECConnector": frozenset({"shared_storage_path", "max_bytes", "max_age_s", "lease_s"}),
+    "ECExampleConnector": frozenset({"shared_storage_path"}),
+    "ECCPUConnector": frozenset({"consumer_ack_timeout_s"}),
+}
+"""The connectors that can be named without a module, and what each reads from its extra config."""
+
+EC_OWN_KEYS = {
+    "ec_cpu_bytes": "set by `ec.max_bytes`",
+    "ec_enable_nixl": "always on: without NIXL no embedding would leave its encoder",
+}
+"""What of ``ECCPUConnector``'s extra config has an owner here."""
+
 EngineArgs = Annotated[
     dict[str, Any], Field(description="vLLM engine arguments by name, as in `vllm serve --help`, with underscores.")
 ]
@@ -130,6 +146,13 @@ class StageConfig(Strict):
                 )
         return args
 
+    @field_validator("env")
+    @classmethod
+    def _no_addresses(cls, env: dict[str, str]) -> dict[str, str]:
+        for key in SIDE_CHANNEL_ENV & env.keys():
+            raise ValueError(f"`{key}` is set by each replica: its node's address and a port that is free there")
+        return env
+
     @model_validator(mode="after")
     def _whole_cards_for_many(self) -> Self:
         gpus = self.gpus_per_replica
@@ -152,16 +175,17 @@ class ECConfig(Strict):
 
     connector: str = Field(
         "SharedFolderECConnector",
-        description="SharedFolderECConnector (ours, any engine), ECExampleConnector, ECCPUConnector, ECMooncakeConnector, "
-        "or a class of your own with `module_path`.",
+        description="SharedFolderECConnector (ours, any engine), ECExampleConnector, ECCPUConnector (GPUs, NIXL), or a "
+        "class of your own with `module_path`.",
     )
     storage_path: Path | None = Field(
         None, description="Folder that all engines share, for folder connectors. None: epd-ec-cache in the temp folder."
     )
-    max_bytes: int = Field(
-        8 * 1024**3,
+    max_bytes: int | None = Field(
+        None,
         ge=1024**2,
-        description="Bytes that SharedFolderECConnector keeps in the folder; least recently used goes first.",
+        description="Bytes of embeddings that are kept; least recently used goes first. In the folder of "
+        "SharedFolderECConnector (None: 8 GiB), or in the shared memory of each engine with ECCPUConnector (None: 1 GiB).",
     )
     max_age_s: float = Field(
         86_400.0, gt=0, description="Seconds after its last use when SharedFolderECConnector removes an embedding."
@@ -182,11 +206,29 @@ class ECConfig(Strict):
 
     @property
     def bounds(self) -> dict[str, float]:
-        return {"max_bytes": self.max_bytes, "max_age_s": self.max_age_s, "lease_s": self.lease_s}
+        """Of the folder of ``SharedFolderECConnector``."""
+        return {"max_bytes": self.max_bytes or 8 << 30, "max_age_s": self.max_age_s, "lease_s": self.lease_s}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of each engine with ``ECCPUConnector``. Small: every block of it is named in every answer to a consumer."""
+        return self.max_bytes or 1 << 30
 
     @property
     def uses_folder(self) -> bool:
         return self.connector in ("SharedFolderECConnector", "ECExampleConnector")
+
+    @property
+    def uses_nixl(self) -> bool:
+        return self.connector == "ECCPUConnector"
+
+    @property
+    def shareable(self) -> bool:
+        """Whether an encoder's answer serves every request that waits for it: an embedding can be read more than once.
+
+        Only a folder keeps it for later requests: ``lease_s``. An encoder's own buffer makes room when it has to.
+        """
+        return self.uses_folder or self.uses_nixl
 
     @field_validator("storage_path")
     @classmethod
@@ -194,17 +236,31 @@ class ECConfig(Strict):
         return path and path.expanduser().absolute()
 
     @model_validator(mode="after")
-    def _folder_only_where_used(self) -> Self:
-        known = ("SharedFolderECConnector", "ECExampleConnector", "ECCPUConnector", "ECMooncakeConnector")
-        if self.connector not in known and self.module_path is None:
+    def _keys_have_an_effect(self) -> Self:
+        name = f"`ec.connector: {self.connector}`"
+        if self.connector == "ECMooncakeConnector":
             raise ValueError(
-                f"`ec.connector: {self.connector}` is none of {', '.join(known)}: name its `ec.module_path`"
+                f"{name} cannot be used: its encoder sends an embedding to the consumer that the encode call names, and "
+                "here items are encoded before a prefill replica is chosen. ECCPUConnector moves embeddings between nodes"
             )
-        if self.storage_path is not None and not self.uses_folder and self.connector in known:
-            raise ValueError(f"`ec.storage_path` has no effect with `ec.connector: {self.connector}`")
+        if self.connector not in EC_EXTRA_KEYS:
+            if self.module_path is None:
+                raise ValueError(f"{name} is none of {', '.join(EC_EXTRA_KEYS)}: name its `ec.module_path`")
+            return self
+        if self.module_path is not None:
+            raise ValueError(f"`ec.module_path` has no effect with {name}, which is known without it")
+        if self.storage_path is not None and not self.uses_folder:
+            raise ValueError(f"`ec.storage_path` has no effect with {name}")
+        used = {"ECCPUConnector": {"max_bytes"}, "ECExampleConnector": set()}.get(self.connector, self.bounds.keys())
         for key in self.bounds:
-            if key in self.model_fields_set and self.connector in known and self.connector != known[0]:
-                raise ValueError(f"`ec.{key}` has no effect with `ec.connector: {self.connector}`")
+            if key in self.model_fields_set and key not in used:
+                raise ValueError(f"`ec.{key}` has no effect with {name}")
+        for key in self.extra_config:
+            if self.uses_nixl and key in EC_OWN_KEYS:
+                raise ValueError(f"`ec.extra_config.{key}` is {EC_OWN_KEYS[key]}")
+            if key not in EC_EXTRA_KEYS[self.connector]:
+                known = ", ".join(sorted(EC_EXTRA_KEYS[self.connector]))
+                raise ValueError(f"`ec.extra_config.{key}` is not known to {name}, which knows {known}")
         if self.lease_s > self.max_age_s:
             raise ValueError(f"`ec.lease_s: {self.lease_s:g}` is longer than `ec.max_age_s: {self.max_age_s:g}`")
         return self
@@ -401,10 +457,8 @@ class EPDConfig(Strict):
             raise ValueError("`encode:` has no effect without an encoder stage: leave it out")
         if self.prefill is None and "kv" in self.model_fields_set:
             raise ValueError("`kv:` has no effect without a prefill stage: leave it out, or do not set `prefill: null`")
-        if self.encoder is not None and self.accelerator is Accelerator.CPU and self.ec.connector == "ECCPUConnector":
-            raise ValueError(
-                "`ec.connector: ECCPUConnector` needs a GPU (Triton): use SharedFolderECConnector on the CPU"
-            )
+        if self.encoder is not None and self.ec.uses_nixl:
+            self._nixl_embeddings_fit(self.encoder)
         for stage, config in self.stages.items():
             key = f"{stage}.engine_args" if "gpu_memory_utilization" in config.engine_args else "engine_args"
             share = (self.engine_args | config.engine_args).get("gpu_memory_utilization")
@@ -415,3 +469,20 @@ class EPDConfig(Strict):
                     f"`{stage}.gpus_per_replica: {fraction}` claims: the other stages on that card would not fit"
                 )
         return self
+
+    def _nixl_embeddings_fit(self, encoder: StageConfig) -> None:
+        if self.accelerator is Accelerator.CPU:
+            raise ValueError(
+                "`ec.connector: ECCPUConnector` needs a GPU (Triton): use SharedFolderECConnector on the CPU"
+            )
+        if (self.engine_args | encoder.engine_args).get("data_parallel_size", 1) != 1:
+            raise ValueError(
+                "`data_parallel_size` of the encoder: with `ec.connector: ECCPUConnector` all its ranks would listen on one "
+                "port. Use more replicas, `num_replicas` of `Encoder`"
+            )
+        for stage, config in self.stages.items():
+            if config.env.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "1":
+                raise ValueError(
+                    f"`{stage}.env.VLLM_USE_V2_MODEL_RUNNER`: `ec.connector: ECCPUConnector` needs vLLM's second model "
+                    "runner (1, which is set where you leave it out)"
+                )

@@ -114,7 +114,7 @@ class EncodeStage:
     handle: StageHandle
     config: EncodeConfig
     shareable: bool
-    """Whether an answer serves more than one request: files in a folder do, blocks that are pulled once do not."""
+    """Whether an answer serves every request that waits for it: not where an embedding is sent to one consumer."""
     declared: Callable[[str], frozenset[str]]
     """Fields that the model declares as placeholder metadata of a modality."""
     features: Callable[[Media], Awaitable[Features]] | None = None

@@ -46,6 +46,11 @@ CPU_EAGER_ENV = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 
+NIXL_EC_ENV = {
+    # ECCPUConnector refuses vLLM's first model runner. Said here, an engine that cannot have the second one says why.
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+}
+
 ENGINE_ONLY_ARGS = frozenset({"ec_transfer_config", "kv_transfer_config", "profiler_config"})
 """Arguments that mean an engine process, which the ingress has not."""
 
@@ -116,6 +121,8 @@ def replica_env(config: EPDConfig, stage: Stage | None) -> dict[str, str]:
         if args is not None and "kv_cache_memory_bytes" not in args:
             # GiB of KV cache; by itself each engine would take most of the machine's memory.
             env["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    if stage is not None and config.encoder is not None and config.ec.uses_nixl:
+        env |= NIXL_EC_ENV
     if config.model == DEMO_MODEL:
         env["HF_HUB_OFFLINE"] = "1"
     return env

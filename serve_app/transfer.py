@@ -1,17 +1,25 @@
 """How embeddings (EC) and KV blocks move between engines: connector settings per stage, and addresses per replica.
 
 Both connectors take a replica's own address from environment variables only (``VLLM_NIXL_SIDE_CHANNEL_*``,
-``VLLM_EC_SIDE_CHANNEL_*``). Replicas of one node share its IP, so each binds ports that are free when it starts.
+``VLLM_EC_SIDE_CHANNEL_*``). Replicas of one node share its IP, so each binds ports that are free when it starts: one for
+each connector, whatever its tensor parallelism, because an engine's scheduler listens and not its workers.
 """
 
+import shutil
 import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from serve_app.config import Accelerator, EPDConfig, Stage
+from serve_app.errors import ConfigError
 
-EC_MODULE = "serve_app.ec_connector"
+EC_CLASSES = {
+    "SharedFolderECConnector": ("SharedFolderECConnector", "serve_app.ec_connector"),
+    "ECCPUConnector": ("NixlECConnector", "serve_app.ec_nixl"),
+}
+"""Connectors in the config that are classes of ours."""
+
 KV_ROLE = {Stage.PREFILL: "kv_producer", Stage.DECODE: "kv_consumer"}
 
 
@@ -33,14 +41,33 @@ def ec_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
         extra.setdefault("shared_storage_path", str(storage_path(config)))
     if ec.connector == "SharedFolderECConnector":
         extra = ec.bounds | extra
+    if ec.uses_nixl:
+        extra |= {"ec_enable_nixl": True, "ec_cpu_bytes": ec.buffer_bytes}
+    connector, module = EC_CLASSES.get(ec.connector, (ec.connector, ec.module_path))
     settings: dict[str, Any] = {
-        "ec_connector": ec.connector,
+        "ec_connector": connector,
         "ec_role": "ec_producer" if stage is Stage.ENCODER else "ec_consumer",
         "ec_connector_extra_config": extra,
     }
-    if module := ec.module_path or (EC_MODULE if ec.connector == "SharedFolderECConnector" else None):
+    if module is not None:
         settings["ec_connector_module_path"] = module
     return settings
+
+
+def check_shared_memory(config: EPDConfig, folder: Path = Path("/dev/shm")) -> None:
+    """Refuse a buffer for embeddings that this node's shared memory cannot hold.
+
+    Only a replica can tell, on its node: ``build_app`` runs on the head. vLLM would fail with "Bad address".
+    """
+    if config.encoder is None or not config.ec.uses_nixl:
+        return
+    free = shutil.disk_usage(folder).free
+    if config.ec.buffer_bytes > free:
+        raise ConfigError(
+            f"`ec.max_bytes`: an engine keeps {config.ec.buffer_bytes} bytes of embeddings in {folder}, where {free} are "
+            "free. Lower it, or give the container more shared memory (`docker run --shm-size`; on Kubernetes a volume of "
+            "medium Memory)."
+        )
 
 
 def kv_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None:

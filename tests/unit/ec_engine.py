@@ -5,6 +5,7 @@ of what that dies of. The token that it samples is a sum of the embeddings in th
 """
 
 import copy
+import uuid
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from serve_app.config import EPDConfig, Stage
-from serve_app.ec_connector import SharedFolderECConnector
 from serve_app.transfer import ec_transfer_config
 
 BLOCK = 16
@@ -78,8 +78,9 @@ class Engine:
         cache: int | None = None,
         **ec: Any,
     ) -> None:
-        settings = ec_transfer_config(EPDConfig(ec={"storage_path": folder, **ec}), stage)
+        settings = self._settings(stage, {"storage_path": folder, **ec})
         config = copy.copy(vllm_config)
+        config.instance_id = uuid.uuid4().hex
         config.ec_transfer_config = ECTransferConfig(**settings)
         config.cache_config = copy.copy(config.cache_config)
         config.cache_config.num_gpu_blocks = blocks
@@ -89,6 +90,7 @@ class Engine:
             config.model_config.multimodal_config = copy.copy(config.model_config.multimodal_config)
             config.model_config.multimodal_config.mm_encoder_only = True
         self.width = config.model_config.get_inputs_embeds_size()
+        self.worker = self._make_worker(config)
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
         self.scheduler = (AsyncScheduler if ahead else Scheduler)(
             config,
@@ -100,9 +102,7 @@ class Engine:
         if cache is not None:
             manager = self.scheduler.encoder_cache_manager
             manager.cache_size = manager.num_free_slots = manager.num_freeable_slots = cache
-        assert isinstance(self.scheduler.ec_connector, SharedFolderECConnector)
-        self.connector = self.scheduler.ec_connector
-        self.worker = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
+        self.connector: Any = self.scheduler.ec_connector
         self.encoder_cache: dict[str, torch.Tensor] = {}
         self.requests: dict[str, Request] = {}
         self.computed: dict[str, int] = {}
@@ -114,10 +114,25 @@ class Engine:
         self._ahead = ahead
         self._in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
 
+    def _settings(self, stage: Stage, ec: dict[str, Any]) -> dict[str, Any]:
+        settings = ec_transfer_config(EPDConfig(ec=ec), stage)
+        assert settings is not None
+        return settings
+
+    def _make_worker(self, config: Any) -> Any:
+        return ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
+
     def close(self) -> None:
         self.connector.shutdown()
 
-    def add(self, request_id: str, *features: MultiModalFeatureSpec, text: int = 2, max_tokens: int = 1) -> Request:
+    def add(
+        self,
+        request_id: str,
+        *features: MultiModalFeatureSpec,
+        text: int = 2,
+        max_tokens: int = 1,
+        ec_params: Any = None,
+    ) -> Request:
         """A request for the items, one after another, and some text after them."""
         items, offset = [], 0
         for item in features:
@@ -126,7 +141,7 @@ class Engine:
                 MultiModalFeatureSpec(item.data, item.modality, item.identifier, PlaceholderRange(offset, length))
             )
             offset += length
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args={"ec_transfer_params": ec_params})
         params.update_from_generation_config({}, eos_token_id=0)
         request = Request(request_id, [7] * (offset + text), params, None, mm_features=items)
         self.requests[request_id] = request
@@ -188,10 +203,12 @@ class Engine:
         if self.worker.is_consumer:
             self.worker.start_load_caches(self.encoder_cache)
         self._encode(scheduled)
+        self.worker.get_finished(scheduled.finished_req_ids)
+        done = ECConnectorOutput(ec_connector_worker_meta=self.worker.build_connector_worker_meta())
         self.worker.clear_connector_metadata()
         ids = list(scheduled.num_scheduled_tokens)
         sampled = [] if self.worker.is_producer else [self._sample(id, scheduled) for id in ids]
-        return ModelRunnerOutput(ids, {id: index for index, id in enumerate(ids)}, sampled)
+        return ModelRunnerOutput(ids, {id: index for index, id in enumerate(ids)}, sampled, ec_connector_output=done)
 
     def _encode(self, scheduled: Any) -> None:
         for request_id, indices in scheduled.scheduled_encoder_inputs.items():

@@ -8,7 +8,8 @@ import pytest
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
 from serve_app import trace
-from serve_app.config import Stage
+from serve_app.client import EPDClient
+from serve_app.config import EPDConfig, Stage
 from serve_app.errors import StageUnavailable
 from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
 from serve_app.trace import Trace
@@ -232,3 +233,24 @@ def test_ingress_itself_is_always_well(make_client: Make) -> None:
     assert (client.is_running, client.is_stopped, client.errored) == (True, False, False)
     assert asyncio.run(client.get_supported_tasks()) == ("generate",)
     assert asyncio.run(client.is_sleeping()) is False
+
+
+@pytest.mark.parametrize(
+    ("ec", "shared", "remembered_s"),
+    [
+        ({}, True, 300),
+        ({"connector": "ECExampleConnector"}, True, 300),
+        ({"connector": "ECCPUConnector"}, True, 0),
+        ({"connector": "Mine", "module_path": "mine"}, False, 0),
+    ],
+)
+def test_answers_of_encoders_are_used_as_long_as_the_embedding_is_surely_there(
+    demo_vllm_config: Any, ec: dict[str, Any], shared: bool, remembered_s: float
+) -> None:
+    pipeline = FakePipeline()
+    client = EPDClient(EPDConfig(ec=ec), demo_vllm_config, pipeline.stages)
+    try:
+        assert client._encoders is not None
+        assert (client._encoders.shareable, client._encoders.config.remember_s) == (shared, remembered_s)
+    finally:
+        client.shutdown()

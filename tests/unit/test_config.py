@@ -11,6 +11,7 @@ from serve_app.config import (
     OWN_KEYS,
     ROLE_ARGS,
     SHARED_ARGS,
+    SIDE_CHANNEL_ENV,
     Accelerator,
     ECConfig,
     EncodeConfig,
@@ -21,6 +22,8 @@ from serve_app.config import (
     Stage,
     StageConfig,
 )
+
+NIXL = {"connector": "ECCPUConnector"}
 
 
 def refusal(args: dict[str, Any]) -> str:
@@ -75,9 +78,35 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
         ({"decode": None}, ["every topology has a decode stage", "`prefill:`"]),
         ({"encoder": None, "ec": {}}, ["`ec:` has no effect", "`encoder: null`"]),
         (
-            {"ec": {"connector": "ECCPUConnector", "max_bytes": 1 << 30}, "accelerator": "cuda"},
-            ["`ec.max_bytes` has no effect with `ec.connector: ECCPUConnector`"],
+            {"ec": {"connector": "ECExampleConnector", "max_bytes": 1 << 30}},
+            ["`ec.max_bytes` has no effect with `ec.connector: ECExampleConnector`"],
         ),
+        ({"ec": {**NIXL, "lease_s": 1}}, ["`ec.lease_s` has no effect with `ec.connector: ECCPUConnector`"]),
+        ({"ec": {**NIXL, "module_path": "mine"}}, ["`ec.module_path` has no effect", "ECCPUConnector"]),
+        (
+            {"ec": {**NIXL, "extra_config": {"ec_cpu_bytes": 1 << 30}}},
+            ["`ec.extra_config.ec_cpu_bytes` is set by `ec.max_bytes`"],
+        ),
+        ({"ec": {**NIXL, "extra_config": {"ec_enable_nixl": False}}}, ["ec_enable_nixl` is always on"]),
+        (
+            {"ec": {**NIXL, "extra_config": {"consumer_ack_timeout": 5}}},
+            ["`ec.extra_config.consumer_ack_timeout` is not known", "knows consumer_ack_timeout_s"],
+        ),
+        ({"ec": {"extra_config": {"max_byte": 1}}}, ["`ec.extra_config.max_byte` is not known", "max_bytes"]),
+        (
+            {"ec": NIXL, "encoder": {"engine_args": {"data_parallel_size": 2}}},
+            ["`data_parallel_size` of the encoder", "`num_replicas`"],
+        ),
+        ({"ec": NIXL, "engine_args": {"data_parallel_size": 2}}, ["`data_parallel_size` of the encoder"]),
+        (
+            {"ec": NIXL, "decode": {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}},
+            ["`decode.env.VLLM_USE_V2_MODEL_RUNNER`", "second model runner"],
+        ),
+        (
+            {"ec": {"connector": "ECMooncakeConnector"}},
+            ["`ec.connector: ECMooncakeConnector` cannot be used", "before a prefill replica is chosen"],
+        ),
+        *(({"prefill": {"env": {key: "1"}}}, [f"`{key}` is set by each replica"]) for key in sorted(SIDE_CHANNEL_ENV)),
         ({"ec": {"lease_s": 60, "max_age_s": 30}}, ["`ec.lease_s: 60` is longer than `ec.max_age_s: 30`"]),
         ({"encoder": None, "encode": {}}, ["`encode:` has no effect", "without an encoder stage"]),
         ({"prefill": None, "kv": {}}, ["`kv:` has no effect", "`prefill: null`"]),
@@ -126,7 +155,10 @@ def test_mistake_is_refused_in_words_that_name_it(args: dict[str, Any], words: l
         {"decode": {"gpus_per_replica": 0, "engine_args": {"tensor_parallel_size": 2}}},
         {"decode": {"gpus_per_replica": 2, "devices": "0,1"}},
         {"decode": {"gpus_per_replica": 0.5, "devices": "1"}},
-        {"accelerator": "cuda", "ec": {"connector": "ECCPUConnector"}},
+        {"accelerator": "cuda", "ec": NIXL},
+        {"ec": {**NIXL, "max_bytes": 4 << 30, "extra_config": {"consumer_ack_timeout_s": 5}}},
+        {"ec": NIXL, "decode": {"engine_args": {"data_parallel_size": 2}}},
+        {"ec": NIXL, "encoder": {"env": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}},
         {"accelerator": "cpu", "ec": {"connector": "ECExampleConnector", "storage_path": "/x"}},
         {"ec": {"connector": "Mine", "module_path": "mine", "storage_path": "/x"}},
         {"encoder": None, "prefill": None},

@@ -170,3 +170,11 @@ def test_demo_model_is_made_and_any_other_passed_on(tmp_path: Path, monkeypatch:
     folder = Path(model_path(on_cpu()))
     assert folder.is_relative_to(tmp_path) and (folder / "config.json").is_file()
     assert model_path(on_cpu(model="a/b")) == "a/b"
+
+
+def test_engines_that_move_embeddings_with_nixl_run_vllms_second_model_runner() -> None:
+    nixl = on_gpus(ec={"connector": "ECCPUConnector"})
+    key = "VLLM_USE_V2_MODEL_RUNNER"
+    assert [replica_env(nixl, stage).get(key) for stage in nixl.stages] == ["1", "1", "1"]
+    assert key not in replica_env(nixl, None)  # the ingress may have no Triton, which that needs
+    assert not any(key in replica_env(on_gpus(), stage) for stage in nixl.stages)

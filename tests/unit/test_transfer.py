@@ -1,5 +1,6 @@
 """serve_app.transfer: connector settings per stage and topology, and a replica's own addresses."""
 
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -7,8 +8,16 @@ from typing import Any
 
 import pytest
 
-from serve_app.config import Accelerator, EPDConfig, Stage
-from serve_app.transfer import ec_transfer_config, free_ports, kv_transfer_config, side_channel_env, storage_path
+from serve_app.config import SIDE_CHANNEL_ENV, Accelerator, EPDConfig, Stage
+from serve_app.errors import ConfigError
+from serve_app.transfer import (
+    check_shared_memory,
+    ec_transfer_config,
+    free_ports,
+    kv_transfer_config,
+    side_channel_env,
+    storage_path,
+)
 
 ROLES: dict[str, dict[str, Any]] = {
     "E+P+D": {},
@@ -69,12 +78,32 @@ def test_vllms_own_folder_connector_needs_no_module() -> None:
     assert settings["ec_connector_extra_config"].keys() == {"shared_storage_path"}
 
 
-def test_connector_without_a_folder_gets_only_its_own_settings() -> None:
-    config = EPDConfig(ec={"connector": "ECCPUConnector", "extra_config": {"size": 1}})
-    settings = ec_transfer_config(config, Stage.ENCODER)
-    assert settings is not None
-    assert settings["ec_connector_extra_config"] == {"size": 1}
-    assert "ec_connector_module_path" not in settings
+@pytest.mark.parametrize(
+    ("ec", "extra"),
+    [
+        ({}, {"ec_cpu_bytes": 1 << 30}),
+        ({"max_bytes": 4 << 30}, {"ec_cpu_bytes": 4 << 30}),
+        ({"extra_config": {"consumer_ack_timeout_s": 5}}, {"ec_cpu_bytes": 1 << 30, "consumer_ack_timeout_s": 5}),
+    ],
+)
+def test_vllms_nixl_connector_is_loaded_through_ours(ec: dict[str, Any], extra: dict[str, Any]) -> None:
+    config = EPDConfig(ec={"connector": "ECCPUConnector", **ec})
+    for stage, role in (("encoder", "ec_producer"), ("prefill", "ec_consumer"), ("decode", "ec_consumer")):
+        assert ec_transfer_config(config, Stage(stage)) == {
+            "ec_connector": "NixlECConnector",
+            "ec_role": role,
+            "ec_connector_extra_config": {"ec_enable_nixl": True, **extra},
+            "ec_connector_module_path": "serve_app.ec_nixl",
+        }
+
+
+def test_buffer_that_the_nodes_shared_memory_cannot_hold_is_refused(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    nixl = {"connector": "ECCPUConnector"}
+    check_shared_memory(EPDConfig(ec={**nixl, "max_bytes": 1 << 20}), tmp_path)
+    check_shared_memory(EPDConfig(ec={"max_bytes": 2 * free}), tmp_path)  # a folder's bound is not taken from it
+    with pytest.raises(ConfigError, match=r"`ec\.max_bytes`.*--shm-size"):
+        check_shared_memory(EPDConfig(ec={**nixl, "max_bytes": 2 * free}), tmp_path)
 
 
 def test_connector_of_the_users_own_is_loaded_from_its_module() -> None:
@@ -88,7 +117,8 @@ def test_connector_of_the_users_own_is_loaded_from_its_module() -> None:
 
 
 def test_settings_are_copies_of_the_configs() -> None:
-    config = EPDConfig(ec={"extra_config": {"a": 1}}, kv={"extra_config": {"b": 2}})
+    mine = {"connector": "Mine", "module_path": "my.ec", "extra_config": {"a": 1}}
+    config = EPDConfig(ec=mine, kv={"extra_config": {"b": 2}})
     for settings, key in (
         (ec_transfer_config(config, Stage.DECODE), "ec_connector_extra_config"),
         (kv_transfer_config(config, Stage.DECODE), "kv_connector_extra_config"),
@@ -145,5 +175,6 @@ def test_free_ports_are_distinct_and_can_be_bound_together() -> None:
 def test_replica_is_reached_at_its_nodes_address_and_at_ports_of_its_own() -> None:
     env = side_channel_env("10.0.0.7")
     assert (env["VLLM_NIXL_SIDE_CHANNEL_HOST"], env["VLLM_EC_SIDE_CHANNEL_HOST"]) == ("10.0.0.7", "10.0.0.7")
+    assert env.keys() == SIDE_CHANNEL_ENV  # what a stage's `env:` may not set
     ports = {env["VLLM_NIXL_SIDE_CHANNEL_PORT"], env["VLLM_EC_SIDE_CHANNEL_PORT"]}
     assert len(ports) == 2 and all(1024 <= int(port) < 65536 for port in ports)

@@ -1,0 +1,70 @@
+"""``NixlECConnector``: vLLM's ``ECCPUConnector`` with NIXL, as a stage needs it that must not die of one request.
+
+An encoder copies embeddings into a buffer in its shared memory and answers with its address; prefill and decode, on
+whatever node, read them from there into buffers of their own. A consumer that cannot get an embedding fails the request
+that needs it, to be sent again. What vLLM leaves open is closed here, on the scheduler's side:
+
+- An encoder answers with a key only for what can be read. vLLM also names what its buffer had no room for; the item would
+  go on without pixels, and the engine that has neither pixels nor address dies.
+- A buffer that cannot hold the longest prompt's items is refused at start. An item larger than the buffer would end the
+  encoder, and the next one to which it is sent.
+- What is asked of an encoder again stays longest. It has such an item still in its own cache and does not save it again,
+  so that without this a repeated item would be the first to go, and could not be read any more.
+- The buffer's file has no name once all processes of the engine have opened it: it is gone with them, however they end.
+"""
+
+import os
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.ec_transfer.ec_connector.cpu.connector import ECCPUConnector
+from vllm.distributed.ec_transfer.ec_connector.cpu.scheduler import ECCPUScheduler
+from vllm.v1.request import Request
+
+
+class NixlECConnector(ECCPUConnector):
+    def _make_scheduler(self, vllm_config: VllmConfig) -> "NixlECScheduler":
+        return NixlECScheduler(vllm_config)
+
+    def shutdown(self) -> None:
+        for half in (self.connector_scheduler, self.connector_worker):
+            if half is not None and not os.path.exists(half._region._mmap_path):
+                half._region._is_creator = False  # nothing left to remove
+        super().shutdown()
+
+
+class NixlECScheduler(ECCPUScheduler):
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        super().__init__(vllm_config)
+        if not self._region._is_creator:  # vLLM makes an engine's workers before its scheduler: all have it open
+            os.unlink(self._region._mmap_path)
+        try:
+            self._check_room(vllm_config)
+        except ValueError:
+            self.shutdown()
+            raise
+
+    def _check_room(self, vllm_config: VllmConfig) -> None:
+        widths = self._ec_config.mm_encoder_output_widths  # measured on encoders only; all stages have the same buffer
+        tokens = vllm_config.model_config.max_model_len
+        needed = max((self._num_blocks((tokens, width)) for width in widths.values()), default=0)
+        room, block = self._region.num_blocks, self._region.block_size_bytes
+        if needed > room:
+            raise ValueError(
+                f"`ec.max_bytes` holds {room * block} bytes of embeddings, and the items of one prompt may have "
+                f"{needed * block} with `max_model_len: {tokens}`: raise the one or lower the other."
+            )
+
+    def ensure_cache_available(self, request: Request, *args: Any, **kwargs: Any) -> bool:
+        if self._is_producer:
+            for feature in request.mm_features:
+                entry = self._cache.pin_if_ready(feature.identifier)
+                if entry is not None and entry.ready:
+                    self._cache.unpin(feature.identifier)  # which makes it the last to go
+        available: bool = super().ensure_cache_available(request, *args, **kwargs)
+        return available
+
+    def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        delayed, items = super().request_finished(request)
+        readable = {name: item for name, item in (items or {}).items() if "peer_host" in item}
+        return delayed, readable or None
