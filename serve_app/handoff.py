@@ -35,6 +35,8 @@ class Media(msgspec.Struct, frozen=True):
     """vLLM's MediaIO that decodes them."""
     units: int
     """What its cost is guessed from before an encoder has told: pixels of an image, else bytes."""
+    digest: str
+    """Of the bytes."""
     processor_kwargs: dict[str, Any] = {}
     io_kwargs: dict[str, Any] = {}
     """The request's own, which the item's hash covers."""
@@ -44,11 +46,14 @@ class Media(msgspec.Struct, frozen=True):
     """Names this content with these arguments, before it is decoded; see ``keyed``."""
 
 
+def digest_of(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=32).hexdigest()
+
+
 def keyed(media: Media) -> Media:
     """With the key that equal media of equal requests have in common."""
-    arguments = repr((media.modality, media.processor_kwargs, media.io_kwargs, media.salt)).encode(errors="replace")
-    digest = hashlib.blake2b(media.data, digest_size=32, key=hashlib.blake2b(arguments, digest_size=32).digest())
-    return msgspec.structs.replace(media, key=digest.hexdigest())
+    named = repr((media.digest, media.modality, media.processor_kwargs, media.io_kwargs, media.salt))
+    return msgspec.structs.replace(media, key=digest_of(named.encode(errors="surrogatepass")))
 
 
 class Source(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, Medi
 from vllm.multimodal.media.connector import MODALITY_IO_MAP, global_thread_pool
 
 from serve_app.config import MediaConfig
-from serve_app.handoff import Media
+from serve_app.handoff import Media, digest_of
 from serve_app.media_check import check, check_image, check_jpegs, set_vllm_limits
 from serve_app.media_fetch import Fetcher, decode_base64, read_file, split_data_url, too_large
 
@@ -105,7 +105,7 @@ class EPDMediaConnector(MediaConnector):
         if modality not in self._undecoded:
             return decode(data, media_io, self._rules)
         units = check_image(data, self._rules) if modality == "image" else len(data)
-        return Media(modality, data, media_io, units)
+        return Media(modality, data, media_io, units, digest_of(data))
 
 
 def decode(data: bytes, media_io: MediaIO[Any], rules: MediaConfig) -> Any:

@@ -18,7 +18,7 @@ def item(size_bytes: int = 0) -> Item:
 
 
 def media(size_bytes: int) -> Media:
-    return Media("image", b"x" * size_bytes, None, 1)
+    return Media("image", b"x" * size_bytes, None, 1, "digest")
 
 
 def admission(**limits: Any) -> Admission:

@@ -18,7 +18,7 @@ from serve_app.config import MediaConfig, Stage
 from serve_app.engine import from_engine_input
 from serve_app.errors import BadRequest, HandoffLost, StageUnavailable
 from serve_app.from_media import ItemProcessor, declared_fields
-from serve_app.handoff import EncodeReply, Media, MediaRequest, Prompt, keyed
+from serve_app.handoff import EncodeReply, Media, MediaRequest, Prompt, digest_of, keyed
 from serve_app.media_fetch import decode_base64
 from tests.fakes import FakePipeline, FakeStage
 from tests.integration.media import picture, png, video_url
@@ -27,13 +27,17 @@ Make = Callable[..., Any]
 GONE = StageUnavailable(Stage.ENCODER, "is gone")
 
 
+def media(modality: str, data: bytes, io: Any, units: int) -> Media:
+    return Media(modality, data, io, units, digest_of(data))
+
+
 def image(seed: int, size: tuple[int, int] = (84, 84)) -> Media:
-    return Media("image", png(picture(seed, size)), ImageMediaIO("RGB"), size[0] * size[1])
+    return media("image", png(picture(seed, size)), ImageMediaIO("RGB"), size[0] * size[1])
 
 
 def video(seed: int) -> Media:
     data = decode_base64(video_url(seed).partition(",")[2], MediaConfig())
-    return Media("video", data, VideoMediaIO(ImageMediaIO("RGB")), len(data))
+    return media("video", data, VideoMediaIO(ImageMediaIO("RGB")), len(data))
 
 
 class Bench:
@@ -151,12 +155,12 @@ def test_little_more_than_the_media_itself_crosses_handles(make_client: Make) ->
     async def main() -> None:
         data = photo()
         assert 200_000 < len(data) < 1_000_000
-        media = Media("image", data, ImageMediaIO("RGB"), 1920 * 1080)
+        photograph = media("image", data, ImageMediaIO("RGB"), 1920 * 1080)
         bench = Bench(make_client)
         whole = {"max_pixels": 1_500_000}  # as much as fits into the demo model; its default is smaller
-        full = (await bench.processor.features(msgspec.structs.replace(media, processor_kwargs=whole))).item
+        full = (await bench.processor.features(msgspec.structs.replace(photograph, processor_kwargs=whole))).item
         assert sum(field.data.nbytes for field in full.data.values()) > 10 * len(data)
-        rendered = await bench.render(f"What is {IMAGE}?", {"image": [media]}, mm_processor_kwargs=whole)
+        rendered = await bench.render(f"What is {IMAGE}?", {"image": [photograph]}, mm_processor_kwargs=whole)
         assert await bench.tokens(rendered)
         assert len(data) < bench.crossed <= 1.1 * len(data)
 
@@ -239,15 +243,15 @@ def test_answer_of_a_connector_whose_blocks_are_pulled_once_serves_one_choice(
 
 
 def test_broken_media_is_the_clients_error(make_client: Make) -> None:
-    media = Media("image", png(picture(1))[:120], ImageMediaIO("RGB"), 84 * 84)
+    broken = media("image", png(picture(1))[:120], ImageMediaIO("RGB"), 84 * 84)
 
     async def main() -> None:
         bench = Bench(make_client)
         with pytest.raises(VLLMValidationError, match="truncated"):
-            await bench.render(IMAGE, {"image": [media]})
+            await bench.render(IMAGE, {"image": [broken]})
         assert bench.pipeline.log == ["encode_media"]
         with pytest.raises(BadRequest, match="truncated"):
-            await bench.processor.features(media)
+            await bench.processor.features(broken)
 
     asyncio.run(main())
 
@@ -331,13 +335,13 @@ def test_answer_with_metadata_that_does_not_fit_the_item_is_not_used(
 def test_key_names_content_and_all_that_its_processing_depends_on() -> None:
     base = image(1)
     others = [
-        msgspec.structs.replace(base, data=base.data + b"\0"),
+        image(2),
         msgspec.structs.replace(base, modality="video"),
         msgspec.structs.replace(base, processor_kwargs={"max_pixels": 1}),
         msgspec.structs.replace(base, io_kwargs={"image": {"image_mode": "L"}}),
         msgspec.structs.replace(base, salt="tenant"),
     ]
-    keys = [keyed(media).key for media in (base, *others)]
+    keys = [keyed(each).key for each in (base, *others)]
     assert len(set(keys)) == len(keys)
     assert keyed(image(1)).key == keys[0]
 
