@@ -1,6 +1,8 @@
 """What several unit tests build once: the configuration of the demo model as an ingress has it. No engine is started."""
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +37,25 @@ def make_client(demo_vllm_config: Any) -> Callable[..., Any]:
         return EPDClient(resolve(EPDConfig(**config), Cluster(0, 2)).config, demo_vllm_config, stages)
 
     return make
+
+
+@pytest.fixture
+def make_api(make_client: Callable[..., Any], demo_folder: Path) -> Iterator[Callable[..., Any]]:
+    """Make vLLM's app as an ingress has it, in front of the stages that are passed, and a client of it."""
+    from fastapi.testclient import TestClient
+
+    from serve_app.openai_app import make_app, server_args
+    from serve_app.roles import ingress_args
+
+    async def probe() -> dict[str, str]:
+        return {}
+
+    with ExitStack() as stack:
+
+        def make(stages: Mapping[Stage, Any], **config: Any) -> TestClient:
+            resolved = resolve(EPDConfig(**config), Cluster(0, 2)).config
+            args = server_args(resolved, ingress_args(resolved, str(demo_folder)))
+            app = asyncio.run(make_app(resolved, args, make_client(stages, **config), probe))
+            return stack.enter_context(TestClient(app, raise_server_exceptions=False))
+
+        yield make
