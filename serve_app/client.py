@@ -21,7 +21,6 @@ from vllm.outputs import RequestOutput
 from vllm.renderers import renderer_from_config
 from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine.input_processor import InputProcessor
 
 from serve_app import handoff, trace
 from serve_app.admission import Admission
@@ -29,7 +28,8 @@ from serve_app.config import EPDConfig, Stage
 from serve_app.encoding import Encoded, EncodeStage, Replies
 from serve_app.engine import from_engine_input
 from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout
-from serve_app.from_media import FromMedia, ItemProcessor, declared_fields, refuse_client_names
+from serve_app.from_media import FromMedia, ItemProcessor, declared_fields
+from serve_app.guard import GuardedInputProcessor, check_params, guard_renderer
 from serve_app.handoff import Chunk, Media, PrefillReply, StageRequest
 from serve_app.outputs import assemble, merge, with_prefill
 from serve_app.retry import Retries
@@ -37,7 +37,6 @@ from serve_app.routing import StageHandle
 from serve_app.trace import Trace
 
 T = TypeVar("T")
-TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,9 @@ class EPDClient(EngineClient):
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
-        refuse_client_ids(self.renderer)
+        guard_renderer(self.renderer)
         declared = declared_fields(self.renderer)
-        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.input_processor = GuardedInputProcessor(vllm_config, self.renderer)
         self.stages = stages
         self._config = config
         self._background: set[asyncio.Task[Any]] = set()
@@ -153,11 +152,7 @@ class EPDClient(EngineClient):
 
     def _admit(self, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]) -> StageRequest:
         """Refuse here what any stage would refuse, before a stage is called."""
-        for key in TRANSFER_KEYS:
-            if params.extra_args and key in params.extra_args:
-                raise BadRequest(f"`{key}` is passed between the stages of this server and cannot be set by a client.")
-        if params.prompt_logprob_token_ids is not None:
-            raise BadRequest("`prompt_logprob_token_ids` is not passed on between stages: ask for `prompt_logprobs`.")
+        check_params(params)
         self.input_processor.process_inputs(
             request_id, prompt, params, supported_tasks=("generate",), lora_request=options["lora_request"]
         )
@@ -172,9 +167,10 @@ class EPDClient(EngineClient):
         """Encode, prefill and decode one choice, again from the start while nothing was sent and a retry may help.
 
         Each attempt has hand-offs of its own: ``kv_transfer_params`` are used once. Where embeddings were lost twice, the
-        next attempt does without encoders.
+        next attempt does without encoders. An engine ends a request in the same way whether its KV blocks were lost or its
+        grammar cannot be compiled or followed; where that happens again after a prefill of its own, it is the grammar.
         """
-        attempt = lost = 0
+        attempt = lost = undecoded = 0
         while True:
             attempt += 1
             begun = False
@@ -190,6 +186,13 @@ class EPDClient(EngineClient):
                         yield chunk
                 return
             except StageError as error:
+                if isinstance(error, HandoffLost) and error.stage is Stage.DECODE:
+                    undecoded += Stage.PREFILL in self.stages or not encoded.hashes
+                if undecoded == 2 and request.params.structured_outputs is not None:
+                    raise BadRequest(
+                        "The structure asked for cannot be decoded: its grammar does not compile, or leaves no token "
+                        "that the other parameters allow."
+                    ) from error
                 if isinstance(error, HandoffLost) and encoded.hashes and self._encoders is not None:
                     lost += 1
                     self._encoders.forget(encoded.hashes)
@@ -339,17 +342,6 @@ class EPDClient(EngineClient):
 
     async def resume_generation(self) -> None:
         raise not_disaggregated("Pausing generation")
-
-
-def refuse_client_ids(renderer: Any) -> None:
-    """Refuse names of items that a client gives, for prompts that vLLM renders by itself."""
-    process = renderer._process_mm_uuids
-
-    def checked(mm_data: Any, mm_data_items: Any, mm_uuid_items: Mapping[str, Any], mm_req_id: str) -> Any:
-        refuse_client_names(mm_uuid_items)
-        return process(mm_data, mm_data_items, mm_uuid_items, mm_req_id)
-
-    renderer._process_mm_uuids = checked
 
 
 def embed_size_bytes(model_config: Any) -> int:

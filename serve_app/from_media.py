@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 from vllm.distributed.ec_transfer.ec_connector.utils import PlaceholderMetadataResolver, collect_ec_item_metadata
-from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.exceptions import VLLMClientError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.multimodal.processing import ProcessorInputs
 from vllm.multimodal.processing.context import TimingContext
@@ -34,6 +34,7 @@ from serve_app.config import MediaConfig
 from serve_app.encoding import Replies
 from serve_app.engine import SourcedItem, from_engine_input
 from serve_app.errors import BadRequest
+from serve_app.guard import refuse_client_names, why_not_processed
 from serve_app.handoff import Features, Media, Prompt
 from serve_app.media import decode, in_thread
 
@@ -73,8 +74,10 @@ class ItemProcessor:
             decoded = await in_thread(decode, media.data, media.io, self._rules)
             features: Features = await self.in_turn(self._process, media, decoded)
             return features
-        except (VLLMClientError, ValueError, TypeError, OverflowError) as error:  # what vLLM's server answers 400 for
+        except VLLMClientError as error:
             raise BadRequest(str(error)) from error
+        except (AssertionError, ValueError, TypeError, OverflowError) as error:
+            raise BadRequest(why_not_processed(error)) from error
 
     async def decoded(self, media: Media) -> Any:
         return await in_thread(decode, media.data, media.io, self._rules)
@@ -192,9 +195,9 @@ class FromMedia:
         items = {m: [(each, features[each.key]) for each in those] for m, those in media.items()}
         try:
             placed = await self._processor.in_turn(self._processor.place, prompt, items)
-        except Exception:
-            # The encoders' work is not lost: items have the same names when they are processed here.
-            logger.exception("a prompt could not be rendered from metadata and is rendered from the media")
+        except Exception as error:
+            # vLLM says what is wrong, or does better. The encoders' work is not lost: items keep their names.
+            logger.warning(f"a prompt is rendered from its media, for its metadata did not do: {error!r}")
             return await self._processed_here(prompt, raw, skip_mm_cache)
         for modality, those in items.items():
             placed["mm_kwargs"][modality] = [
@@ -210,13 +213,3 @@ class FromMedia:
         decoded = {modality: [await self._processor.decoded(each) for each in items] for modality, items in raw.items()}
         whole = {**prompt, "multi_modal_data": {**prompt["multi_modal_data"], **decoded}}
         return await self._by_vllm(whole, skip_mm_cache=skip_mm_cache)
-
-
-def refuse_client_names(uuids: Mapping[str, Any]) -> None:
-    """Refuse the ``uuid`` that a client may give a media item.
-
-    vLLM takes it for the item's hash, and the hash is the key of an encoder cache that all clients share: a client could
-    put its own picture in the place of another's. Items are known by their content here.
-    """
-    if any(uuid is not None for names in uuids.values() for uuid in names or ()):
-        raise VLLMValidationError("`uuid` of a media item is not taken: items are known by their content here.")

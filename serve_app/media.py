@@ -17,10 +17,12 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
+from PIL import Image
 from vllm import envs
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO, VideoMediaIO
 from vllm.multimodal.media.connector import MODALITY_IO_MAP, global_thread_pool
+from vllm.renderers.chat_utils import AsyncMultiModalContentParser
 
 from serve_app.config import MediaConfig
 from serve_app.handoff import Media, digest_of
@@ -40,7 +42,19 @@ def install(rules: MediaConfig, undecoded: Collection[str] = ()) -> Fetcher:
     MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(partial(EPDMediaConnector, rules, fetcher, frozenset(undecoded)))
     envs.VLLM_MEDIA_CONNECTOR = CONNECTOR
     set_vllm_limits(rules)
+    AsyncMultiModalContentParser.parse_image_pil = _parse_decoded
     return fetcher
+
+
+_parse_image_pil = AsyncMultiModalContentParser.parse_image_pil
+
+
+def _parse_decoded(parser: Any, image_pil: Any, uuid: str | None = None) -> None:
+    """A part of type ``image_pil``, which vLLM hands to the model's processor as it is. A client can only write a text
+    there, and a processor of transformers takes a text for a path or a URL and opens it itself, past every guard."""
+    if not isinstance(image_pil, Image.Image):
+        raise VLLMValidationError("`image_pil` cannot be sent in a request: send the image as an `image_url`.")
+    _parse_image_pil(parser, image_pil, uuid)
 
 
 class EPDMediaConnector(MediaConnector):
@@ -61,6 +75,8 @@ class EPDMediaConnector(MediaConnector):
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
         """The media behind a URL. ``media.fetch_timeout_s`` counts, not vLLM's ``fetch_timeout``."""
+        if not isinstance(url, str):
+            raise VLLMValidationError("A media URL must be a text.")
         match url.partition(":")[0].lower():
             case "data":
                 return await in_thread(self._load_data, url, media_io)

@@ -16,8 +16,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import WebSocketRequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
 from vllm.config import VllmConfig
@@ -26,7 +28,9 @@ from vllm.entrypoints.anthropic.api_router import translate_error_response
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from serve_app import media, trace
@@ -114,12 +118,33 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe:
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
     fetcher = media.install(config.media, client.from_media)
     app = build_app(args, ("generate",), client.model_config)
+    _shape_errors(app)
     app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)
     await init_app_state(client, app.state, args, ("generate",))
     drop = REPLACED | NOT_HERE.keys()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
     _add_routes(app, client, probe)
     return PipelineMiddleware(app, max_body_bytes=config.media.max_body_bytes)
+
+
+def _shape_errors(app: FastAPI) -> None:
+    """Every error that a handler of the app answers has the body that the route's API has for errors.
+
+    vLLM's handler of HTTP errors is registered for FastAPI's class; what FastAPI raises itself, for a body that it cannot
+    read or a route that is not there, is the base class.
+    """
+    app.exception_handler(AnyHTTPException)(http_exception_handler)
+
+    def shaped(handler: Any) -> Any:
+        async def answer(request: Request, error: Exception) -> JSONResponse:
+            return of_route(request.url.path, await handler(request, error))
+
+        return answer
+
+    for kind, handler in app.exception_handlers.items():
+        if kind is not WebSocketRequestValidationError:
+            app.exception_handlers[kind] = shaped(handler)
+    app.middleware_stack = None  # built again with the first request; build_app has built it from other handlers
 
 
 def _then_close(lifespan: Callable[[Any], AbstractAsyncContextManager[Any]], fetcher: Fetcher) -> Any:
@@ -207,6 +232,14 @@ def error_response(status: int, message: str, kind: str = "BadRequestError") -> 
     )
 
 
+def of_route(path: str, response: JSONResponse) -> JSONResponse:
+    """OpenAI's error, in Anthropic's shape on Anthropic's routes."""
+    if not path.startswith("/v1/messages"):
+        return response
+    translated: JSONResponse = translate_error_response(ErrorResponse.model_validate_json(response.body))
+    return translated
+
+
 def positive(text: str) -> float:
     number = float(text)
     if not 0 < number < float("inf"):
@@ -245,19 +278,24 @@ class PipelineMiddleware:
                 record.timeout_s = positive(timeout)
             except ValueError:
                 message = f"The header x-request-timeout-s must be a positive number of seconds, not {timeout[:40]!r}."
-                return await error_response(400, message)(scope, receive, send)
-        reply = _HeldReply(send, record, anthropic=scope["path"].startswith("/v1/messages"))
+                return await of_route(scope["path"], error_response(400, message))(scope, receive, send)
+        reply = _HeldReply(send, record, scope["path"])
+        too_large = of_route(
+            scope["path"], error_response(413, BodyTooLarge(self.max_body_bytes).detail, "RequestEntityTooLarge")
+        )
         if int(headers.get("content-length") or 0) > self.max_body_bytes:
-            error = BodyTooLarge(self.max_body_bytes)
-            return await error_response(413, error.detail, "RequestEntityTooLarge")(scope, receive, reply)
+            return await too_large(scope, receive, reply)
         token = trace.current.set(record)
         try:
             await self.app(scope, self._limited(receive), reply)
-        except BodyTooLarge as error:
-            await error_response(413, error.detail, "RequestEntityTooLarge")(scope, receive, reply)
+        except BodyTooLarge:
+            await too_large(scope, receive, reply)
         except asyncio.CancelledError:
             reply.status = "cancelled"
             raise
+        except Exception:
+            if not await reply.abandoned():
+                raise
         finally:
             trace.current.reset(token)
             if record.rendered is not None:
@@ -280,11 +318,12 @@ class PipelineMiddleware:
 class _HeldReply:
     """``send`` of one response: holds the start of an event stream, and what follows, until the trace is decided."""
 
-    def __init__(self, send: Send, record: Trace, anthropic: bool = False) -> None:
+    def __init__(self, send: Send, record: Trace, path: str) -> None:
         self._send = send
-        self._anthropic = anthropic
+        self._path = path
         self._trace = record
         self._held: list[Message] = []
+        self._streaming = False
         self._holding = False
         self._replaced = False
         self.status: int | str | None = None
@@ -295,8 +334,11 @@ class _HeldReply:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self._tell(MutableHeaders(raw=message["headers"]), message["status"])
-            event_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
-            self._holding = event_stream and self._trace.first_token is None
+            content_type = Headers(raw=message["headers"]).get("content-type", "")
+            self._streaming = content_type.startswith("text/event-stream")
+            self._holding = self._streaming and self._trace.first_token is None
+        if not message.get("more_body", True):
+            self._streaming = False
         if self._holding:
             self._held.append(message)
             if not self._trace.decided.is_set() and message.get("more_body", True):
@@ -310,6 +352,19 @@ class _HeldReply:
                 await self._send(earlier)
             return
         await self._send(message)
+
+    async def abandoned(self) -> bool:
+        """The app gave up an event stream midway, as vLLM's ``/v1/responses`` does when the pipeline fails: end it with
+        that failure. False where there is nothing to end."""
+        if self._trace.error is None or not self._streaming:
+            return False
+        if self._trace.first_token is None:
+            await self._replace()
+        else:
+            event = f"event: error\ndata: {create_error_response(self._trace.error).model_dump_json()}\n\n"
+            for message in [*self._held, {"type": "http.response.body", "body": event.encode()}]:
+                await self._send(message)
+        return True
 
     def _tell(self, headers: MutableHeaders, status: int) -> None:
         """Where the time went, which rungs of the failure ladder ran, and when to come again. Called again when more is
@@ -325,16 +380,16 @@ class _HeldReply:
         """Answer with the failure's own status instead of the stream that had not begun."""
         assert self._trace.error is not None
         self._replaced = True
-        body = create_error_response(self._trace.error)
-        self.status = body.error.code
+        error = create_error_response(self._trace.error)
+        self.status = error.error.code
         start = next(message for message in self._held if message["type"] == "http.response.start")
-        self._tell(MutableHeaders(raw=start["headers"]), body.error.code)
+        self._tell(MutableHeaders(raw=start["headers"]), error.error.code)
         kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-type", b"content-length")]
-        content = translate_error_response(body).body if self._anthropic else body.model_dump_json().encode()
+        content = of_route(self._path, JSONResponse(error.model_dump())).body
         await self._send(
             {
                 "type": "http.response.start",
-                "status": body.error.code,
+                "status": error.error.code,
                 "headers": [*kept, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))],
             }
         )

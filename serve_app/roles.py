@@ -63,6 +63,12 @@ COMMON_ENV = {
 }
 
 
+INGRESS_ENV = {
+    # Choices of one request (vLLM: 16384). Each is a call of prefill and one of decode; this many fit into their queues.
+    "VLLM_MAX_N_SEQUENCES": "1024",
+}
+
+
 def engine_args(config: EPDConfig, stage: Stage, model_path: str) -> dict[str, Any]:
     """Arguments of ``AsyncEngineArgs`` for a stage of a resolved config (accelerator and model known)."""
     args: dict[str, Any] = {}
@@ -110,7 +116,7 @@ def shared_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
 
 def replica_env(config: EPDConfig, stage: Stage | None) -> dict[str, str]:
     """Defaults of the environment of a replica; what is already set there wins. ``stage``: None for the ingress."""
-    env = dict(COMMON_ENV)
+    env = COMMON_ENV | (INGRESS_ENV if stage is None else {})
     if config.accelerator is Accelerator.CPU:
         env |= CPU_ENV
         args = engine_args(config, stage, "") if stage is not None else None

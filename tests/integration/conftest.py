@@ -1,7 +1,6 @@
-"""One baseline for the whole session, one running application per module that asks for one. Slow parts are awaited, never
-slept for; every application ends with Ctrl-C and must leave nothing behind."""
+"""One baseline for the whole session; one running application per module, or package, that asks for one. Slow parts are
+awaited, never slept for; every application ends with Ctrl-C and must leave nothing behind."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 
 from tests.integration.answers import events, gather, reduce
 from tests.integration.cases import CASES, MANY, STREAMED, one_of_many
-from tests.integration.servers import REPOSITORY, Server, serve_run, vllm_server
+from tests.integration.servers import REPOSITORY, Server, vllm_server
 
 MEDIA_RULES = {"allowed_local_path": str(REPOSITORY / "examples"), "limits": {"image": 6, "video": 2}}
 
@@ -56,21 +55,3 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     "P+D": {"encoder": None},
     "PD": {"encoder": None, "prefill": None},
 }
-
-
-@pytest.fixture(scope="module")
-def epd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """E+P+D with two replicas of each stage, engine log lines, a profiler, and small bodies only."""
-    folder = tmp_path_factory.mktemp("epd")
-    two = {name: {"num_replicas": 2} for name in ("Ingress", "Encoder", "Prefill", "Decode")}
-    profiler = {
-        "profiler": "torch",
-        "torch_profiler_dir": str(folder / "profile"),
-        "torch_profiler_with_stack": False,
-    }
-    args = {
-        "media": MEDIA_RULES | {"max_body_bytes": 4 << 20},
-        "engine_args": {"enable_log_requests": True, "profiler_config": profiler},
-    }
-    with serve_run(folder, args, two) as server:
-        yield server

@@ -1,13 +1,17 @@
 """What several unit tests build once: the configuration of the demo model as an ingress has it. No engine is started."""
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve_app.config import EPDConfig, Stage
+from serve_app.config import EPDConfig, MediaConfig, Stage
+from serve_app.handoff import EncodeReply, MediaRequest
 from serve_app.placement import Cluster, resolve
+from tests.fakes import FakeStage
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +39,45 @@ def make_client(demo_vllm_config: Any) -> Callable[..., Any]:
         return EPDClient(resolve(EPDConfig(**config), Cluster(0, 2)).config, demo_vllm_config, stages)
 
     return make
+
+
+@pytest.fixture
+def make_encoder(demo_vllm_config: Any) -> Callable[..., Any]:
+    """Make an encoder stage that decodes and transforms items for real, by the media rules that are passed."""
+    from vllm.renderers import renderer_from_config
+
+    from serve_app.from_media import ItemProcessor
+
+    def make(**rules: Any) -> FakeStage:
+        items = ItemProcessor(renderer_from_config(demo_vllm_config), MediaConfig(**rules))
+
+        async def encode_media(request: MediaRequest) -> EncodeReply:
+            features = await items.features(request.media)
+            params = {features.item.hash: {"item_indices": [0], "metadata": features.metadata}}
+            return EncodeReply(params, "encoder-0", items.without_pixels(features))
+
+        return FakeStage(Stage.ENCODER, encode_media=encode_media)
+
+    return make
+
+
+@pytest.fixture
+def make_api(make_client: Callable[..., Any], demo_folder: Path) -> Iterator[Callable[..., Any]]:
+    """Make vLLM's app as an ingress has it, in front of the stages that are passed, and a client of it."""
+    from fastapi.testclient import TestClient
+
+    from serve_app.openai_app import make_app, server_args
+    from serve_app.roles import ingress_args
+
+    async def probe() -> dict[str, str]:
+        return {}
+
+    with ExitStack() as stack:
+
+        def make(stages: Mapping[Stage, Any], **config: Any) -> TestClient:
+            resolved = resolve(EPDConfig(**config), Cluster(0, 2)).config
+            args = server_args(resolved, ingress_args(resolved, str(demo_folder)))
+            app = asyncio.run(make_app(resolved, args, make_client(stages, **config), probe))
+            return stack.enter_context(TestClient(app, raise_server_exceptions=False))
+
+        yield make

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
+from vllm.sampling_params import StructuredOutputsParams
 
 from serve_app import trace
 from serve_app.client import EPDClient
@@ -280,6 +281,21 @@ def test_decode_that_fails_after_its_first_token_is_not_tried_again(make_client:
     pipeline = asyncio.run(main())
     assert seen == ["a"]
     assert pipeline.log == ["encode", "prefill", "generate"]
+
+
+def test_structure_that_decode_gives_up_after_each_prefill_is_the_clients_mistake(make_client: Make) -> None:
+    """vLLM ends a request whose grammar does not compile as it ends one whose blocks are lost."""
+    structure = StructuredOutputsParams(regex="a+")
+    pipeline = FakePipeline(fails={"generate": [DECODE_LOST] * 9})
+    with pytest.raises(VLLMValidationError, match="grammar"):
+        generate(make_client, pipeline, "red", structured_outputs=structure)
+    assert pipeline.log.count("prefill") == 2
+    assert texts(generate(make_client, FakePipeline(fails={"generate": [DECODE_LOST]}), structured_outputs=structure))
+
+
+def test_structure_is_not_blamed_for_embeddings_that_decode_did_not_find(make_client: Make) -> None:
+    pipeline = FakePipeline(without=(Stage.PREFILL,), fails={"generate": [DECODE_LOST] * 2})
+    assert texts(generate(make_client, pipeline, "red", structured_outputs=StructuredOutputsParams(regex="a+")))
 
 
 def test_items_whose_embeddings_were_lost_are_encoded_again(make_client: Make) -> None:

@@ -1,7 +1,7 @@
 """The guard where clients meet it: vLLM's app as an ingress has it, with no stage behind; none is reached."""
 
-import asyncio
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +11,30 @@ from PIL import Image
 from vllm import envs
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
-from serve_app.config import EPDConfig, Stage
-from serve_app.from_media import ItemProcessor
+from serve_app.config import Stage
 from serve_app.media_fetch import Fetcher
-from serve_app.openai_app import make_app, server_args
-from serve_app.placement import Cluster, resolve
-from serve_app.roles import ingress_args
 from tests.fakes import FakeStage
 from tests.integration.media import data_url, video_url
 from tests.unit.test_media import SDP, process, red  # noqa: F401  (fixtures)
 
 
 @pytest.fixture
-def closed(monkeypatch: pytest.MonkeyPatch) -> list[Fetcher]:
-    """Fetchers that have been closed."""
-    seen: list[Fetcher] = []
+def api(make_api: Callable[..., TestClient], make_encoder: Callable[..., Any], tmp_path: Path) -> TestClient:
+    rules = {"allowed_local_path": str(tmp_path), "max_pixels": 10_000, "max_seconds": 1.0, "max_bytes": 100_000}
+    stages = {stage: FakeStage(stage) for stage in Stage} | {Stage.ENCODER: make_encoder(**rules)}
+    return make_api(stages, media=rules)
+
+
+def test_fetcher_of_the_connector_is_closed_with_the_app(
+    make_api: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Fetcher] = []
 
     async def close(self: Fetcher) -> None:
-        seen.append(self)
+        closed.append(self)
 
     monkeypatch.setattr(Fetcher, "close", close)
-    return seen
-
-
-@pytest.fixture
-def api(
-    make_client: Callable[..., Any], demo_folder: Path, tmp_path: Path, closed: list[Fetcher]
-) -> Iterator[TestClient]:
-    rules = {"allowed_local_path": str(tmp_path), "max_pixels": 10_000, "max_seconds": 1.0, "max_bytes": 100_000}
-    config = resolve(EPDConfig(media=rules), Cluster(0, 2)).config
-    encoder = FakeStage(Stage.ENCODER, encode_media=lambda request: items.features(request.media))
-    client = make_client({stage: FakeStage(stage) for stage in Stage} | {Stage.ENCODER: encoder}, media=rules)
-    items = ItemProcessor(client.renderer, config.media)  # what an encoder does first
-
-    async def probe() -> dict[str, str]:
-        return {}
-
-    app = asyncio.run(make_app(config, server_args(config, ingress_args(config, str(demo_folder))), client, probe))
-    with TestClient(app, raise_server_exceptions=False) as http:
-        yield http
-    assert len(closed) == 1
+    make_api({}).__exit__()
     assert MEDIA_CONNECTOR_REGISTRY.name2class[envs.VLLM_MEDIA_CONNECTOR].args[1] is closed[0]
 
 
@@ -82,3 +66,30 @@ def test_whatever_is_wrong_with_media_is_a_400_with_openais_error(api: TestClien
             assert (answer.status_code, error["code"]) == (400, 400), (url[:80], error)
             assert words in error["message"], (url[:80], error)
             assert "secret" not in error["message"]
+
+
+def ask(api: TestClient, part: dict[str, Any]) -> tuple[int, str]:
+    content = [{"type": "text", "text": "?"}, part]
+    answer = api.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
+    return answer.status_code, answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("typed", [{"type": "image_pil"}, {}], ids=["with its type", "without a type"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_no_text_reaches_the_models_processor_as_an_image(
+    api: TestClient, tmp_path: Path, typed: dict[str, str], nested: bool
+) -> None:
+    """transformers would fetch it, or open it as a file, past every guard."""
+    Image.new("RGB", (84, 84)).save(tmp_path / "x.png")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        for url in (f"http://127.0.0.1:{server.getsockname()[1]}/a.png", str(tmp_path / "x.png")):
+            status, message = ask(api, typed | {"image_pil": [url] if nested else url})
+            assert (status, message.partition(" cannot")[0]) == (400, "`image_pil`")
+        with pytest.raises(BlockingIOError):  # nobody has called
+            server.accept()
+
+
+@pytest.mark.parametrize("url", [7, ["data:image/png;base64,AAAA"], True])
+def test_url_that_is_no_text_is_the_clients_mistake(api: TestClient, url: Any) -> None:
+    assert ask(api, {"image_url": url}) == (400, "A media URL must be a text.")

@@ -1,0 +1,26 @@
+"""One running application for all files of this package, ended before the next module starts its own."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.conftest import MEDIA_RULES
+from tests.integration.servers import Server, serve_run
+
+
+@pytest.fixture(scope="package")
+def epd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """E+P+D with two replicas of each stage, engine log lines, a profiler, and small bodies only."""
+    folder = tmp_path_factory.mktemp("epd")
+    two = {name: {"num_replicas": 2} for name in ("Ingress", "Encoder", "Prefill", "Decode")}
+    profiler = {
+        "profiler": "torch",
+        "torch_profiler_dir": str(folder / "profile"),
+        "torch_profiler_with_stack": False,
+    }
+    args = {
+        "media": MEDIA_RULES | {"max_body_bytes": 4 << 20},
+        "engine_args": {"enable_log_requests": True, "profiler_config": profiler},
+    }
+    with serve_run(folder, args, two) as server:
+        yield server
