@@ -3,6 +3,7 @@
 # no-op until pyproject.toml, this script or the choice of vLLM changes.
 #
 #   EPD_EXTRA=cpu|gpu   which vLLM (default: gpu where `nvidia-smi -L` finds one, else cpu)
+#   EPD_DEV=0           without the developer tools, as the container image has it
 #   PYTHON=…            the Python 3.11+ to build .venv from
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -65,12 +66,13 @@ install_cpu_torch() {
 
 extra=$(choose_extra)
 [[ $extra == cpu || $extra == gpu ]] || die "EPD_EXTRA is '$extra'" "set it to cpu or gpu, or leave it out"
+extras=$extra$([[ ${EPD_DEV:-1} == 0 ]] || echo ,dev)
 
 mkdir -p "$venv"
 exec 9>"$venv/setup.lock"
 if command -v flock >/dev/null; then flock 9; fi # two at once would break each other's install
 
-key="$extra $(cat pyproject.toml scripts/setup.sh | cksum)"
+key="$extra $extras $(cat pyproject.toml scripts/setup.sh | cksum)"
 if [[ -x $python && -f $stamp && $(<"$stamp") == "$key" ]]; then exit 0; fi
 
 : >"$log"
@@ -95,8 +97,8 @@ if [[ $extra == cpu ]]; then
     say "installing PyTorch $TORCH (about 1 min the first time) …"
     install_cpu_torch || die "could not install PyTorch" "$again"
 fi
-say "installing vLLM ($extra), Ray Serve, NIXL and the developer tools (2 to 10 min the first time) …"
-pip install -e ".[$extra,dev]" || die "pip could not install the project" "$again"
+say "installing vLLM ($extra), Ray Serve, NIXL and the rest (2 to 10 min the first time) …"
+pip install -e ".[$extras]" || die "pip could not install the project" "$again"
 
 echo "$key" >"$stamp"
 say "done in $((SECONDS - started)) s: $("$python" --version), vLLM ($extra) in $venv; log: $log"

@@ -10,6 +10,7 @@
 """
 
 import logging
+import os
 from typing import Any
 
 import ray
@@ -74,11 +75,13 @@ def parse(args: dict[str, Any]) -> EPDConfig:
 
 def cluster() -> Cluster:
     """What the connected Ray cluster has."""
+    from ray._common.usage.usage_constants import KUBERAY_ENV
     from ray._private.state import state
 
     resources = ray.cluster_resources()
     types = tuple(sorted(name.removeprefix("accelerator_type:") for name in resources if "accelerator_type:" in name))
-    elastic = state.get_max_resources_from_cluster_config() is not None
+    # KubeRay's nodes come after its head, with an autoscaler or without one, and nothing in Ray says how many.
+    elastic = KUBERAY_ENV in os.environ or state.get_max_resources_from_cluster_config() is not None
     return Cluster(resources.get("GPU", 0.0), resources.get("CPU", 0.0), types, elastic)
 
 

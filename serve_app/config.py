@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yarl import URL
 
 DEMO_MODEL = "demo"
@@ -113,6 +113,10 @@ class StageConfig(Strict):
     resources: dict[str, float] = Field(
         {}, description="Custom Ray resources that one replica claims, to place a stage."
     )
+    label_selector: dict[str, str] = Field(
+        {},
+        description="Labels of the Ray nodes that replicas run on, to place a stage: `in(a, b)`, `!a` and plain values.",
+    )
     devices: str | None = Field(
         None,
         description='Cards by index, as in CUDA_VISIBLE_DEVICES ("0" or "0,1"), in place of the ones Ray would pick.',
@@ -152,6 +156,17 @@ class StageConfig(Strict):
         for key in SIDE_CHANNEL_ENV & env.keys():
             raise ValueError(f"`{key}` is set by each replica: its node's address and a port that is free there")
         return env
+
+    @field_validator("label_selector")
+    @classmethod
+    def _rays_labels(cls, selector: dict[str, str]) -> dict[str, str]:
+        from ray.serve.schema import RayActorOptionsSchema
+
+        try:
+            RayActorOptionsSchema(label_selector=selector)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        return selector
 
     @model_validator(mode="after")
     def _whole_cards_for_many(self) -> Self:

@@ -29,7 +29,7 @@ SHARES_OF_TWO = {Stage.ENCODER: 0.1, Stage.PREFILL: 0.9, Stage.DECODE: 1.0}
 
 @dataclass(frozen=True)
 class Cluster:
-    """What Ray can give. ``elastic``: an autoscaler may add nodes, so what is missing now may come."""
+    """What Ray can give. ``elastic``: nodes may still be added, so what is missing now may come."""
 
     gpus: float
     cpus: float
@@ -58,6 +58,11 @@ def resolve(config: EPDConfig, cluster: Cluster) -> Resolved:
     wanted = config.accelerator
     names = f" ({', '.join(cluster.gpu_types)})" if cluster.gpu_types else ""
     if wanted is Accelerator.AUTO:
+        if cluster.elastic and not cluster.gpus:
+            raise ConfigError(
+                "`accelerator: auto` cannot tell on this Ray cluster, which has no GPU now and may get some: "
+                "set `accelerator: cuda`, `xpu` or `cpu`."
+            )
         accelerator = cluster.gpu_accelerator if cluster.gpus else Accelerator.CPU
         found = f"the cluster has {cluster.gpus:g} GPUs{names}" if cluster.gpus else "the cluster has no GPU"
         reason = f"accelerator: {accelerator}, because {found} (accelerator: auto)"
@@ -143,6 +148,8 @@ def actor_options(config: StageConfig, accelerator: Accelerator) -> dict[str, An
         options["num_gpus"] = config.gpus_per_replica
     if config.resources:
         options["resources"] = dict(config.resources)
+    if config.label_selector:
+        options["label_selector"] = dict(config.label_selector)
     if env:
         options["runtime_env"] = {"env_vars": env}
     return options

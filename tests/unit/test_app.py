@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import ray
+from ray._private.state import state
 from ray.serve import Application
 
 from serve_app import app
@@ -79,6 +81,44 @@ def test_environment_and_concurrency_of_a_stage_reach_its_deployment(build: Buil
     assert prefill.max_ongoing_requests == 7
     assert deployments["Decode"].max_ongoing_requests == 256
     assert deployments["Ingress"].max_ongoing_requests >= 256
+
+
+def test_labels_of_a_stage_reach_its_deployment(build: Build) -> None:
+    options = {
+        name: deployment.ray_actor_options.get("label_selector")
+        for name, deployment in build({"prefill": {"label_selector": {"zone": "in(a, b)"}}}).items()
+    }
+    assert options == {"Ingress": None, "Encoder": None, "Prefill": {"zone": "in(a, b)"}, "Decode": None}
+
+
+@pytest.fixture
+def empty_kuberay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray cluster on KubeRay whose head has no CPUs and whose workers are not there yet. Its autoscaler, v2, reports no
+    sizes to Ray."""
+    monkeypatch.setenv("RAY_USAGE_STATS_KUBERAY_IN_USE", "1")  # as KubeRay sets it in every Ray container
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
+
+
+@pytest.mark.usefixtures("empty_kuberay")
+def test_kuberay_brings_the_gpus_later() -> None:
+    assert app.cluster() == Cluster(gpus=0, cpus=0, elastic=True)
+    assert isinstance(app.build_app({"accelerator": "cuda", "model": "a/b"}), Application)
+
+
+@pytest.mark.usefixtures("empty_kuberay")
+def test_kuberay_with_no_gpu_yet_is_not_taken_for_a_cluster_without_any() -> None:
+    with pytest.raises(ConfigError, match="`accelerator: auto` cannot tell"):
+        app.build_app({})
+
+
+def test_cluster_elsewhere_is_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_USAGE_STATS_KUBERAY_IN_USE", raising=False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0})
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
+    assert app.cluster() == Cluster(2, 8, ("H100",), elastic=False)
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64})
+    assert app.cluster().elastic
 
 
 def refusal(args: dict[str, Any]) -> str:

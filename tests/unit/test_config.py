@@ -138,6 +138,11 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
         ({"retry": {"ratio": -0.1}}, ["retry.ratio", "greater than or equal to 0"]),
         ({"decode": {"max_ongoing_requests": 0}}, ["decode.max_ongoing_requests"]),
         ({"decode": {"gpus_per_replica": -1}}, ["decode.gpus_per_replica"]),
+        (
+            {"decode": {"label_selector": {"zone": "a b"}}},
+            ["decode.label_selector", "Invalid label selector value `a b`"],
+        ),
+        ({"decode": {"label_selector": {"-": "a"}}}, ["decode.label_selector", "Invalid label key name `-`"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -166,6 +171,7 @@ def test_mistake_is_refused_in_words_that_name_it(args: dict[str, Any], words: l
         {"encode": {"min_embeds": 0, "max_outstanding_embeds": 0, "remember_s": 0, "retry_encoders_after_s": 0}},
         {"retry": {"attempts": 1, "ratio": 0, "floor_per_s": 0, "backoff_s": 0}},
         {"kv": {"lease_s": 6}},
+        {"decode": {"label_selector": {"example.org/zone": "in(a, b)", "spot": "!yes"}}},
     ],
     ids=str,
 )

@@ -1,14 +1,15 @@
 """serve_app.openai_app: routes that speak for all replicas of all stages."""
 
+import asyncio
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from serve_app.config import Stage
+from serve_app.config import EPDConfig, Stage
 from serve_app.errors import BadRequest, StageUnavailable
-from serve_app.openai_app import NOT_HERE, _add_routes
+from serve_app.openai_app import NOT_HERE, _add_routes, make_app, server_args
 from tests.fakes import FakeStage
 
 
@@ -107,3 +108,38 @@ def test_routes_that_reach_past_the_stages_are_refused_with_the_reason(path: str
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
     assert path in message and NOT_HERE[path] in message
+
+
+@pytest.mark.parametrize(
+    ("environment", "api", "accepted"),
+    [
+        ("from-a-secret", {}, {"from-a-secret"}),
+        (None, {"api_key": "configured"}, {"configured"}),
+        ("from-a-secret", {"api_key": "configured"}, {"configured"}),
+        (None, {}, {"from-a-secret", "configured", "another", ""}),
+    ],
+)
+def test_key_comes_from_the_config_or_from_the_environment(
+    make_client: Any,
+    demo_folder: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: str | None,
+    api: dict[str, Any],
+    accepted: set[str],
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("VLLM_API_KEY", environment)
+
+    async def probe() -> dict[str, str]:
+        return {"decode": "healthy"}
+
+    config = EPDConfig(api=api)
+    http = TestClient(
+        asyncio.run(make_app(config, server_args(config, {"model": str(demo_folder)}), make_client({}), probe))
+    )
+    for key in ("from-a-secret", "configured", "another", ""):
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        status = http.get("/v1/models", headers=headers).status_code
+        assert status == (200 if key in accepted else 401), key
+    assert http.get("/health").status_code == 200  # for probes, which have no key

@@ -70,6 +70,14 @@ def test_gpus_that_an_autoscaler_may_add_are_waited_for() -> None:
     assert resolved.config.decode.cpus_per_replica == 1
 
 
+def test_auto_does_not_guess_where_gpus_may_come() -> None:
+    growing = Cluster(0, 2, elastic=True)
+    with pytest.raises(ConfigError, match="set `accelerator: cuda`, `xpu` or `cpu`"):
+        resolve(EPDConfig(), growing)
+    assert resolve(EPDConfig(accelerator="cpu"), growing).config.model == DEMO_MODEL
+    assert resolve(EPDConfig(), Cluster(1, 2, elastic=True)).config.accelerator is Accelerator.CUDA
+
+
 FITS = [
     ("E+P+D", 1, {"encoder": 0.1, "prefill": 0.45, "decode": 0.45}),
     ("E+P+D", 2, {"encoder": 0.1, "prefill": 0.9, "decode": 1}),
@@ -202,12 +210,19 @@ def test_plain_stage_claims_only_its_cpus() -> None:
     assert actor_options(config, Accelerator.CPU) == {"num_cpus": 0.1}
 
 
-def test_stage_claims_gpus_resources_and_environment() -> None:
-    config = StageConfig(cpus_per_replica=1, gpus_per_replica=0.5, resources={"fast": 1}, env={"UCX_TLS": "tcp"})
+def test_stage_claims_gpus_resources_labels_and_environment() -> None:
+    config = StageConfig(
+        cpus_per_replica=1,
+        gpus_per_replica=0.5,
+        resources={"fast": 1},
+        label_selector={"zone": "a"},
+        env={"UCX_TLS": "tcp"},
+    )
     assert actor_options(config, Accelerator.CUDA) == {
         "num_cpus": 1,
         "num_gpus": 0.5,
         "resources": {"fast": 1},
+        "label_selector": {"zone": "a"},
         "runtime_env": {"env_vars": {"UCX_TLS": "tcp"}},
     }
 

@@ -45,7 +45,7 @@ class Checkout:
         self.add_program("nvidia-smi", f"#!/bin/bash\nexit {0 if present else 9}\n")
 
     def setup(self, **env: str) -> subprocess.CompletedProcess[str]:
-        inherited = {k: v for k, v in os.environ.items() if k not in ("EPD_EXTRA", "PYTHON")}
+        inherited = {k: v for k, v in os.environ.items() if k not in ("EPD_EXTRA", "EPD_DEV", "PYTHON")}
         inherited["PATH"] = f"{self.bin}:{os.environ['PATH']}"
         return subprocess.run(
             ["bash", self.folder / "scripts/setup.sh"],
@@ -98,6 +98,13 @@ def test_first_run_makes_the_environment(checkout: Checkout) -> None:
     ]
     assert "[setup] creating .venv with Python 3.11.99" in result.stdout
     assert "WARNING" not in result.stdout + result.stderr
+
+
+def test_image_goes_without_the_developer_tools(checkout: Checkout) -> None:
+    checkout.setup(EPD_DEV="0", EPD_EXTRA="gpu")
+    assert checkout.take_calls()[-1] == "pip install -e .[gpu]"
+    checkout.setup(EPD_EXTRA="gpu")
+    assert checkout.take_calls()[-1] == "pip install -e .[gpu,dev]"
 
 
 def test_second_run_does_nothing_and_is_quick(checkout: Checkout) -> None:
