@@ -91,7 +91,7 @@ def test_anthropic_tools(epd: Server) -> None:
     options: dict[str, Any] = {
         "max_tokens": 200,
         "messages": [{"role": "user", "content": "Weather in London?"}],
-        "tools": [{"name": "weather", "description": "The weather", "input_schema": CITY}],
+        "tools": [{"name": "weather", "description": "The weather", "input_schema": CITY, "strict": True}],
         "tool_choice": {"type": "tool", "name": "weather"},
         "extra_body": {"temperature": 0},
     }
