@@ -188,9 +188,10 @@ def plot(samples: list[Sample], path: Path) -> None:
     ]
     load.plot(seconds[window:], served, color="black")
     load.set_ylabel("answers per second")
-    for stage in Stage:
+    for place, stage in enumerate(Stage):
         queue.plot(seconds, [sample.queue_s[stage] for sample in samples], label=stage)
-        replicas.step(seconds, [sample.replicas[stage] for sample in samples], where="post", label=stage)
+        beside = (place - 1) * 0.03  # lines that lie on each other would hide each other
+        replicas.step(seconds, [sample.replicas[stage] + beside for sample in samples], where="post", label=stage)
     queue.set_ylabel("queue (s)")
     replicas.set_ylabel("replicas")
     replicas.set_xlabel("seconds")
@@ -200,7 +201,7 @@ def plot(samples: list[Sample], path: Path) -> None:
         start = next(group).seconds
         for axis in (load, queue, replicas):
             axis.axvline(start, color="grey", linewidth=0.6, linestyle=":")
-        load.text(start, load.get_ylim()[1], f" {phase}", verticalalignment="top", color="grey")
+        load.text(start, load.get_ylim()[1], phase, verticalalignment="bottom", color="grey", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -45,20 +45,19 @@ class Application:
 
         def there() -> bool:
             now = self.replicas()
-            as_many = {name: len(ids) for name, ids in now.items()} == counts
-            return as_many and not (args and any(now[name] & before.get(name, set()) for name in now))
+            settled = all(state == "RUNNING" for states in now.values() for state in states.values())
+            as_many = {name: len(states) for name, states in now.items()} == counts
+            return settled and as_many and not (args and any(now[name].keys() & before[name].keys() for name in now))
 
         self.server.wait_until(there, f"{counts} with {args}", 300)
 
-    def replicas(self) -> dict[str, set[str]]:
-        """All replicas by deployment, those that start or stop included; of running ones the ids."""
+    def replicas(self) -> dict[str, dict[str, str]]:
+        """State by replica by deployment."""
         details = requests.get(f"{self.ray.dashboard}/api/serve/applications/", timeout=30).json()
         deployments = details["applications"].get("epd", {}).get("deployments", {})
         return {
-            name: {
-                f"{each['replica_id']}{'' if each['state'] == 'RUNNING' else each['state']}" for each in one["replicas"]
-            }
-            for name, one in deployments.items()
+            name: {replica["replica_id"]: replica["state"] for replica in deployment["replicas"]}
+            for name, deployment in deployments.items()
         }
 
 
