@@ -10,7 +10,6 @@
 """
 
 import logging
-import os
 from typing import Any
 
 import ray
@@ -24,7 +23,7 @@ from deployments.ingress import Ingress
 from deployments.prefill import Prefill
 from serve_app.config import EPDConfig, Stage
 from serve_app.errors import ConfigError
-from serve_app.placement import Cluster, actor_options, resolve
+from serve_app.placement import Cluster, actor_options, is_elastic, resolve
 
 logger = logging.getLogger("ray.serve")
 
@@ -45,7 +44,11 @@ def build_app(args: dict[str, Any]) -> Application:
         stage.value: DEPLOYMENTS[stage].options(**stage_options(stage, config)).bind(config) for stage in config.stages
     }
     ingress: Any = Ingress  # the decorator made a deployment of the class
-    ingress = ingress.options(ray_actor_options={"num_cpus": config.ingress_cpus}, max_ongoing_requests=1024)
+    ingress = ingress.options(
+        ray_actor_options={"num_cpus": config.ingress_cpus},
+        max_ongoing_requests=1024,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+    )
     application: Application = ingress.bind(config, **handles)
     return application
 
@@ -57,6 +60,7 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
         "ray_actor_options": actor_options(stage_config, config.accelerator),
         "max_ongoing_requests": stage_config.max_ongoing_requests,
         "max_queued_requests": stage_config.max_queued_requests,
+        "graceful_shutdown_timeout_s": config.drain_timeout_s,
     }
     if stage is Stage.ENCODER:
         options["request_router_config"] = RequestRouterConfig(
@@ -75,14 +79,9 @@ def parse(args: dict[str, Any]) -> EPDConfig:
 
 def cluster() -> Cluster:
     """What the connected Ray cluster has."""
-    from ray._common.usage.usage_constants import KUBERAY_ENV
-    from ray._private.state import state
-
     resources = ray.cluster_resources()
     types = tuple(sorted(name.removeprefix("accelerator_type:") for name in resources if "accelerator_type:" in name))
-    # KubeRay's nodes come after its head, with an autoscaler or without one, and nothing in Ray says how many.
-    elastic = KUBERAY_ENV in os.environ or state.get_max_resources_from_cluster_config() is not None
-    return Cluster(resources.get("GPU", 0.0), resources.get("CPU", 0.0), types, elastic)
+    return Cluster(resources.get("GPU", 0.0), resources.get("CPU", 0.0), types, is_elastic())
 
 
 def check_vllm_args(config: EPDConfig) -> None:

@@ -1,5 +1,6 @@
 """Which device the stages run on, and what each replica claims from Ray. Pure functions of the config and the cluster."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,15 @@ class Cluster:
     def gpu_accelerator(self) -> Accelerator:
         intel = any(name.lower().startswith("intel") for name in self.gpu_types)
         return Accelerator.XPU if intel else Accelerator.CUDA
+
+
+def is_elastic() -> bool:
+    """Whether nodes may still be added to the connected Ray cluster."""
+    from ray._common.usage.usage_constants import KUBERAY_ENV
+    from ray._private.state import state
+
+    # KubeRay's nodes come after its head, with an autoscaler or without one, and nothing in Ray says how many.
+    return KUBERAY_ENV in os.environ or state.get_max_resources_from_cluster_config() is not None
 
 
 @dataclass(frozen=True)
