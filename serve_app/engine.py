@@ -1,7 +1,7 @@
 """The adapter around vLLM's ``AsyncLLM``: tokens in, tokens out.
 
-What leans on vLLM's internals is here, in ``client.py``, ``outputs.py``, ``openai_app.py`` and the modules whose names begin
-with ``ec_`` and ``media``; ``tests/unit/test_contracts*.py`` say what broke when vLLM 0.32.0 is replaced.
+What leans on vLLM's internals is here, in ``client.py``, ``guard.py``, ``outputs.py``, ``openai_app.py`` and the modules
+whose names begin with ``ec_`` and ``media``; ``tests/unit/test_contracts*.py`` say what broke when vLLM 0.32.0 is replaced.
 """
 
 from collections.abc import AsyncGenerator

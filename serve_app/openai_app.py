@@ -9,6 +9,7 @@
 import asyncio
 import json
 import logging
+import traceback
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,6 +17,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.dependencies.utils import request_body_to_args
 from fastapi.exceptions import WebSocketRequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -134,6 +136,8 @@ def _shape_errors(app: FastAPI) -> None:
     read or a route that is not there, is the base class.
     """
     app.exception_handler(AnyHTTPException)(http_exception_handler)
+    for mistake in (AttributeError, LookupError, AssertionError):
+        app.exception_handler(mistake)(_unreadable)
 
     def shaped(handler: Any) -> Any:
         async def answer(request: Request, error: Exception) -> JSONResponse:
@@ -145,6 +149,14 @@ def _shape_errors(app: FastAPI) -> None:
         if kind is not WebSocketRequestValidationError:
             app.exception_handlers[kind] = shaped(handler)
     app.middleware_stack = None  # built again with the first request; build_app has built it from other handlers
+
+
+async def _unreadable(request: Request, error: Exception) -> JSONResponse:
+    """What fails while a body is read is the body's fault: vLLM's validators look into fields before it is checked that they
+    are objects. Everything else is raised again, and a 500."""
+    if all(frame.f_code is not request_body_to_args.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+        raise error
+    return error_response(400, f"A field of the request has a wrong type: {error}.")
 
 
 def _then_close(lifespan: Callable[[Any], AbstractAsyncContextManager[Any]], fetcher: Fetcher) -> Any:
@@ -293,8 +305,8 @@ class PipelineMiddleware:
         except asyncio.CancelledError:
             reply.status = "cancelled"
             raise
-        except Exception:
-            if not await reply.abandoned():
+        except Exception as error:
+            if not await reply.abandoned(error):
                 raise
         finally:
             trace.current.reset(token)
@@ -353,15 +365,18 @@ class _HeldReply:
             return
         await self._send(message)
 
-    async def abandoned(self) -> bool:
-        """The app gave up an event stream midway, as vLLM's ``/v1/responses`` does when the pipeline fails: end it with
-        that failure. False where there is nothing to end."""
-        if self._trace.error is None or not self._streaming:
+    async def abandoned(self, error: Exception) -> bool:
+        """The app gave up an event stream midway, as vLLM's ``/v1/responses`` does whatever fails: end it with the failure.
+        False where there is nothing to end."""
+        if not self._streaming:
             return False
+        # Starlette raises a RuntimeError from what it has no answer for any more.
+        failure = self._trace.error or (error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        self._trace.fail(failure)
         if self._trace.first_token is None:
             await self._replace()
         else:
-            event = f"event: error\ndata: {create_error_response(self._trace.error).model_dump_json()}\n\n"
+            event = f"event: error\ndata: {create_error_response(failure).model_dump_json()}\n\n"
             for message in [*self._held, {"type": "http.response.body", "body": event.encode()}]:
                 await self._send(message)
         return True

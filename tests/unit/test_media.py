@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import struct
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from vllm import envs
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
@@ -407,3 +410,28 @@ def test_limits_of_vllm_follow_the_config() -> None:
     assert envs.VLLM_MAX_AUDIO_DECODE_DURATION_S == 7.5
     assert envs.VLLM_MAX_AUDIO_CLIP_FILESIZE_MB == 2.0
     assert Image.MAX_IMAGE_PIXELS == 501
+
+
+@st.composite
+def broken(draw: st.DrawFn) -> tuple[str, str]:
+    """A kind of media and a URL of one whose bytes were overwritten here and there, or are not all there."""
+    kind, name, good = draw(st.sampled_from(GOOD))
+    data = bytearray(good)
+    for _ in range(draw(st.integers(1, 8))):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return kind, data_url(name, bytes(data[: draw(st.integers(len(data) // 2, len(data)))]))
+
+
+GOOD = [
+    ("image", "image/png", png(picture(1))),
+    ("video", "video/mp4", base64.b64decode(video_url(1).partition(",")[2])),
+    ("audio", "audio/wav", wav(1, 0.2)),
+]
+
+
+@settings(max_examples=300, derandomize=True, database=None, deadline=None)
+@given(broken())
+def test_broken_bytes_are_read_or_refused(case: tuple[str, str]) -> None:
+    kind, url = case
+    with contextlib.suppress(VLLMValidationError):
+        assert load(url, kind) is not None

@@ -77,6 +77,35 @@ def test_failure_before_the_stream_starts_replaces_it_too() -> None:
     assert asyncio.run(Client().ask(app_of(steps))).status == 500
 
 
+@pytest.mark.parametrize("sent", [False, True])
+def test_stream_that_its_app_gives_up_ends_with_the_failure(sent: bool) -> None:
+    async def steps(send: Send) -> None:
+        await send(start())
+        await send(body(b"begun;"))
+        if sent:
+            the_trace().token(1)
+        raise RuntimeError("response already started") from VLLMValidationError("too odd")
+
+    client = asyncio.run(Client().ask(app_of(steps)))
+    message = {"message": "too odd", "type": "BadRequestError", "param": None, "code": 400}
+    if sent:
+        assert client.status == 200
+        assert (
+            client.body
+            == f'begun;event: error\ndata: {{"error":{json.dumps(message, separators=(",", ":"))}}}\n\n'.encode()
+        )
+    else:
+        assert (client.status, json.loads(client.body)) == (400, {"error": message})
+
+
+def test_app_that_fails_without_a_stream_is_not_answered_for() -> None:
+    async def steps(send: Send) -> None:
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        asyncio.run(Client().ask(app_of(steps)))
+
+
 def test_stream_that_ends_undecided_is_sent_as_it_is() -> None:
     async def steps(send: Send) -> None:
         await send(start())

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from serve_app.config import Stage
 from serve_app.errors import StageUnavailable
-from serve_app.handoff import Chunk, StageRequest
+from serve_app.handoff import Chunk, PrefillReply, StageRequest
 from tests.fakes import FakePipeline
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -42,6 +42,23 @@ def test_body_that_cannot_be_read_is_answered_in_the_routes_own_shape(
     answer = make_api({}).post(path, content=content, headers=headers)
     assert answer.status_code == 400
     assert error_of(path, answer.json())["message"]
+
+
+@pytest.mark.parametrize("value", [0, "regex", [{"regex": "a"}]])
+def test_field_that_vllm_looks_into_before_it_checks_its_type_is_the_clients_mistake(
+    make_api: MakeAPI, value: Any
+) -> None:
+    answer = make_api({}).post("/v1/chat/completions", json={"messages": MESSAGES, "structured_outputs": value})
+    assert answer.status_code == 400
+    assert "wrong type" in error_of("", answer.json())["message"]
+
+
+def test_mistake_of_ours_stays_a_500(make_api: MakeAPI) -> None:
+    async def prefill(request: StageRequest) -> PrefillReply:
+        raise AttributeError("ours")
+
+    answer = make_api(FakePipeline(prefill=prefill).stages).post("/v1/chat/completions", json={"messages": MESSAGES})
+    assert answer.status_code == 500
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -86,6 +103,15 @@ def test_stream_that_fails_midway_ends_with_an_error_event(make_api: MakeAPI, pa
     if path != "/v1/messages":  # vLLM's converter to Anthropic's events has another text
         assert events[-1]["error"]["message"] == "The decode stage is gone"
     assert events[-1]["error"]
+
+
+def test_stream_whose_events_cannot_be_written_is_a_400(make_api: MakeAPI) -> None:
+    """vLLM's ``/v1/responses`` repeats the request in its first event."""
+    text = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "\ud800"}}}
+    content = json.dumps(BODIES["/v1/responses"] | {"stream": True, "text": text})
+    answer = make_api({}).post("/v1/responses", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "surrogates" in error_of("/v1/responses", answer.json())["message"]
 
 
 def test_transfer_parameters_are_refused_in_streams_of_every_api(make_api: MakeAPI) -> None:

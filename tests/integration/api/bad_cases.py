@@ -166,6 +166,7 @@ PARAMETERS: dict[str, Bad] = {
     "allowed_token_ids outside of the vocabulary": asked("vocab", allowed_token_ids=[10**7]),
     "negative allowed_token_ids": asked("vocab", allowed_token_ids=[-3]),
     "no allowed_token_ids": asked("allowed_token_ids", allowed_token_ids=[]),
+    "too many bad_words": asked("bad words", bad_words=[f"word {i}" for i in range(1000)]),
     "bad_words with an empty one": asked("bad_words", bad_words=[""]),
     "an empty stop string": asked("stop", stop=[""]),
     "stop of a wrong type": asked("stop", stop=7),
@@ -223,6 +224,8 @@ OUTPUTS: dict[str, Bad] = {
     "a grammar without a root": asked("grammar", structured_outputs={"grammar": "other ::= 'x'"}),
     "no choices": asked("hoice", structured_outputs={"choice": []}),
     "a regex and a choice": asked("one kind", structured_outputs={"regex": "a", "choice": ["a"]}),
+    "a structure that is a text": asked("wrong type", structured_outputs="regex"),
+    "a structure in a list": asked("wrong type", structured_outputs=[{"regex": "a"}]),
     "no kind of structure": asked("one kind", structured_outputs={}),
     "a broken structural tag": asked("structural_tag", structured_outputs={"structural_tag": "{"}),
     "a grammar that never ends": asked("grammar", structured_outputs={"grammar": "root ::= root"}),
@@ -547,11 +550,17 @@ HARMLESS: dict[str, tuple[str, dict[str, Any]]] = {
     "a huge penalty": chat(text("Hi"), repetition_penalty=1e300),
     "every token disliked": chat(text("Hi"), logit_bias={str(token): -100 for token in range(1024)}),
     "every token a stop": chat(text("Hi"), stop_token_ids=list(range(1024)), min_tokens=16),
-    "many bad words": chat(text("Hi"), bad_words=[f"word {i}" for i in range(1000)]),
     "a regex that repeats 10 million times": chat(text("Hi"), structured_outputs={"regex": "((a{1000}){1000}){10}"}),
     "a regex that backtracks": chat(text("Hi"), structured_outputs={"regex": "(a?){500}a{500}"}),
     "an array of 100,000 arrays": chat(
-        text("Hi"), **schema({"type": "array", "minItems": 100_000, "items": {"type": "array", "minItems": 10_000}})
+        text("Hi"),
+        **schema(
+            {
+                "type": "array",
+                "minItems": 100_000,
+                "items": {"type": "array", "minItems": 10_000, "items": {"type": "integer"}},
+            }
+        ),
     ),
     "a tool whose parameters are no schema": chat(
         text("Hi"),
