@@ -1,6 +1,9 @@
 """What the engine replicas of all stages share: start, health, metrics, profile, shutdown."""
 
 import os
+import shutil
+import tempfile
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -10,7 +13,7 @@ from serve_app.config import EPDConfig, Stage
 from serve_app.placement import xpu_affinity
 from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import side_channel_env, storage_path
-from serve_app.vllm_plugin import REPLICA_ENV
+from serve_app.vllm_plugin import REPLICA_ENV, SOCKETS_ENV
 
 if TYPE_CHECKING:
     from serve_app.engine import StageEngine
@@ -25,7 +28,9 @@ class EngineReplica:
     def __init__(self, config: EPDConfig) -> None:
         context = serve.get_replica_context()
         self.replica: str = context.replica_id.unique_id
-        env = {REPLICA_ENV: self.replica} | replica_env(config, self.stage)
+        self.sockets = tempfile.mkdtemp(prefix="epd-")
+        env = {REPLICA_ENV: self.replica, SOCKETS_ENV: self.sockets, "VLLM_RPC_BASE_PATH": self.sockets}
+        env |= replica_env(config, self.stage)
         env |= xpu_affinity(config.accelerator, ray.get_gpu_ids(), os.environ)
         for key, value in env.items():
             os.environ.setdefault(key, value)
@@ -54,5 +59,11 @@ class EngineReplica:
         return self.replica
 
     def __del__(self) -> None:
-        if (engine := getattr(self, "engine", None)) is not None:
+        engine = getattr(self, "engine", None)
+        if engine is not None:
             engine.shutdown()
+        if (sockets := getattr(self, "sockets", None)) is not None:
+            shutil.rmtree(sockets, ignore_errors=True)
+        if engine is not None:
+            # It unlinks the semaphores of an engine that had to be killed, unless Ray kills it first, with the replica.
+            resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
