@@ -14,7 +14,8 @@ setup: ## Make .venv, or bring it up to date (EPD_EXTRA=cpu|gpu overrides the ch
 # The environment's bin comes first in PATH: engines call tools that live there, such as ninja.
 .PHONY: serve
 serve: setup ## Serve (CONFIG=serve_config.yaml)
-	@export PATH="$(CURDIR)/$(BIN):$$PATH" VLLM_LOGGING_LEVEL="$${VLLM_LOGGING_LEVEL:-WARNING}"; \
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" VLLM_LOGGING_LEVEL="$${VLLM_LOGGING_LEVEL:-WARNING}" \
+		RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.proxy:middlewares; \
 	python -m serve_app ready $(CONFIG) & exec serve run $(CONFIG)
 
 .PHONY: test

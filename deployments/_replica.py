@@ -2,6 +2,9 @@
 
 import asyncio
 import os
+import shutil
+import tempfile
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -11,7 +14,7 @@ from serve_app.config import EPDConfig, Stage
 from serve_app.placement import xpu_affinity
 from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import check_shared_memory, side_channel_env, storage_path
-from serve_app.vllm_plugin import REPLICA_ENV
+from serve_app.vllm_plugin import REPLICA_ENV, SOCKETS_ENV
 from serve_app.workload import Meter, page
 
 if TYPE_CHECKING:
@@ -31,7 +34,9 @@ class EngineReplica:
     def __init__(self, config: EPDConfig) -> None:
         context = serve.get_replica_context()
         self.replica: str = context.replica_id.unique_id
-        env = {REPLICA_ENV: self.replica} | replica_env(config, self.stage)
+        self.sockets = tempfile.mkdtemp(prefix="epd-")
+        env = {REPLICA_ENV: self.replica, SOCKETS_ENV: self.sockets, "VLLM_RPC_BASE_PATH": self.sockets}
+        env |= replica_env(config, self.stage)
         env |= xpu_affinity(config.accelerator, ray.get_gpu_ids(), os.environ)
         for key, value in env.items():
             os.environ.setdefault(key, value)
@@ -77,8 +82,14 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Serve calls it when the calls of a replica that goes away have ended, and kills the replica after
         ``graceful_shutdown_timeout_s``. First what is held gets its time to be pulled."""
-        if (engine := getattr(self, "engine", None)) is not None:
+        engine = getattr(self, "engine", None)
+        if engine is not None:
             # The engine has no event to wait for: it says what it holds with each of its steps.
             while self.holds():  # noqa: ASYNC110
                 await asyncio.sleep(DRAIN_POLL_S)
             engine.shutdown()
+        if (sockets := getattr(self, "sockets", None)) is not None:
+            shutil.rmtree(sockets, ignore_errors=True)
+        if engine is not None:
+            # It unlinks the semaphores of an engine that had to be killed, unless Ray kills it first, with the replica.
+            resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import asyncio
 import contextvars
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -37,6 +37,7 @@ from serve_app.routing import StageHandle
 from serve_app.trace import Trace
 
 T = TypeVar("T")
+LET_END_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,13 @@ class EPDClient(EngineClient):
         params = handoff.prefill_params(request.params, encoded.ec_transfer_params)
         call = StageRequest(request.request_id, encoded.prompt, params, request.options)
         began = time.perf_counter()
-        reply: PrefillReply = await prefill.call("prefill", call)
+        # In a context of its own: Serve would cancel it with the request, and so lose a reply that is on its way.
+        task = asyncio.get_running_loop().create_task(prefill.call("prefill", call), context=contextvars.Context())
+        try:
+            reply: PrefillReply = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._in_background(self._let_end(request.request_id, task))
+            raise
         record.saw(Stage.PREFILL, reply.replica)
         took = time.perf_counter() - began
         record.took("prefill", took)
@@ -260,8 +267,22 @@ class EPDClient(EngineClient):
 
         In a context of its own: the request's is being cancelled, and Serve would cancel this call with it.
         """
-        call = self.stages[Stage.DECODE].call("release", request_id, kv_transfer_params)
-        task = asyncio.get_running_loop().create_task(_quietly(call), context=contextvars.Context())
+        self._in_background(_quietly(self.stages[Stage.DECODE].call("release", request_id, kv_transfer_params)))
+
+    async def _let_end(self, request_id: str, prefill: asyncio.Task[PrefillReply]) -> None:
+        """Give a prefill whose client has left the time to end in order, and give back its blocks.
+
+        Cancelled in the moment it is done, nobody would know of the blocks until their lease ends.
+        """
+        try:
+            async with asyncio.timeout(LET_END_S):
+                reply = await prefill
+        except (EPDError, TimeoutError):  # the timeout has cancelled it
+            return
+        self._release(request_id, reply.kv_transfer_params)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

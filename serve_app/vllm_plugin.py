@@ -8,15 +8,23 @@ import importlib
 import multiprocessing
 import os
 import select
+import shutil
 import signal
+import sys
 import threading
+from multiprocessing import util
 from typing import Any
 
 REPLICA_ENV = "EPD_REPLICA"
 """Set by each stage replica to its id before it starts its engine; engine and worker processes inherit it."""
 
+SOCKETS_ENV = "EPD_SOCKETS"
+"""Set by each stage replica to the folder of the sockets between it and its engine: nobody else unlinks them."""
+
 STILL_NIXL_ENV = "EPD_STILL_NIXL"
 """Set by replicas on the CPU that move KV blocks with NIXL."""
+
+CLEANING_S = 2.0
 
 _watching = False
 
@@ -46,15 +54,33 @@ def _die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return
     _watching = True
+    os.setpgid(0, 0)  # Ray kills the process group of a dead replica after 0.2 s: `_leave_nothing` may need longer
+    if SOCKETS_ENV in os.environ:
+        util.Finalize(None, shutil.rmtree, args=(os.environ[SOCKETS_ENV], True), exitpriority=0)
 
     def wait() -> None:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         while not poll.poll():
             pass
+        cleaning = threading.Thread(target=_leave_nothing, daemon=True)
+        cleaning.start()
+        cleaning.join(CLEANING_S)  # whatever hangs in there
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="epd-parent-watch", daemon=True).start()
+
+
+def _leave_nothing() -> None:
+    """Remove what SIGKILL would leave: the replica's sockets, our semaphores, the file where PyTorch's process group met."""
+    util._run_finalizers(0)  # type: ignore[attr-defined]
+    torch_distributed = sys.modules.get("torch.distributed")
+    if torch_distributed is not None and torch_distributed.is_initialized():
+        store = torch_distributed.distributed_c10d._get_default_store()
+        while (below := getattr(store, "underlying_store", None)) is not None:
+            store = below
+        if isinstance(store, torch_distributed.FileStore):
+            os.unlink(store.path)
 
 
 def _still_nixl_progress_thread() -> None:

@@ -1,47 +1,59 @@
-"""Steady mixed load, and what became of each request."""
+"""Steady mixed load, what became of each request, and clients that leave."""
 
 import json
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import requests
 
-from tests.integration.cases import Case, chat, image, text
+from tests.integration.cases import CASES, MANY, Case, chat, image, one_of_many, text
 from tests.integration.servers import Server
 
 DEADLINE_S = 60.0
+TEXTS = ("text", "text of many blocks")
+IMAGES = ("1 image", "2 images", "an image between texts")
 
 
-def kinds() -> list[Case]:
-    """Text, one image, two images; some pictures come again and again, as in real traffic."""
-    return [
-        chat(text("Tell me about the weather."), max_tokens=12),
-        chat(text("Describe."), image(1), max_tokens=12),
-        chat(text("Compare."), image(2), image(3), max_tokens=12),
-        chat(image(4), text("What is it?"), image(1), max_tokens=12),
-    ]
+@dataclass(frozen=True)
+class Ask:
+    case: Case
+    tokens: list[int]
+    """The baseline's answer."""
+
+
+def asks(baseline: dict[str, Any]) -> tuple[list[Ask], list[Ask]]:
+    """What the steady load asks, a third of it text, and as many requests with pictures of their own."""
+
+    def ask(name: str, case: Case) -> Ask:
+        return Ask(case, baseline[name]["choices"][0]["token_ids"])
+
+    many = [ask(f"many/{index}", one_of_many(index)) for index in range(MANY)]
+    texts, images = ([ask(name, CASES[name]) for name in names] for names in (TEXTS, IMAGES))
+    return texts * 5 + images + many[::2], many[1::2]
 
 
 @dataclass
 class Outcome:
-    kind: int
     began: float
     seconds: float
     status: int | str
     rungs: str
-    wrong: bool
-    """Status 200 with other tokens than before the faults, or a stream that ended without a reason or an error event."""
+    wrong: str
+    """Status 200 with other tokens than the baseline's, or a stream that ended without a reason or an error event."""
 
 
 @dataclass
 class Load:
-    """Threads that ask one after the other, half of them streaming, until they are stopped."""
+    """Threads that ask one request after the other, half of them streaming, until they are stopped."""
 
     server: Server
-    expected: list[list[int]]
+    asks: list[Ask]
+    pause_s: float = 0.0
+    """Between the beginnings of two requests of a thread, at least."""
     threads: int = 4
     outcomes: list[Outcome] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -57,6 +69,7 @@ class Load:
         self._stop.set()
         for worker in self._workers:
             worker.join(DEADLINE_S + 10)
+        assert not any(worker.is_alive() for worker in self._workers), "a request without an end"
 
     def under_way_since(self, moment: float) -> list[Outcome]:
         """Requests that ended after ``moment``, those included that had begun before."""
@@ -68,31 +81,33 @@ class Load:
     def _work(self, seed: int) -> None:
         order, session = random.Random(seed), requests.Session()
         while not self._stop.is_set():
-            kind = order.randrange(len(self.expected))
-            self.outcomes.append(self._ask(session, kind, streaming=order.random() < 0.5))
+            outcome = ask(session, self.server, order.choice(self.asks), streaming=order.random() < 0.5)
+            self.outcomes.append(outcome)
+            self._stop.wait(self.pause_s - outcome.seconds)
 
-    def _ask(self, session: requests.Session, kind: int, streaming: bool) -> Outcome:
-        path, body = kinds()[kind]
-        began = time.monotonic()
-        status: int | str
-        rungs, wrong = "", False
-        try:
-            response = session.post(
-                self.server.url + path,
-                json=body | {"stream": streaming},
-                headers={"x-request-timeout-s": str(DEADLINE_S - 10)},
-                timeout=DEADLINE_S,
-            )
-            status, rungs = response.status_code, response.headers.get("x-epd-rungs", "")
-            if status == 200:
-                tokens, ended = read(response.text, streaming)
-                if tokens is None:
-                    status = "error event"
-                else:
-                    wrong = not ended or tokens != self.expected[kind]
-        except requests.RequestException as error:
-            status = type(error).__name__
-        return Outcome(kind, began, time.monotonic() - began, status, rungs, wrong)
+
+def ask(session: requests.Session, server: Server, ask: Ask, streaming: bool) -> Outcome:
+    path, body = ask.case
+    began = time.monotonic()
+    status: int | str
+    rungs = wrong = ""
+    try:
+        response = session.post(
+            server.url + path,
+            json=body | {"stream": streaming},
+            headers={"x-request-timeout-s": str(DEADLINE_S - 10)},
+            timeout=DEADLINE_S,
+        )
+        status, rungs = response.status_code, response.headers.get("x-epd-rungs", "")
+        if status == 200:
+            tokens, ended = read(response.text, streaming)
+            if tokens is None:
+                status = "error event"
+            elif not ended or tokens != ask.tokens:
+                wrong = f"{tokens} instead of {ask.tokens}, ended: {ended}"
+    except requests.RequestException as error:
+        status = type(error).__name__
+    return Outcome(began, time.monotonic() - began, status, rungs, wrong)
 
 
 def read(body: str, streaming: bool) -> tuple[list[int] | None, bool]:
@@ -114,6 +129,44 @@ def read(body: str, streaming: bool) -> tuple[list[int] | None, bool]:
     return tokens, ended
 
 
-def answers(server: Server) -> list[list[int]]:
-    """The right tokens of each kind, from a server on which nothing has failed yet."""
-    return [server.post(*case).json()["choices"][0]["token_ids"] for case in kinds()]
+# ---- clients that leave
+
+
+def leave_in_the_stream(server: Server, order: random.Random) -> bool:
+    """Whether there was a stream to leave."""
+    path, body = chat(text("Describe."), image(order.randrange(8)), max_tokens=2000, ignore_eos=True, stream=True)
+    with requests.post(server.url + path, json=body, stream=True, timeout=DEADLINE_S) as response:
+        chunks = response.iter_content(64)
+        for _ in range(order.randrange(1, 5)):
+            next(chunks)
+        return response.status_code == 200
+
+
+def leave_before_the_first_token(server: Server, order: random.Random) -> bool:
+    """Whether the client left in time."""
+    path, body = chat(text("Describe."), image(order.randrange(1000), (280, 280)), image(order.randrange(1000)))
+    try:
+        requests.post(server.url + path, json=body, timeout=(DEADLINE_S, order.uniform(0.01, 0.3)))
+        return False
+    except requests.ReadTimeout:
+        return True
+
+
+def leave(server: Server, seconds: float, threads: int = 8) -> dict[str, int]:
+    """Clients that leave one after the other, many at a time; how many left by where they left."""
+    ways: list[Callable[[Server, random.Random], bool]] = [leave_in_the_stream, leave_before_the_first_token]
+    left: list[str] = []
+    end = time.monotonic() + seconds
+
+    def work(seed: int) -> None:
+        order, way = random.Random(seed), ways[seed % 2]
+        while time.monotonic() < end:
+            if way(server, order):
+                left.append(way.__name__)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return {way.__name__: left.count(way.__name__) for way in ways}

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from serve_app.transfer import free_ports
 REPOSITORY = Path(__file__).parents[2]
 API = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
 START_TIMEOUT_S = 420
+OTHERS = re.compile("ray$|pymp-|torchinductor_")
+"""In the temporary folder: the logs of Ray's sessions, a socket of its dashboard, PyTorch's cache."""
 
 
 @dataclass
@@ -58,13 +62,13 @@ class Server:
     def mark(self) -> str:
         return str(self.log)
 
-    def wait_until(self, condition: Any, what: str, timeout_s: float = 60) -> None:
+    def wait_until(self, condition: Any, what: str, timeout_s: float = 60, every_s: float = 0.1) -> None:
         """Await a condition of the server. Fails with the end of its log."""
         end = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > end:
                 raise AssertionError(f"waited {timeout_s} s for {what}\n{self.tail()}")
-            time.sleep(0.1)
+            time.sleep(every_s)
 
     def healthy(self) -> bool:
         try:
@@ -98,6 +102,16 @@ def wait_gone(mark: str, timeout_s: float = 30) -> list[str]:
     while (left := marked_processes(mark)) and time.monotonic() < end:
         time.sleep(0.1)
     return [" ".join(process.cmdline())[:200] or process.name() for process in left]
+
+
+def shared_memory(mark: str) -> set[str]:
+    """Names of the shared memory and semaphores of a server. By inode: glibc maps a semaphore under another name."""
+    inodes = set()
+    for process in marked_processes(mark):
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            inodes |= {int(line.split()[4]) for line in maps.splitlines() if "/dev/shm/" in line}
+    return {entry.name for entry in os.scandir("/dev/shm") if entry.inode() in inodes}
 
 
 def kill_all(mark: str) -> None:
@@ -145,9 +159,10 @@ def start(command: list[str], port: int, log: Path, env: dict[str, str] | None =
 
 @contextlib.contextmanager
 def serve_run(
-    folder: Path, args: dict[str, Any], deployments: dict[str, dict[str, Any]] | None = None, **kwargs: Any
+    folder: Path, args: dict[str, Any], deployments: dict[str, dict[str, Any]] | None = None
 ) -> Iterator[Server]:
-    """Our application by `serve run`, as a user starts it; Ctrl-C at the end, and then nothing of it may be left."""
+    """Our application by `serve run`, as a user starts it; Ctrl-C at the end, and then no process, temporary file or
+    shared memory of it may be left."""
     (port,) = free_ports(1)
     config = {
         "http_options": {"host": "127.0.0.1", "port": port},
@@ -168,13 +183,19 @@ def serve_run(
     path.write_text(yaml.safe_dump(config))
     log = folder / "serve.log"
     serve = str(Path(sys.executable).with_name("serve"))
+    temp = tempfile.mkdtemp(prefix="epd-")  # a short path: sockets allow 107 bytes
+    env = {"TMPDIR": temp, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares"}
     try:
-        with start([serve, "run", str(path)], port, log, **kwargs) as server:
+        with start([serve, "run", str(path)], port, log, env) as server:
             yield server
+            shared = shared_memory(str(log))
         left = wait_gone(str(log))
+        left += [name for name in os.listdir(temp) if not OTHERS.match(name)]
+        left += shared & set(os.listdir("/dev/shm"))
         assert not left, f"left behind after Ctrl-C: {left}"
     finally:
         kill_all(str(log))
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 @contextlib.contextmanager

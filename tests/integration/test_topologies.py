@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import MEDIA_RULES, stream
 from tests.integration.answers import differences, reduce
 from tests.integration.cases import CASES, MANY, STREAMED
-from tests.integration.conftest import MEDIA_RULES, TOPOLOGIES, all_at_once, stream
+from tests.integration.conftest import TOPOLOGIES, all_at_once
 from tests.integration.servers import Server, serve_run
 
 

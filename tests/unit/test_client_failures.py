@@ -585,6 +585,30 @@ def test_client_that_leaves_before_a_token_ends_the_work_and_frees_the_blocks(ma
     assert pipeline.released() == ([("req", {"remote_block_ids": [1]})] if where == "generate" else [])
 
 
+def test_prefill_that_ends_just_when_its_client_leaves_frees_its_blocks(make_client: Make) -> None:
+    async def main() -> FakePipeline:
+        reached, left = asyncio.Event(), asyncio.Event()
+
+        async def prefill(request: StageRequest) -> PrefillReply:
+            reached.set()
+            await left.wait()
+            return PrefillReply({"remote_block_ids": [1]}, None, 0, "prefill-0")
+
+        pipeline = FakePipeline(prefill=prefill)
+        client = make_client(pipeline.stages)
+        request = asyncio.create_task(run(client, "red"))
+        await reached.wait()
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        left.set()
+        while client._background:
+            await background(client)
+        return pipeline
+
+    assert asyncio.run(main()).released() == [("req", {"remote_block_ids": [1]})]
+
+
 def test_client_that_leaves_between_two_attempts_leaves_nothing_behind(make_client: Make) -> None:
     async def main() -> FakePipeline:
         pausing = asyncio.Event()

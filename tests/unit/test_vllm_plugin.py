@@ -1,5 +1,6 @@
 """serve_app.vllm_plugin: engines die with their replica, and NIXL's thread is still. Real processes, no waiting."""
 
+import contextlib
 import multiprocessing
 import os
 import select
@@ -8,10 +9,11 @@ import subprocess
 import sys
 import threading
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
-from serve_app.vllm_plugin import REPLICA_ENV, STILL_NIXL_ENV
+from serve_app.vllm_plugin import REPLICA_ENV, SOCKETS_ENV, STILL_NIXL_ENV
 
 LIMIT_S = 60.0
 
@@ -22,34 +24,40 @@ def engine(pipe: Connection) -> None:
 
     vllm_plugin.register()
     vllm_plugin.register()
-    pipe.send((os.getpid(), [thread.name for thread in threading.enumerate()]))
-    pipe.recv()
+    lock = multiprocessing.Lock()  # a file in /dev/shm, as vLLM's executor has one
+    pipe.send((os.getpid(), [thread.name for thread in threading.enumerate()], lock._semlock.name))
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+        return
+    threading.Event().wait()  # vLLM's engine does not see that its replica is gone
 
 
 def replica() -> None:
     """A replica: starts an engine as vLLM does, prints what it says and waits until its own input ends."""
+    multiprocessing.set_start_method("spawn")
     ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("spawn").Process(target=engine, args=(theirs,))
+    child = multiprocessing.Process(target=engine, args=(theirs,))
     child.start()
-    pid, threads = ours.recv()
-    print(pid, ",".join(threads), flush=True)
+    pid, threads, semaphore = ours.recv()
+    print(pid, ",".join(threads), semaphore, flush=True)
     sys.stdin.read()
     ours.send("end")
     child.join()
 
 
-def start_replica(**env: str) -> tuple[subprocess.Popen[str], int, list[str]]:
-    """A replica process, the pid of its engine and the engine's threads."""
+def start_replica(**env: str) -> tuple[subprocess.Popen[str], int, list[str], str]:
+    """A replica process, the pid of its engine, the engine's threads and the name of its semaphore."""
     process = subprocess.Popen(
         [sys.executable, "-c", f"from {__name__} import replica; replica()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**{k: v for k, v in os.environ.items() if k != REPLICA_ENV}, **env},
+        process_group=0,
     )
     assert process.stdout is not None
-    pid, threads = process.stdout.readline().split()
-    return process, int(pid), threads.split(",")
+    pid, threads, semaphore = process.stdout.readline().split()
+    return process, int(pid), threads.split(","), semaphore
 
 
 def ends(pidfd: int) -> bool:
@@ -57,7 +65,7 @@ def ends(pidfd: int) -> bool:
 
 
 def test_engine_ends_when_its_replica_is_killed() -> None:
-    process, pid, threads = start_replica(**{REPLICA_ENV: "r1"})
+    process, pid, threads, _ = start_replica(**{REPLICA_ENV: "r1"})
     pidfd = os.pidfd_open(pid)
     try:
         assert threads.count("epd-parent-watch") == 1  # registered twice
@@ -68,8 +76,26 @@ def test_engine_ends_when_its_replica_is_killed() -> None:
         process.communicate()
 
 
+def test_engine_of_a_killed_replica_leaves_no_files(tmp_path: Path) -> None:
+    """Though Ray kills the replica's process group, with multiprocessing's resource tracker in it."""
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    (sockets / "socket").touch()
+    process, pid, _, semaphore = start_replica(**{REPLICA_ENV: "r1", SOCKETS_ENV: str(sockets)})
+    pidfd = os.pidfd_open(pid)
+    file = Path(f"/dev/shm/sem.{semaphore.removeprefix('/')}")
+    try:
+        assert file.exists()
+        os.killpg(process.pid, signal.SIGKILL)
+        assert ends(pidfd)
+        assert not sockets.exists() and not file.exists()
+    finally:
+        os.close(pidfd)
+        process.communicate()
+
+
 def test_process_that_is_not_ours_is_not_watched() -> None:
-    process, pid, threads = start_replica()
+    process, pid, threads, _ = start_replica()
     assert "epd-parent-watch" not in threads
     assert os.path.exists(f"/proc/{pid}")
     process.communicate()
@@ -115,6 +141,12 @@ def test_nixls_progress_thread_is_off_only_in_replicas_on_the_cpu(env: dict[str,
     assert result.returncode == 0, result.stderr
     # Everything else is passed on, and registering again wraps nothing twice.
     assert result.stdout.splitlines()[-1] == f"{threads} True 123 4 ['X'] True"
+
+
+def test_replica_can_end_its_resource_tracker() -> None:
+    from multiprocessing import resource_tracker
+
+    assert callable(resource_tracker._resource_tracker._stop), "deployments/_replica.py __del__"  # type: ignore[attr-defined]
 
 
 def test_plugin_imports_nothing_heavy() -> None:

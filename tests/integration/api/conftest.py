@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.conftest import MEDIA_RULES
+from tests.conftest import MEDIA_RULES
 from tests.integration.servers import Server, serve_run
 
 
