@@ -209,11 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replot", action="store_true", help="draw the plot of the last run again")
     parser.add_argument("--scale", type=float, default=1.0, help="how much longer the phases are")
+    parser.add_argument("--encoders-at-rest", type=int, default=1, help="min_replicas of the encoder; 0: none for text")
     options = parser.parse_args()
+    scaled = deployments(options.encoders_at_rest)
     record, picture = RESULTS / "autoscale.json", RESULTS / "autoscale.png"
     if not options.replot:
         phases = [(phase, seconds * options.scale) for phase, seconds in PHASES]
-        with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), {}, deployments()) as server:
+        with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), {}, scaled) as server:
             samples, failures = run(server, phases)
         RESULTS.mkdir(exist_ok=True)
         document = {
@@ -222,7 +224,7 @@ def main() -> None:
             "versions": {name: version(name) for name in ("ray", "nixl")} | {"python": platform.python_version()},
             "workers": WORKERS,
             "images": {"per request": IMAGES, "size": IMAGE_SIZE},
-            "deployments": deployments(),
+            "deployments": scaled,
             "phases": phases,
             "failures": failures,
             "changes": {stage: changes(samples, stage) for stage in Stage},
