@@ -121,6 +121,12 @@ def test_cluster_elsewhere_is_what_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     assert app.cluster().elastic
 
 
+def test_every_deployment_has_the_time_to_finish_what_it_holds(build: Build) -> None:
+    deployments = build({"drain_timeout_s": 77})
+    options = [deployment._deployment_config.graceful_shutdown_timeout_s for deployment in deployments.values()]
+    assert options == [77] * 4
+
+
 def refusal(args: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
         app.parse(args)
