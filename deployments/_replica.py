@@ -1,5 +1,6 @@
 """What the engine replicas of all stages share: start, health, metrics, profile, shutdown."""
 
+import asyncio
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,13 @@ from serve_app.placement import xpu_affinity
 from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import check_shared_memory, side_channel_env, storage_path
 from serve_app.vllm_plugin import REPLICA_ENV
+from serve_app.workload import Meter, page
 
 if TYPE_CHECKING:
     from serve_app.engine import StageEngine
+
+
+DRAIN_POLL_S = 0.1
 
 
 class EngineReplica:
@@ -21,6 +26,7 @@ class EngineReplica:
 
     stage: Stage
     engine: "StageEngine"
+    work: Meter
 
     def __init__(self, config: EPDConfig) -> None:
         context = serve.get_replica_context()
@@ -38,13 +44,23 @@ class EngineReplica:
         from serve_app.engine import StageEngine
 
         self.engine = StageEngine(self.stage, engine_args(config, self.stage, model_path(config)))
+        self.work = Meter()
+        self._gpus = config.stages[self.stage].gpus_per_replica or 0.0
 
     async def check_health(self) -> None:
         await self.engine.check_health()
 
-    def metrics(self) -> tuple[str, str, str]:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve brings to the autoscaling policies."""
+        return self.work.stats() | {
+            "kv_use": self.engine.kv_use,
+            "slots": float(self.engine.slots),
+            "gpus": self._gpus,
+        }
+
+    async def metrics(self) -> tuple[str, str, str]:
         """Stage, replica and metrics in Prometheus' text format."""
-        return self.stage, self.replica, self.engine.metrics()
+        return self.stage, self.replica, self.engine.metrics() + page(await self.record_autoscaling_stats())
 
     async def start_profile(self, overrides: dict[str, Any]) -> str:
         await self.engine.start_profile(**overrides)
@@ -54,6 +70,15 @@ class EngineReplica:
         await self.engine.stop_profile()
         return self.replica
 
-    def __del__(self) -> None:
+    def holds(self) -> bool:
+        """Whether another engine has still to pull something from this one."""
+        return False
+
+    async def __del__(self) -> None:
+        """Serve calls it when the calls of a replica that goes away have ended, and kills the replica after
+        ``graceful_shutdown_timeout_s``. First what is held gets its time to be pulled."""
         if (engine := getattr(self, "engine", None)) is not None:
+            # The engine has no event to wait for: it says what it holds with each of its steps.
+            while self.holds():  # noqa: ASYNC110
+                await asyncio.sleep(DRAIN_POLL_S)
             engine.shutdown()

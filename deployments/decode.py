@@ -23,11 +23,12 @@ class Decode(EngineReplica):
         from serve_app.engine import queue_s, to_chunk
 
         began, first = time.perf_counter(), True
-        async with aclosing(self.engine.generate(request)) as outputs:
-            async for output in outputs:
-                ran_s = time.perf_counter() - began - queue_s(output) if first else None
-                first = False
-                yield to_chunk(output, ran_s), self.replica
+        with self.work.call(1):
+            async with aclosing(self.engine.generate(request)) as outputs:
+                async for output in outputs:
+                    ran_s = time.perf_counter() - began - queue_s(output) if first else None
+                    first = False
+                    yield to_chunk(output, ran_s), self.replica
 
     async def release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
         """Give back the blocks of a prefill whose request will not be decoded."""

@@ -25,23 +25,34 @@ class Encoder(EngineReplica):
 
         set_vllm_limits(config.media)
         self.items = ItemProcessor(self.engine.renderer, config.media)
+        # From a folder others read when they like; blocks are pulled from this engine, within the lease.
+        self._lease_s = 0.0 if config.ec.uses_folder else config.ec.lease_s
+        self._answered_at = -self._lease_s
 
     async def encode(self, request: StageRequest) -> EncodeReply:
         """Encode the one item of the request and publish its embedding through the EC connector."""
-        return await self._encode(request, time.perf_counter())
+        with self.work.call(request.prompt.items[0].num_embeds):
+            return await self._encode(request, time.perf_counter())
 
     async def encode_media(self, request: MediaRequest) -> EncodeReply:
         """The same for an item that is not processed yet."""
         from serve_app.engine import ENCODE_PARAMS
 
         began = time.perf_counter()
-        features = await self.items.features(request.media)
-        call = StageRequest(request.request_id, features.prompt, ENCODE_PARAMS, request.options)
-        return await self._encode(call, began, self.items.without_pixels(features))
+        with self.work.call(request.cost) as work:
+            features = await self.items.features(request.media)
+            work.done = features.item.num_embeds
+            call = StageRequest(request.request_id, features.prompt, ENCODE_PARAMS, request.options)
+            return await self._encode(call, began, self.items.without_pixels(features))
+
+    def holds(self) -> bool:
+        """Embeddings that may not have been pulled yet: nobody tells an encoder when they are."""
+        return time.monotonic() < self._answered_at + self._lease_s
 
     async def _encode(self, request: StageRequest, began: float, features: Features | None = None) -> EncodeReply:
         from serve_app.engine import queue_s
 
         output = await self.engine.final(request)
+        self._answered_at = time.monotonic()
         ran_s = time.perf_counter() - began - queue_s(output)
         return EncodeReply(output.ec_transfer_params or {}, self.replica, features, ran_s)

@@ -19,10 +19,16 @@ class Prefill(EngineReplica):
         from serve_app.engine import queue_s
 
         began = time.perf_counter()
-        output = await self.engine.final(request)
+        with self.work.call(len(request.prompt.token_ids)) as call:
+            output = await self.engine.final(request)
+            call.done = call.asked - (output.num_cached_tokens or 0)
         if output.kv_transfer_params is None:
             raise HandoffLost(self.stage, "ended without KV blocks to hand over")
         ran_s = time.perf_counter() - began - queue_s(output)
         return PrefillReply(
             output.kv_transfer_params, output.prompt_logprobs, output.num_cached_tokens, self.replica, ran_s
         )
+
+    def holds(self) -> bool:
+        """Blocks that decode has not pulled; the engine frees those that nobody pulls when their lease is over."""
+        return self.engine.holds_blocks

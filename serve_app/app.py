@@ -44,7 +44,11 @@ def build_app(args: dict[str, Any]) -> Application:
         stage.value: DEPLOYMENTS[stage].options(**stage_options(stage, config)).bind(config) for stage in config.stages
     }
     ingress: Any = Ingress  # the decorator made a deployment of the class
-    ingress = ingress.options(ray_actor_options={"num_cpus": config.ingress_cpus}, max_ongoing_requests=1024)
+    ingress = ingress.options(
+        ray_actor_options={"num_cpus": config.ingress_cpus},
+        max_ongoing_requests=1024,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+    )
     application: Application = ingress.bind(config, **handles)
     return application
 
@@ -56,6 +60,7 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
         "ray_actor_options": actor_options(stage_config, config.accelerator),
         "max_ongoing_requests": stage_config.max_ongoing_requests,
         "max_queued_requests": stage_config.max_queued_requests,
+        "graceful_shutdown_timeout_s": config.drain_timeout_s,
     }
     if stage is Stage.ENCODER:
         options["request_router_config"] = RequestRouterConfig(

@@ -415,6 +415,9 @@ class EPDConfig(Strict):
         600.0, gt=0, description="A request without a first token by then is answered 504."
     )
     startup_timeout_s: float = Field(3600.0, gt=0, description="Time for all stages to load before the start-up fails.")
+    drain_timeout_s: float = Field(
+        300.0, gt=0, description="Time for a replica that goes away to finish what it holds; then it is killed."
+    )
 
     @property
     def stages(self) -> dict[Stage, StageConfig]:

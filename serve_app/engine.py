@@ -18,6 +18,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.config import Stage
 from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageUnavailable
@@ -88,12 +89,33 @@ def from_engine_input(engine_input: Any) -> Prompt:
     )
 
 
+class KVUse(StatLoggerBase):
+    """The share of the KV cache that is in use, per engine core: the latest that its scheduler told."""
+
+    def __init__(self) -> None:
+        self.by_core: dict[int, float] = {}
+
+    def factory(self, vllm_config: Any, engine_index: int = 0) -> "KVUse":
+        """As vLLM asks for a logger of each engine core."""
+        return self
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        if scheduler_stats is not None:
+            self.by_core[engine_idx] = scheduler_stats.kv_cache_usage
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+
 class StageEngine:
     """One engine of one stage, in the process of its replica (the engine core is a child process)."""
 
     def __init__(self, stage: Stage, args: dict[str, Any]) -> None:
         self._stage = stage
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        self._kv_use = KVUse()
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=[self._kv_use.factory])
 
     @property
     def renderer(self) -> Any:
@@ -141,6 +163,23 @@ class StageEngine:
         await self._llm.check_health()
         if self._llm.errored:
             raise self._llm.dead_error
+
+    @property
+    def kv_use(self) -> float:
+        """Share of the KV cache that requests hold, those included whose blocks another engine has still to pull."""
+        use = self._kv_use.by_core.values()
+        return sum(use) / len(use) if use else 0.0
+
+    @property
+    def slots(self) -> int:
+        """Sequences that run at a time."""
+        config = self._llm.vllm_config
+        return int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether there are KV blocks that somebody needs. A dead engine holds none."""
+        return not self._llm.errored and self.kv_use > 0
 
     def metrics(self) -> str:
         """vLLM's metrics in Prometheus' text format."""

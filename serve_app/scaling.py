@@ -1,0 +1,151 @@
+"""How many replicas a stage needs, from the work that waits for it. Pure arithmetic: no Ray, no clock.
+
+Two questions, with a gap between their answers, so that the number of replicas does not go up and down with every wave:
+
+- More? If a newcomer would wait longer than ``target_queue_s``: as many as would have done all of it by then.
+- Fewer? Only if those that stay could carry what is being done now at ``max_utilization``, and what waits fits too.
+
+``share`` is for when GPUs are short: which stage gets the next one. ``autoscaling.py`` is their place in Ray Serve.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, inf
+
+from pydantic import BaseModel, ConfigDict, Field
+
+UP_MARGIN = 0.1
+"""A wish for more has to be clear by this share of the replicas that are there."""
+
+KEEP_MARGIN = 0.1
+"""A stage gives a card to another only if that one waits longer by this share."""
+
+
+class Targets(BaseModel):
+    """What a stage is scaled for: ``policy_kwargs`` of its policy."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target_queue_s: float = Field(1.0, gt=0, description="Longest time that new work should wait in this stage.")
+    max_utilization: float = Field(
+        0.7, gt=0, le=1, description="Share of their rate that fewer replicas may be used at, before one goes."
+    )
+
+
+class DecodeTargets(Targets):
+    target_running: float | None = Field(
+        None, gt=0, description="Sequences that a replica runs at a time. None: as many as its engine can."
+    )
+    target_kv_use: float = Field(0.8, gt=0, le=1, description="Share of its KV cache that a replica uses.")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a stage has to do. Work is in the unit of the stage; see ``workload.py``."""
+
+    outstanding: float
+    """Work of the calls that its replicas have."""
+    calls: float
+    """Those calls."""
+    queued_calls: float
+    """Calls that wait for a replica, at the ingress."""
+    mean_work: float
+    """Work of a call."""
+    carried: float
+    """Work per second that its replicas do together."""
+    rate: float | None
+    """Work per second that one replica can do; None: not measured yet."""
+
+    @property
+    def work(self) -> float:
+        return self.outstanding + self.queued_calls * self.mean_work
+
+
+@dataclass(frozen=True)
+class DecodeLoad(Load):
+    slots: float = 0.0
+    """Sequences that one replica can run at a time; 0: not known."""
+    kv_use: float = 0.0
+    """KV caches in use: the sum over the replicas."""
+
+
+def queue_s(load: Load, replicas: float) -> float | None:
+    """Seconds that new work would wait for; None: no rate is known."""
+    if load.work == 0:
+        return 0.0
+    if load.rate is None:
+        return None
+    return load.work / (load.rate * replicas) if replicas else inf
+
+
+def replicas_for_work(load: Load, current: int, targets: Targets) -> float | None:
+    """Replicas of an encoder or prefill stage, not rounded; None: no rate is known, and something else has to decide."""
+    if load.rate is None:
+        return None
+    # One call is never on two replicas: more of them than calls would not help.
+    queue = min(load.work / (load.rate * targets.target_queue_s), load.calls + load.queued_calls)
+    carry = load.carried / (load.rate * targets.max_utilization)
+    return steady(current, queue, max(carry, queue / targets.max_utilization))
+
+
+def replicas_for_sequences(load: DecodeLoad, current: int, targets: DecodeTargets) -> float | None:
+    """Replicas of a decode stage: it is full when its batch or its KV cache is; what is above its batch waits."""
+    full = targets.target_running or load.slots
+    if not full:
+        return None
+    sequences = load.calls + load.queued_calls
+    needed = max(sequences / full, load.kv_use / targets.target_kv_use)
+    waiting = load.queued_calls + max(load.calls - current * load.slots, 0.0) if load.slots else load.queued_calls
+    if waiting and load.rate is not None:
+        needed = max(needed, min(current + waiting / (load.rate * targets.target_queue_s), sequences))
+    return steady(current, needed, needed / targets.max_utilization)
+
+
+def steady(current: int, more: float, keep: float) -> float:
+    """``more`` where that is clearly above ``current``, ``keep`` where that is at least one below, else ``current``."""
+    if more > current * (1 + UP_MARGIN):
+        return more
+    if ceil(keep) < current:
+        return keep
+    return float(current)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a stage asks for."""
+
+    replicas: float
+    """Not rounded. Over the replicas it has, this is its queueing time over its target."""
+    current: int
+    minimum: int
+    gpus: float
+    """GPUs of one replica."""
+
+
+def share(wishes: Mapping[str, Wish], gpus: float) -> dict[str, int]:
+    """Replicas by stage, of wishes that may need more GPUs than there are.
+
+    Every stage gets its minimum, and nobody more than it wishes for. Each next card goes to the stage that would wait
+    longest by its own measure: so replicas stay in the proportion of the wishes. A stage keeps what it has unless another
+    waits clearly longer.
+    """
+    given = {name: min(wish.minimum, ceil(wish.replicas)) for name, wish in wishes.items()}
+    given = {name: max(count, wishes[name].minimum) for name, count in given.items()}
+    left = gpus - sum(wishes[name].gpus * count for name, count in given.items())
+
+    def wait(name: str) -> float:
+        wish, count = wishes[name], given[name]
+        waits = wish.replicas / count if count else inf
+        return waits * (1 + KEEP_MARGIN) if count < wish.current else waits
+
+    while True:
+        open_wishes = [
+            name
+            for name, wish in wishes.items()
+            if given[name] < ceil(wish.replicas) and (not wish.gpus or wish.gpus <= left + 1e-6)
+        ]
+        if not open_wishes:
+            return given
+        name = max(open_wishes, key=wait)
+        given[name] += 1
+        left -= wishes[name].gpus

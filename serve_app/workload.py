@@ -1,0 +1,117 @@
+"""How much work a replica has, and how fast it does it: the signals that the autoscaling policies go by.
+
+Work is counted in the unit of the stage: visual or audio tokens of an encoder, prompt tokens of a prefill (those found in
+its prefix cache taken off), sequences of a decode.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+WARM_UP_CALLS = 4
+"""The first calls of an engine load kernels and fill allocators: no rate is measured from them."""
+
+SAMPLE_CALLS = 4
+SAMPLE_BUSY_S = 1.0
+SAMPLES = 8
+"""A rate is that of the last 8 samples, each of at least 4 calls and a second in which there was work."""
+
+REMEMBERED_CALLS = 64
+
+
+@dataclass
+class Call:
+    """One call under way. ``done``, when it is set, is what its work really was; until then ``asked`` is the guess."""
+
+    asked: float
+    done: float | None = None
+
+
+class Meter:
+    """Counts the calls of one replica. For one thread, the replica's event loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._calls: dict[int, Call] = {}
+        self._ended: deque[Call] = deque(maxlen=REMEMBERED_CALLS)
+        self._samples: deque[tuple[float, float]] = deque(maxlen=SAMPLES)  # work, busy seconds
+        self._sample = [0.0, 0.0, 0]  # work, busy seconds, calls
+        self._warm_up = WARM_UP_CALLS
+        self._total = 0.0
+        self._seen_at = clock()
+
+    @contextmanager
+    def call(self, asked: float) -> Iterator[Call]:
+        """Count a call. One that raises has done no work, and the time it took is in the rate."""
+        call = Call(asked)
+        self._pass_time()
+        self._calls[id(call)] = call
+        try:
+            yield call
+            self._end(call)
+        finally:
+            self._pass_time()
+            del self._calls[id(call)]
+
+    def _pass_time(self) -> None:
+        now = self._clock()
+        if self._calls:
+            self._sample[1] += now - self._seen_at
+        self._seen_at = now
+
+    def _end(self, call: Call) -> None:
+        self._pass_time()
+        call.done = call.asked if call.done is None else call.done
+        self._ended.append(call)
+        self._total += call.done
+        if self._warm_up:
+            self._warm_up -= 1
+            self._sample = [0.0, 0.0, 0]
+            return
+        self._sample[0] += call.done
+        self._sample[2] += 1
+        work, busy_s, calls = self._sample
+        if calls >= SAMPLE_CALLS and busy_s >= SAMPLE_BUSY_S:
+            self._samples.append((work, busy_s))
+            self._sample = [0.0, 0.0, 0]
+
+    @property
+    def rate(self) -> float | None:
+        """Work per second while there is any; None until it is measured."""
+        busy_s = sum(busy for _, busy in self._samples)
+        return sum(work for work, _ in self._samples) / busy_s if busy_s else None
+
+    def stats(self) -> dict[str, float]:
+        """``outstanding`` work and ``calls`` under way, the ``mean_work`` of a call, all work ``done`` since the start,
+        and the ``rate`` of work per second, 0 while it is not known."""
+        asked, done = sum(call.asked for call in self._ended), sum(call.done or 0.0 for call in self._ended)
+        share = done / asked if asked else 1.0  # cache hits, and guesses that were too high
+        return {
+            "outstanding": share * sum(call.asked for call in self._calls.values()),
+            "calls": float(len(self._calls)),
+            "mean_work": done / len(self._ended) if self._ended else 0.0,
+            "done": self._total,
+            "rate": self.rate or 0.0,
+        }
+
+
+HELP = {
+    "outstanding": "Work of calls under way, in the unit of the stage.",
+    "calls": "Calls under way.",
+    "mean_work": "Work of a call.",
+    "done": "Work done since the replica started.",
+    "rate": "Work per second while there is any; 0 while it is not measured.",
+    "kv_use": "Share of the KV cache that is in use.",
+    "slots": "Sequences that the engine runs at a time.",
+    "gpus": "GPUs that the replica claims.",
+}
+
+
+def page(stats: Mapping[str, float]) -> str:
+    """The signals in Prometheus' text format, as ``epd:work_<name>``."""
+    return "".join(
+        f"# HELP epd:work_{name} {HELP[name]}\n# TYPE epd:work_{name} gauge\nepd:work_{name} {value}\n"
+        for name, value in stats.items()
+    )
