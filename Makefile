@@ -5,7 +5,7 @@ ARGS ?=
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## Make .venv, or bring it up to date (EPD_EXTRA=cpu|gpu overrides the choice by GPU)
@@ -24,6 +24,11 @@ test: setup ## Run the tests (ARGS="-k name -x")
 .PHONY: chaos
 chaos: setup ## Break things under load, 3 rounds (EPD_CHAOS_ROUNDS=n), and print what became of the requests
 	@PATH="$(CURDIR)/$(BIN):$$PATH" EPD_CHAOS_ROUNDS="$${EPD_CHAOS_ROUNDS:-3}" python -m pytest -s tests/chaos $(ARGS)
+
+.PHONY: autoscale
+autoscale: setup ## Drive text, images and quiet, and draw who is scaled when (benchmarks/results/autoscale.png)
+	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install -q -e ".[bench]"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.autoscale $(ARGS)
 
 .PHONY: check
 check: setup ## Check format, lint and types

@@ -50,19 +50,19 @@ class WorkPolicy:
     TARGETS: ClassVar[type[Targets]] = Targets
 
     def __init__(self, **targets: Any) -> None:
+        self.mistake: ValidationError | None = None
         self._complained_at = -inf
-        self._mistake: ValidationError | None = None
         try:
             self._targets = self.TARGETS.model_validate(targets)
         except ValidationError as mistake:
-            self._mistake = mistake
+            self.mistake = mistake
 
     def __call__(self, ctx: AutoscalingContext) -> Decision:
-        if self._mistake is not None:
+        if self.mistake is not None:
             if ctx.current_time - self._complained_at >= COMPLAIN_EVERY_S:
                 self._complained_at = ctx.current_time
                 logging.getLogger("ray.serve").error(
-                    f"{ctx.deployment_name} is scaled by calls: its `policy_kwargs` cannot be used. {self._mistake}"
+                    f"{ctx.deployment_name} is scaled by calls: its `policy_kwargs` cannot be used. {self.mistake}"
                 )
             wished = None
         else:
@@ -138,10 +138,11 @@ class SharedGPUs:
         self._own: dict[Any, tuple[Any, Callable[[AutoscalingContext], Decision]]] = {}
         self._claims: dict[Any, float] = {}
         self._asked: tuple[float, float] = (-inf, inf)
+        self.mistake: ValidationError | None = None
         try:
             self._budget = Budget.model_validate(budget)
         except ValidationError as mistake:
-            self._budget = Budget()
+            self._budget, self.mistake = Budget(), mistake
             logging.getLogger("ray.serve").error(f"`policy_kwargs` of SharedGPUs are left out: {mistake}")
 
     def __call__(

@@ -190,5 +190,5 @@ def test_the_own_policies_are_made_once_and_again_after_a_new_config() -> None:
 
 
 def test_decode_policy_knows_targets_that_the_others_do_not() -> None:
-    assert DecodePolicy(target_running=8)._mistake is None
-    assert WorkPolicy(target_running=8)._mistake is not None
+    assert DecodePolicy(target_running=8).mistake is None
+    assert WorkPolicy(target_running=8).mistake is not None

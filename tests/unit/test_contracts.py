@@ -62,6 +62,9 @@ IMPORTS = [
     ("serve_app/engine.py", "vllm.v1.engine.exceptions:EngineDeadError"),
     ("serve_app/engine.py", "vllm.v1.engine.exceptions:EngineGenerateError"),
     ("serve_app/engine.py", "vllm.engine.arg_utils:AsyncEngineArgs"),
+    ("serve_app/engine.py", "vllm.v1.metrics.loggers:StatLoggerBase.record"),
+    ("serve_app/autoscaling.py", "ray.serve.autoscaling_policy:replica_queue_length_autoscaling_policy"),
+    ("serve_app/autoscaling.py", "ray.serve.config:AutoscalingPolicy.get_policy"),
     ("serve_app/openai_app.py", "vllm.entrypoints.launchers.app:build_app"),
     ("serve_app/openai_app.py", "vllm.entrypoints.launchers.api_server.app_state:init_app_state"),
     ("serve_app/openai_app.py", "vllm.entrypoints.launchers.cli_args:make_arg_parser"),
@@ -146,6 +149,37 @@ def test_engine_can_be_shut_down_and_profiled_as_we_do() -> None:
     profile = parameters(AsyncLLM.start_profile).keys()
     wanted = {"profile_prefix", "delay_iterations", "max_iterations"}
     assert profile >= wanted, "serve_app/openai_app.py: start_profile"
+
+
+def test_an_engine_tells_what_it_holds_with_each_step() -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    from serve_app.engine import KVUse
+
+    assert "stat_loggers" in parameters(AsyncLLM.from_engine_args), "serve_app/engine.py: StageEngine"
+    assert "kv_cache_usage" in fields(SchedulerStats), "serve_app/engine.py: KVUse"
+    assert parameters(StatLoggerManager.record).keys() - {"self"} <= parameters(KVUse.record).keys(), "KVUse.record"
+    assert not KVUse.__abstractmethods__, "serve_app/engine.py: KVUse"
+    usage = inspect.getsource(KVCacheManager.usage.fget)
+    assert "get_usage" in usage, "serve_app/engine.py holds_blocks: what counts as used"
+    waits_for_pull = inspect.getsource(Scheduler.has_finished_requests)
+    assert "delayed connector cleanup" in waits_for_pull, (
+        "deployments/prefill.py holds: the engine steps while it holds"
+    )
+
+
+def test_serve_awaits_the_end_of_a_replica_and_asks_it_for_signals() -> None:
+    from ray.serve._private import replica
+
+    source = inspect.getsource(replica)
+    assert "async def __del__(self)" in source, "deployments/_replica.py __del__"
+    assert '"record_autoscaling_stats"' in source, "deployments/_replica.py record_autoscaling_stats"
+    pusher = inspect.getsource(replica.ReplicaMetricsManager.start_metrics_pusher)
+    assert "metrics_interval_s" in pusher, "README.md, Operations: how often replicas report"
 
 
 def test_outputs_have_the_fields_that_we_read_and_write() -> None:

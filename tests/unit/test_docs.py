@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from serve_app.__main__ import READY
 from serve_app.config import EPDConfig, Stage, StageConfig
 from serve_app.placement import Cluster, resolve
+from serve_app.scaling import DecodeTargets, Targets
 from serve_app.trace import Trace
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +116,15 @@ def test_keys_named_in_the_text_exist() -> None:
 @pytest.mark.parametrize("block", code_blocks("yaml"))
 def test_yaml_in_the_text_is_a_config(block: str) -> None:
     EPDConfig.model_validate(yaml.safe_load(block))
+
+
+def test_the_table_of_targets_has_every_key_with_its_default() -> None:
+    table = re.search(r"^\| Key of `policy_kwargs`.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    assert table
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| (`DecodePolicy` only)?", table[0], re.MULTILINE)
+
+    assert {key: default for key, default, _ in rows} == config_keys(DecodeTargets)
+    assert [key for key, _, only_decode in rows if not only_decode] == list(config_keys(Targets))
 
 
 # ---- from the reference

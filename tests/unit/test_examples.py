@@ -3,6 +3,7 @@
 Ray drops keys that it does not know without a word, so its schema is walked here.
 """
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 from pydantic import BaseModel
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import (
     DeploymentSchema,
     HTTPOptionsSchema,
@@ -37,6 +38,7 @@ EXAMPLES = {
     "examples/single.yaml": ("PD", [NO_GPU, *GPUS.values()]),
     "examples/two_gpus.yaml": ("E+P+D", [GPUS[2], GPUS[8]]),
     "examples/many_nodes.yaml": ("E+P+D", [GPUS[8]]),
+    "examples/autoscaling.yaml": ("E+P+D", [GPUS[3], GPUS[8]]),
     "examples/audio.yaml": ("E+P+D", [GPUS[1], GPUS[2], GPUS[3]]),
 }
 
@@ -75,7 +77,19 @@ def keys_that_ray_would_drop(document: dict[str, Any]) -> list[str]:
                 "ray_actor_options": RayActorOptionsSchema,
             }.items():
                 unknown += unknown_keys(deployment.get(key, {}), schema, f"{where}.{key}")
+        for where, policy in policies(app).items():
+            unknown += unknown_keys(policy, AutoscalingPolicy, f"{where}.policy")
     return unknown
+
+
+def policies(app: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The autoscaling policies of an application, by where they stand."""
+    found = {
+        f"{app['name']}.{deployment['name']}": deployment["autoscaling_config"]["policy"]
+        for deployment in app["deployments"]
+        if "policy" in deployment.get("autoscaling_config", {})
+    }
+    return found | ({app["name"]: app["autoscaling_policy"]} if "autoscaling_policy" in app else {})
 
 
 def test_every_config_is_tested() -> None:
@@ -103,6 +117,14 @@ def test_a_key_that_ray_would_drop_is_seen() -> None:
         "epd.Encoder.replicas",
         "epd.Prefill.autoscaling_config.max_replica",
     ]
+
+
+@every_example
+def test_policies_are_ours_and_take_what_they_are_given(name: str) -> None:
+    for where, policy in policies(application(name)).items():
+        module, _, attribute = policy["policy_function"].partition(":")
+        made = getattr(importlib.import_module(module), attribute)(**policy.get("policy_kwargs", {}))
+        assert made.mistake is None, where
 
 
 @every_example

@@ -1,0 +1,240 @@
+"""Load that changes its kind, and what the autoscaling policies make of it: text, images, text, quiet.
+
+``python -m benchmarks.autoscale`` starts the application on the demo model with the policies of ``serve_config.yaml`` and
+short delays, drives it, and writes ``benchmarks/results/autoscale.json`` and ``autoscale.png``: load, queue and replicas per
+stage over time. The figures are of a tiny model on the machine at hand; what they show is who is scaled, and when.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve_app.config import Stage
+from serve_app.scaling import Load, queue_s
+from tests.integration.cases import Case, chat, image, text
+from tests.integration.servers import Server, serve_run
+
+RESULTS = Path(__file__).parent / "results"
+SAMPLE_EVERY_S = 1.0
+DEADLINE_S = 110.0
+
+WORKERS = 6
+IMAGES, IMAGE_SIZE = 3, (504, 504)
+TARGET_QUEUE_S = {Stage.ENCODER: 0.4, Stage.PREFILL: 3.0, Stage.DECODE: 3.0}
+
+PHASES = [("quiet", 10.0), ("text", 40.0), ("image", 100.0), ("text", 70.0), ("quiet", 20.0)]
+
+
+def deployments(encoders_at_rest: int = 1) -> dict[str, dict[str, Any]]:
+    """Ray's options: our policies, up to two replicas of each stage, delays of seconds instead of minutes."""
+    delays = {"metrics_interval_s": 1.0, "look_back_period_s": 6.0, "upscale_delay_s": 4.0, "downscale_delay_s": 20.0}
+
+    def scaled(policy: str, stage: Stage, minimum: int = 1) -> dict[str, Any]:
+        kwargs = {"target_queue_s": TARGET_QUEUE_S[stage]}
+        policies = {"policy": {"policy_function": f"serve_app.autoscaling:{policy}", "policy_kwargs": kwargs}}
+        return {"autoscaling_config": {"min_replicas": minimum, "max_replicas": 2} | delays | policies}
+
+    return {
+        "Ingress": {"num_replicas": 1},
+        "Encoder": scaled("WorkPolicy", Stage.ENCODER, encoders_at_rest),
+        "Prefill": scaled("WorkPolicy", Stage.PREFILL),
+        "Decode": scaled("DecodePolicy", Stage.DECODE),
+    }
+
+
+def request(kind: str, seed: int) -> Case:
+    if kind == "text":
+        return chat(text(f"Tell me about the weather on day {seed}."), max_tokens=8)
+    pictures = [image(1_000_000 + IMAGES * seed + index, IMAGE_SIZE) for index in range(IMAGES)]
+    return chat(text("Compare."), *pictures, max_tokens=4)
+
+
+@dataclass
+class Sample:
+    """One look at the application."""
+
+    seconds: float
+    phase: str
+    completed: int
+    """Requests that were answered since the start."""
+    failed: int
+    replicas: dict[str, int]
+    queue_s: dict[str, float]
+    """Estimated: outstanding work over the rate of the stage's replicas."""
+
+
+@dataclass
+class Driver:
+    """Threads that ask one after the other for what the phase says; every request is one that was not asked before."""
+
+    server: Server
+    phase: str = "quiet"
+    completed: int = 0
+    failures: list[str] = field(default_factory=list)
+    _seeds: Iterator[int] = field(default_factory=itertools.count)
+    _wake: threading.Condition = field(default_factory=threading.Condition)
+    _ended: bool = False
+
+    def work(self) -> None:
+        session = requests.Session()
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._ended or self.phase != "quiet")
+                if self._ended:
+                    return
+                kind, seed = self.phase, next(self._seeds)
+            path, body = request(kind, seed)
+            try:
+                answer = session.post(self.server.url + path, json=body, timeout=DEADLINE_S)
+                problem = "" if answer.status_code == 200 else f"{answer.status_code} {answer.text[:300]}"
+            except requests.RequestException as error:
+                problem = repr(error)
+            with self._wake:
+                self.completed += not problem
+                self.failures += [problem] if problem else []
+
+    def enter(self, phase: str) -> None:
+        with self._wake:
+            self.phase = phase
+            self._wake.notify_all()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            workers = [pool.submit(self.work) for _ in range(WORKERS)]
+            try:
+                yield
+            finally:
+                with self._wake:
+                    self._ended = True
+                    self._wake.notify_all()
+            for worker in workers:
+                worker.result()
+
+
+def look(driver: Driver, began: float) -> Sample:
+    """Replicas that answer, and what they say of their work."""
+    signals: dict[str, dict[str, dict[str, float]]] = {stage: {} for stage in Stage}
+    for family in text_string_to_metric_families(driver.server.get("/metrics").text):
+        if family.name.startswith("epd:work_"):
+            for sample in family.samples:
+                replica = signals[sample.labels["stage"]].setdefault(sample.labels["replica"], {})
+                replica[family.name.removeprefix("epd:work_")] = sample.value
+    queues = {}
+    for stage, replicas in signals.items():
+        rates = [replica["rate"] for replica in replicas.values() if replica["rate"]]
+        load = Load(
+            outstanding=sum(replica["outstanding"] for replica in replicas.values()),
+            calls=sum(replica["calls"] for replica in replicas.values()),
+            queued_calls=0,
+            mean_work=0,
+            carried=0,
+            rate=sum(rates) / len(rates) if rates else None,
+        )
+        queues[stage] = queue_s(load, len(replicas)) or 0.0
+    counts = {stage: len(replicas) for stage, replicas in signals.items()}
+    return Sample(time.monotonic() - began, driver.phase, driver.completed, len(driver.failures), counts, queues)
+
+
+def run(server: Server, phases: list[tuple[str, float]]) -> tuple[list[Sample], list[str]]:
+    """Samples over all phases, and what failed."""
+    driver, samples, began = Driver(server), [], time.monotonic()
+    with driver.running():
+        for phase, seconds in phases:
+            driver.enter(phase)
+            end = time.monotonic() + seconds
+            while (now := time.monotonic()) < end:
+                samples.append(look(driver, began))
+                time.sleep(max(now + SAMPLE_EVERY_S - time.monotonic(), 0.0))
+    return samples, driver.failures
+
+
+def changes(samples: list[Sample], stage: Stage) -> list[tuple[float, int]]:
+    """When the replicas of a stage became how many; first what it began with."""
+    found: list[tuple[float, int]] = []
+    for sample in samples:
+        if not found or sample.replicas[stage] != found[-1][1]:
+            found.append((round(sample.seconds, 1), sample.replicas[stage]))
+    return found
+
+
+def plot(samples: list[Sample], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (load, queue, replicas) = pyplot.subplots(3, sharex=True, figsize=(10, 7), layout="constrained")
+    seconds = [sample.seconds for sample in samples]
+    window = 5
+    served = [
+        (after.completed - before.completed) / (after.seconds - before.seconds)
+        for before, after in zip(samples, samples[window:], strict=False)
+    ]
+    load.plot(seconds[window:], served, color="black")
+    load.set_ylabel("answers per second")
+    for place, stage in enumerate(Stage):
+        queue.plot(seconds, [sample.queue_s[stage] for sample in samples], label=stage)
+        beside = (place - 1) * 0.03  # lines that lie on each other would hide each other
+        replicas.step(seconds, [sample.replicas[stage] + beside for sample in samples], where="post", label=stage)
+    queue.set_ylabel("queue (s)")
+    replicas.set_ylabel("replicas")
+    replicas.set_xlabel("seconds")
+    replicas.set_yticks(range(max(max(sample.replicas.values()) for sample in samples) + 1))
+    queue.legend(loc="upper right")
+    for phase, group in itertools.groupby(samples, lambda sample: sample.phase):
+        start = next(group).seconds
+        for axis in (load, queue, replicas):
+            axis.axvline(start, color="grey", linewidth=0.6, linestyle=":")
+        load.text(start, load.get_ylim()[1], phase, verticalalignment="bottom", color="grey", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replot", action="store_true", help="draw the plot of the last run again")
+    parser.add_argument("--scale", type=float, default=1.0, help="how much longer the phases are")
+    options = parser.parse_args()
+    record, picture = RESULTS / "autoscale.json", RESULTS / "autoscale.png"
+    if not options.replot:
+        phases = [(phase, seconds * options.scale) for phase, seconds in PHASES]
+        with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), {}, deployments()) as server:
+            samples, failures = run(server, phases)
+        RESULTS.mkdir(exist_ok=True)
+        document = {
+            "command": "python -m benchmarks.autoscale",
+            "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo"},
+            "versions": {name: version(name) for name in ("ray", "nixl")} | {"python": platform.python_version()},
+            "workers": WORKERS,
+            "images": {"per request": IMAGES, "size": IMAGE_SIZE},
+            "deployments": deployments(),
+            "phases": phases,
+            "failures": failures,
+            "changes": {stage: changes(samples, stage) for stage in Stage},
+            "samples": [asdict(sample) for sample in samples],
+        }
+        record.write_text(json.dumps(document, indent=1) + "\n")
+    document = json.loads(record.read_text())
+    for stage, times in document["changes"].items():
+        print(f"{stage:8}", ", ".join(f"{count} from {seconds:g} s" for seconds, count in times))
+    print(f"{document['samples'][-1]['completed']} answers, {len(document['failures'])} failures")
+    plot([Sample(**sample) for sample in document["samples"]], picture)
+
+
+if __name__ == "__main__":
+    main()

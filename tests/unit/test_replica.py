@@ -1,0 +1,102 @@
+"""deployments: what the replicas of the stages have in common; no engine is started."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deployments._replica import EngineReplica
+from deployments.decode import Decode
+from deployments.encoder import Encoder
+from deployments.prefill import Prefill
+from serve_app.workload import HELP, Meter
+
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'EngineReplica.__del__' was never awaited")  # Serve awaits it
+
+CLASSES: dict[str, type[EngineReplica]] = {
+    deployment.name: deployment.func_or_class
+    for deployment in (Encoder, Prefill, Decode)  # type: ignore[attr-defined]
+}
+
+
+class FakeEngine:
+    def __init__(self, holds_blocks: bool = False) -> None:
+        self.holds_blocks = holds_blocks
+        self.ended = False
+        self.kv_use, self.slots = 0.25, 8
+
+    def shutdown(self) -> None:
+        self.ended = True
+
+    def metrics(self) -> str:
+        return "# HELP vllm:x x\n# TYPE vllm:x gauge\nvllm:x 1\n"
+
+
+def replica(name: str, engine: FakeEngine, **attributes: Any) -> EngineReplica:
+    made = object.__new__(CLASSES[name])
+    state = {"engine": engine, "work": Meter(), "_gpus": 0.5, "replica": "r", "_lease_s": 0.0, "_answered_at": 0.0}
+    made.__dict__.update(state | attributes)
+    return made
+
+
+async def leave(leaving: EngineReplica) -> None:
+    await type(leaving).__del__(leaving)
+
+
+def test_prefill_that_goes_away_waits_until_its_blocks_are_pulled() -> None:
+    async def main() -> None:
+        engine = FakeEngine(holds_blocks=True)
+        going = asyncio.ensure_future(leave(replica("Prefill", engine)))
+        done, _ = await asyncio.wait([going], timeout=0.3)
+        assert not done and not engine.ended
+        engine.holds_blocks = False
+        await asyncio.wait_for(going, 5)
+        assert engine.ended
+
+    asyncio.run(main())
+
+
+def test_encoder_waits_for_what_others_pull_from_it_and_not_for_files() -> None:
+    async def main() -> None:
+        for lease_s, waits in [(0.3, True), (0.0, False)]:
+            engine, began = FakeEngine(), time.monotonic()
+            await leave(replica("Encoder", engine, _lease_s=lease_s, _answered_at=began))
+            assert engine.ended
+            assert (time.monotonic() - began >= lease_s) if waits else (time.monotonic() - began < 0.2)
+
+    asyncio.run(main())
+
+
+def test_replica_whose_engine_never_started_goes_at_once() -> None:
+    asyncio.run(leave(object.__new__(CLASSES["Decode"])))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_stage_reports_what_the_policies_read(name: str) -> None:
+    stats = asyncio.run(replica(name, FakeEngine()).record_autoscaling_stats())
+    assert set(stats) == set(HELP)
+    assert (stats["kv_use"], stats["slots"], stats["gpus"]) == (0.25, 8, 0.5)
+    assert all(isinstance(value, float) for value in stats.values())
+
+
+def test_the_reports_are_on_the_metrics_page() -> None:
+    stage, name, page = asyncio.run(replica("Decode", FakeEngine()).metrics())
+    assert (stage, name) == ("decode", "r")
+    assert "vllm:x 1" in page and "epd:work_slots 8.0" in page
+
+
+def test_prefill_takes_cache_hits_off_its_work() -> None:
+    output = SimpleNamespace(
+        num_cached_tokens=60, kv_transfer_params={"a": 1}, prompt_logprobs=None, metrics=None, request_id="r"
+    )
+
+    class Engine(FakeEngine):
+        async def final(self, request: Any) -> Any:
+            return output
+
+    prefill: Any = replica("Prefill", Engine())
+    request: Any = SimpleNamespace(prompt=SimpleNamespace(token_ids=[0] * 100))
+    asyncio.run(prefill.prefill(request))
+    assert prefill.work.stats()["done"] == 40
