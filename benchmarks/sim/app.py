@@ -1,4 +1,4 @@
-"""The way of a request: ingress → encoders → prefill → decode, as ``serve_app/client.py`` and ``serve_app/encoding.py`` go it.
+"""The way of a request: ingress → encoders → prefill → decode, as ``client.py`` and ``encoding.py`` of production go it.
 
 Production's code decides here too: ``Admission`` what an ingress takes on, ``encode_at_prefill`` who encodes an item,
 ``balance.rank`` which encoder gets it. What is not modelled stands in ``benchmarks/SIMULATION.md``.
@@ -6,7 +6,7 @@ Production's code decides here too: ``Admission`` what an ingress takes on, ``en
 
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -106,6 +106,7 @@ class App:
         }
         self.ingresses = [Ingress(loop, self._cores, shape, self._encoder_router()) for _ in range(shape.ingresses)]
         self.ended: list[Request] = []
+        self.on_end: Callable[[Request], None] = lambda _: None
 
     def _replica(self, stage: Stage, name: str) -> Replica:
         return REPLICAS[stage](name, self.loop, self._cores, self.times, 1.0)
@@ -146,7 +147,15 @@ class App:
             return
         way = Way(request, ingress, places)
         seconds = self.times.render_s + self.times.render_item_s * len(items)
-        ingress.work(seconds, partial(self._encode, way))
+        around_s = self.times.around_s + self.times.around_item_s * len(items)
+        self._around(around_s, lambda: ingress.work(seconds, partial(self._encode, way)))
+
+    def _around(self, seconds: float, done: Action) -> None:
+        """Work of the proxy and the client: beside everything else, on the same cores where cores are shared."""
+        if seconds:
+            self._cores.start(seconds, done)
+        else:
+            done()
 
     def _finish(self, way: Way, outcome: str) -> None:
         way.places.__exit__(None, None, None)
@@ -156,6 +165,7 @@ class App:
         assert request.outcome is None, "a request ends once"
         request.outcome, request.ended_at = outcome, self.loop.now
         self.ended.append(request)
+        self.on_end(request)
 
     def _late(self, way: Way, stage: Stage) -> bool:
         late = self.loop.now - way.request.at > self.shape.timeout_s
@@ -192,7 +202,7 @@ class App:
             ingress.encodes.probe_at = self.loop.now + config.retry_encoders_after_s
             self._item_done(way)
             return
-        pool, timer = self.pools[Stage.ENCODER], None
+        pool = self.pools[Stage.ENCODER]
         ingress.encodes.outstanding += embeds
 
         def answered(call: Call) -> None:
@@ -245,11 +255,14 @@ class App:
 
         def first() -> None:
             free_blocks()
-            way.ingress.work(self.times.chunk_s, partial(self._first_token, way))
+            first = partial(self._first_token, way)
+            way.ingress.work(self.times.chunk_s, lambda: self._around(self.times.around_chunk_s, first))
 
         def decoded(call: Call) -> None:
-            left = self.times.chunk_s * (call.tokens - 1)
-            way.ingress.work(left, partial(self._finish, way, "ok"))
+            left = call.tokens - 1
+            finish = partial(self._finish, way, "ok")
+            around_s = self.times.around_chunk_s * left
+            way.ingress.work(self.times.chunk_s * left, lambda: self._around(around_s, finish))
 
         call = Call(way.request, 1, decoded, tokens=way.request.output_tokens, first=first)
 

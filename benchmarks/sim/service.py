@@ -13,6 +13,9 @@ class ServiceTimes(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     note: str = Field(description="Where the numbers are from. Stands on every plot.")
+    around_s: float = Field(0.0, description="Proxy, and the client where it shares the cores: one request.")
+    around_item_s: float = Field(0.0, description="The same for one item of it.")
+    around_chunk_s: float = Field(0.0, description="The same for one token.")
     render_s: float = Field(description="Ingress: one request.")
     render_item_s: float = Field(description="Ingress: one item of a request.")
     chunk_s: float = Field(description="Ingress: one token on its way to the client.")
