@@ -18,6 +18,7 @@ import msgspec
 
 from serve_app import handoff
 from serve_app.config import EncodeConfig, Stage
+from serve_app.encode_rule import Costs, Encodes, encode_at_prefill
 from serve_app.engine import ENCODE_PARAMS
 from serve_app.errors import HandoffLost, StageError, StageTimeout
 from serve_app.handoff import EncodeReply, Features, Item, Media, MediaRequest, Prompt, StageRequest
@@ -36,46 +37,6 @@ class Encoded:
     ec_transfer_params: dict[str, Any] | None
     hashes: frozenset[str] = frozenset()
     """Items whose embeddings the engines behind have to get through the EC connector."""
-
-
-@dataclass
-class Encodes:
-    """What the rule below is decided on, besides the item: the encoders as this ingress replica sees them."""
-
-    outstanding: int = 0
-    """Embeddings (visual or audio tokens) asked for and not answered yet."""
-    down: bool = False
-    """All attempts for an item failed, and none has succeeded since."""
-    probe_at: float = 0.0
-    """While down: ``time.monotonic`` from which one item may try an encoder again."""
-
-
-def encode_at_prefill(cost: int, encodes: Encodes, config: EncodeConfig, now: float) -> str | None:
-    """The rule: why an item of ``cost`` embeddings is encoded by prefill itself; None: an encoder does it."""
-    if cost < config.min_embeds:
-        return "small"
-    if encodes.down and now < encodes.probe_at:
-        return "encoders down"
-    if config.max_outstanding_embeds and encodes.outstanding + cost > config.max_outstanding_embeds:
-        return "encoders full"
-    return None
-
-
-@dataclass
-class Costs:
-    """Embeddings per unit of media (see ``Media.units``) by modality: as encoders told, the latest counting a fifth.
-
-    A guess, for balance and for the rule above: an item's real cost is known once it is processed.
-    """
-
-    per_unit: dict[str, float] = field(default_factory=lambda: {"image": 1 / 28**2, "video": 1e-3, "audio": 1e-3})
-
-    def of(self, media: Media) -> int:
-        return max(round(self.per_unit.get(media.modality, 1e-3) * media.units), 1)
-
-    def learn(self, media: Media, num_embeds: int) -> None:
-        told = num_embeds / max(media.units, 1)
-        self.per_unit[media.modality] = 0.8 * self.per_unit.get(media.modality, told) + 0.2 * told
 
 
 @dataclass(frozen=True)

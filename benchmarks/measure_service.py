@@ -1,0 +1,242 @@
+"""Measure what the stages need here, fit service times, and hold the simulation against runs that it was not fitted on.
+
+``python -m benchmarks.measure_service`` starts the application on the demo model, one replica per stage, and drives it in
+short runs. The stages share the cores of this machine, so what is fitted is CPU time: of each stage's processes, by least
+squares over the runs of ``FIT``. The runs of ``HELD_OUT`` are then simulated (same cores, less what other programs took)
+and compared. Writes ``benchmarks/results/service_times.json``. ``--fit`` does the last two steps again with its runs.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import re
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+
+from benchmarks.sim.fit import Group, Run, check, fit
+from tests.integration.cases import Case, chat, image, text
+from tests.integration.servers import Server, serve_run
+
+RESULT = Path(__file__).parent / "results" / "service_times.json"
+WARM_UP_S = 4.0
+PROMPT = "Tell me what there is to be seen, and what the weather will be like. "
+
+
+@dataclass(frozen=True)
+class Config:
+    """Requests of one kind, ``at_a_time`` or, as a Poisson process, at ``share`` of the rate of the run so named."""
+
+    name: str
+    images: int
+    size: int
+    """Pixels of a side."""
+    tokens: int
+    at_a_time: int | None
+    poisson: tuple[str, float] | None = None
+
+
+FIT = [
+    Config(f"{images} images, {tokens} tokens, {at_a_time} at a time", images, size, tokens, at_a_time)
+    for images, size, tokens in ((0, 0, 4), (0, 0, 16), (1, 224, 16), (2, 448, 16))
+    for at_a_time in (1, 8)
+]
+HELD_OUT = [
+    Config("4 images, 16 tokens, 8 at a time", 4, 224, 16, 8),
+    Config("1 image, 64 tokens, 8 at a time", 1, 224, 64, 8),
+    Config("1 image, 16 tokens, 16 at a time", 1, 224, 16, 16),
+    Config("0 images, 64 tokens, 4 at a time", 0, 0, 64, 4),
+    Config("1 image, 16 tokens, Poisson", 1, 224, 16, None, ("1 images, 16 tokens, 8 at a time", 0.6)),
+]
+
+
+@dataclass
+class Client:
+    """Streams requests, each of its own content, and notes when each began, had its first token and ended."""
+
+    server: Server
+    config: Config
+    times: list[tuple[float, float, float]] = field(default_factory=list)
+    failures: int = 0
+    _number: Iterator[int] = field(default_factory=lambda: iter(range(10**9)))
+
+    async def run(self, seconds: float, rate: float | None) -> None:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(self.server.url, connector=connector) as session:
+            end = time.perf_counter() + seconds
+            if rate is None:
+                await asyncio.gather(
+                    *(self._one_after_the_other(session, end) for _ in range(self.config.at_a_time or 1))
+                )
+                return
+            chance = random.Random(1)
+            async with asyncio.TaskGroup() as group:
+                while time.perf_counter() < end:
+                    group.create_task(self._ask(session))
+                    await asyncio.sleep(chance.expovariate(rate))
+
+    async def _one_after_the_other(self, session: aiohttp.ClientSession, end: float) -> None:
+        while time.perf_counter() < end:
+            await self._ask(session)
+
+    async def _ask(self, session: aiohttp.ClientSession) -> None:
+        path, body = case(self.config, next(self._number))
+        began, first = time.perf_counter(), None
+        async with session.post(path, json=body) as response:
+            async for line in response.content:
+                if first is None and line.startswith(b"data: ") and b'"token_ids":[' in line.replace(b" ", b""):
+                    first = time.perf_counter()
+        if response.status != 200 or first is None:
+            self.failures += 1
+            return
+        self.times.append((began, first, time.perf_counter()))
+
+
+def case(config: Config, number: int) -> Case:
+    """Pictures that nobody has sent before: no cache helps."""
+    seeds = [zlib.crc32(f"{config.name} {number} {index}".encode()) for index in range(config.images)]
+    pictures = [image(seed, (config.size, config.size)) for seed in seeds]
+    words = text(f"{seeds or number} {config.name} {PROMPT}")
+    return chat(*pictures, words, max_tokens=config.tokens, ignore_eos=True, stream=True)
+
+
+GROUPS = {Group.INGRESS: "Ingress", Group.ENCODER: "Encoder", Group.PREFILL: "Prefill", Group.DECODE: "Decode"}
+
+
+def processes(server: Server) -> dict[Group, list[psutil.Process]]:
+    """By whom they work for: replicas with their engines; the proxy, Ray and this client are around them."""
+    found: dict[Group, list[psutil.Process]] = {group: [] for group in Group}
+    found[Group.AROUND].append(psutil.Process())
+    own: set[int] = set()
+    everybody = server.processes()
+    for process in everybody:
+        title = " ".join(process.cmdline())
+        for group, name in GROUPS.items():
+            if re.search(rf"ServeReplica:epd:{name}\b", title):
+                members = [process, *process.children(recursive=True)]
+                found[group] += members
+                own |= {member.pid for member in members}
+    found[Group.AROUND] += [process for process in everybody if process.pid not in own]
+    return found
+
+
+def cpu_s(groups: dict[Group, list[psutil.Process]]) -> dict[Group, float]:
+    spent = dict.fromkeys(Group, 0.0)
+    for group, members in groups.items():
+        for process in members:
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                spent[group] += times.user + times.system
+    return spent
+
+
+def machine_s() -> float:
+    """CPU time of all programs of this machine."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
+def measure(server: Server, config: Config, seconds: float, rate: float | None) -> Run:
+    asyncio.run(Client(server, config).run(WARM_UP_S, rate))
+    groups, client = processes(server), Client(server, config, _number=iter(range(10**6, 10**9)))
+    before, counted, machine, began = cpu_s(groups), counts(server), machine_s(), time.perf_counter()
+    asyncio.run(client.run(seconds, rate))
+    took = time.perf_counter() - began
+    spent = {group: after - before[group] for group, after in cpu_s(groups).items()}
+    others = max(machine_s() - machine - sum(spent.values()), 0.0) / took
+    more = {name: value - counted[name] for name, value in counts(server).items()}
+    ttft = sorted(first - start for start, first, _ in client.times)
+    requests = len(client.times)
+    return Run(
+        name=config.name,
+        seconds=took,
+        at_a_time=config.at_a_time,
+        rate=rate,
+        requests=requests,
+        failures=client.failures,
+        images=config.images,
+        embeds=round(more["embeds"] / max(requests * config.images, 1)),
+        prompt_tokens=round(more["prompt_tokens"] / max(requests, 1)),
+        output_tokens=config.tokens,
+        prefill_steps=more["prefill_steps"],
+        decode_steps=more["decode_steps"],
+        cpu_s=spent,
+        other_cores=others,
+        load=os.getloadavg()[0],
+        per_s=requests / took,
+        ttft_p50_s=float(np.median(ttft)),
+    )
+
+
+def counts(server: Server) -> dict[str, float]:
+    steps = "vllm:iteration_tokens_total_count"
+    return {
+        "embeds": server.metric("vllm:prompt_tokens_total", stage="encoder"),
+        "prompt_tokens": server.metric("vllm:prompt_tokens_total", stage="prefill"),
+        "prefill_steps": server.metric(steps, stage="prefill"),
+        "decode_steps": server.metric(steps, stage="decode"),
+    }
+
+
+def measure_all(seconds: float) -> list[Run]:
+    one = {
+        name: {"num_replicas": 1, "autoscaling_config": None} for name in ("Ingress", "Encoder", "Prefill", "Decode")
+    }
+    runs: list[Run] = []
+    with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), {}, one) as server:
+        for config in FIT + HELD_OUT:
+            known = {run.name: run for run in runs}
+            rate = known[config.poisson[0]].per_s * config.poisson[1] if config.poisson else None
+            runs.append(measure(server, config, seconds, rate))
+            print(
+                f"{config.name}: {runs[-1].per_s:.1f} requests/s, TTFT {runs[-1].ttft_p50_s * 1000:.0f} ms", flush=True
+            )
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a run")
+    parser.add_argument("--fit", action="store_true", help="fit and compare again, with the runs of the result")
+    options = parser.parse_args()
+    if options.fit:
+        document: dict[str, Any] = json.loads(RESULT.read_text())
+        runs = [Run.of(run) for run in document["runs"]]
+    else:
+        runs = measure_all(options.seconds)
+        document = {
+            "command": "python -m benchmarks.measure_service",
+            "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo"},
+            "versions": {name: version(name) for name in ("ray", "nixl")} | {"python": platform.python_version()},
+            "seed": "requests are numbered; the gaps of the Poisson process come from seed 1",
+        }
+    fitted = [run for run in runs if run.name in {config.name for config in FIT}]
+    service, idle_cores = fit(fitted, os.cpu_count() or 1)
+    checked = [check(run, service, idle_cores, document["machine"]["cpus"]) for run in runs if run not in fitted]
+    document |= {
+        "idle_cores": idle_cores,
+        "service_times": service.model_dump(mode="json"),
+        "held_out": [asdict(each) for each in checked],
+        "runs": [asdict(run) for run in runs],
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    for each in checked:
+        print(f"{each.name}: requests/s {each.per_s_error:+.0%}, TTFT p50 {each.ttft_error:+.0%}")
+
+
+if __name__ == "__main__":
+    main()
