@@ -222,3 +222,40 @@ def test_plugins_are_registered_where_vllm_and_torch_look() -> None:
     ):
         (found,) = [e for e in importlib.metadata.entry_points(group=group) if e.name == name]
         assert found.value == value, f"pyproject.toml: {group}"
+
+
+def test_beam_search_asks_for_its_watermark_before_anything_else() -> None:
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
+    source = inspect.getsource(BeamSearchOnlineMixin.beam_search)
+    hook = source.index("self.engine_client.input_processor.resolve_watermarking(params)")
+    assert hook < source.index("create_sort_beams_key_function("), "serve_app/guard.py GuardedInputProcessor"
+    assert hook < source.index("self.engine_client.generate("), "serve_app/guard.py GuardedInputProcessor"
+
+
+def test_renderer_processes_media_through_the_hooks_that_are_guarded() -> None:
+    from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.chat_utils import AsyncMultiModalContentParser
+
+    assert "await self._process_multimodal_async(" in inspect.getsource(BaseRenderer._process_tokens_async), (
+        "serve_app/guard.py guard_renderer"
+    )
+    assert list(parameters(BaseRenderer._process_mm_uuids)) == [
+        "self",
+        "mm_data",
+        "mm_data_items",
+        "mm_uuid_items",
+        "mm_req_id",
+    ], "serve_app/guard.py guard_renderer"
+    assert list(parameters(AsyncMultiModalContentParser.parse_image_pil)) in (
+        ["self", "image_pil", "uuid"],
+        ["parser", "image_pil", "uuid"],  # ours, where another test has installed it
+    ), "serve_app/media.py install"
+
+
+def test_bodies_are_read_where_the_ingress_looks_for_it() -> None:
+    from fastapi.dependencies import utils
+
+    assert "await request_body_to_args(" in inspect.getsource(utils.solve_dependencies), (
+        "serve_app/openai_app.py _unreadable"
+    )

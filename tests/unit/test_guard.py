@@ -1,6 +1,5 @@
 """serve_app.guard: what clients must not get past the ingress, through vLLM's whole app; no stage is called."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -77,12 +76,3 @@ def test_more_choices_than_queues_hold_are_refused(make_api: MakeAPI, monkeypatc
     for name, value in INGRESS_ENV.items():
         monkeypatch.setenv(name, value)
     assert "n must be at most 1024" in refused(make_api, {"n": 1025, "temperature": 1})
-
-
-def test_beam_search_asks_for_its_watermark_before_anything_else() -> None:
-    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
-
-    source = inspect.getsource(BeamSearchOnlineMixin.beam_search)
-    hook = source.index("self.engine_client.input_processor.resolve_watermarking(params)")
-    assert hook < source.index("create_sort_beams_key_function("), "serve_app/guard.py GuardedInputProcessor"
-    assert hook < source.index("self.engine_client.generate(")
