@@ -37,7 +37,8 @@ class EngineReplica:
         # Only now: vLLM reads its environment when it is imported.
         from serve_app.engine import StageEngine
 
-        self.engine = StageEngine(self.stage, engine_args(config, self.stage, model_path(config)))
+        args = engine_args(config, self.stage, model_path(config))
+        self.engine = StageEngine(self.stage, args, config.metrics.engines_in_ray)
 
     async def check_health(self) -> None:
         await self.engine.check_health()

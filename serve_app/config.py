@@ -474,6 +474,11 @@ class EPDConfig(Strict):
             raise ValueError("`encode:` has no effect without an encoder stage: leave it out")
         if self.prefill is None and "kv" in self.model_fields_set:
             raise ValueError("`kv:` has no effect without a prefill stage: leave it out, or do not set `prefill: null`")
+        for key, args in {"": self.engine_args, **{f"{s}.": c.engine_args for s, c in self.stages.items()}}.items():
+            if self.tracing.endpoint is not None and args.get("disable_log_stats"):
+                raise ValueError(
+                    f"`{key}engine_args.disable_log_stats`: vLLM's spans are made of the statistics it turns off"
+                )
         if self.encoder is not None and self.ec.uses_nixl:
             self._nixl_embeddings_fit(self.encoder)
         for stage, config in self.stages.items():

@@ -20,6 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from serve_app.config import Stage
+from serve_app.engine_metrics import STAT_LOGGERS
 from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageUnavailable
 from serve_app.handoff import Chunk, Item, Prompt, Source, StageRequest
 
@@ -91,9 +92,12 @@ def from_engine_input(engine_input: Any) -> Prompt:
 class StageEngine:
     """One engine of one stage, in the process of its replica (the engine core is a child process)."""
 
-    def __init__(self, stage: Stage, args: dict[str, Any]) -> None:
+    def __init__(self, stage: Stage, args: dict[str, Any], metrics_in_ray: bool = False) -> None:
         self._stage = stage
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        parsed = AsyncEngineArgs(**args)
+        # A logger of one's own would turn statistics on where they are turned off.
+        loggers = STAT_LOGGERS if metrics_in_ray and not parsed.disable_log_stats else None
+        self._llm = AsyncLLM.from_engine_args(parsed, stat_loggers=loggers)
 
     @property
     def renderer(self) -> Any:
