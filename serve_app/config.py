@@ -474,14 +474,15 @@ class EPDConfig(Strict):
             raise ValueError("`encode:` has no effect without an encoder stage: leave it out")
         if self.prefill is None and "kv" in self.model_fields_set:
             raise ValueError("`kv:` has no effect without a prefill stage: leave it out, or do not set `prefill: null`")
-        for key, args in {"": self.engine_args, **{f"{s}.": c.engine_args for s, c in self.stages.items()}}.items():
-            if self.tracing.endpoint is not None and args.get("disable_log_stats"):
-                raise ValueError(
-                    f"`{key}engine_args.disable_log_stats`: vLLM's spans are made of the statistics it turns off"
-                )
         if self.encoder is not None and self.ec.uses_nixl:
             self._nixl_embeddings_fit(self.encoder)
         for stage, config in self.stages.items():
+            statistics = not (self.engine_args | config.engine_args).get("disable_log_stats")
+            if self.tracing.endpoint is not None and not statistics:
+                raise ValueError(
+                    f"`disable_log_stats` in the engine arguments of {stage}: vLLM makes its spans (`tracing.endpoint`) of "
+                    "the statistics that it turns off"
+                )
             key = f"{stage}.engine_args" if "gpu_memory_utilization" in config.engine_args else "engine_args"
             share = (self.engine_args | config.engine_args).get("gpu_memory_utilization")
             fraction = config.gpus_per_replica

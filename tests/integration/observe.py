@@ -48,16 +48,15 @@ class SpanCollector:
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._http.serve_forever)
+        self.env = {
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
+        }
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._http.server_port}/v1/traces"
-
-    env = {
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-        "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
-        "OTEL_BSP_SCHEDULE_DELAY": "200",
-    }
 
     def spans(self, trace: str) -> list[Seen]:
         return [span for span in self._spans if span.trace == trace]
