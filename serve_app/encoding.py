@@ -230,7 +230,9 @@ class EncodeStage:
             began = self.clock()
             try:
                 reply = self._remembered(job.key) if self.shareable else None
-                if reply is None:
+                if reply is not None:
+                    record.remembered_items += 1
+                else:
                     with record.span.child("encode", item=job.index, attempt=attempt + 1, embeds=job.cost) as span:
                         traced = replace(job, call=handoff.traced(job.call, span.headers))
                         reply = await (self._shared(traced) if self.shareable else self._call(traced))

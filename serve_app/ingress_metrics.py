@@ -27,6 +27,7 @@ class IngressMetrics:
         self._per_token = seconds("epd_time_per_output_token_seconds", "per token of a choice after its first.")
         self._requests = Counter("epd_requests", "Requests that asked for tokens, by HTTP status.", ("status",))
         self._items = Counter("epd_items", "Media items of requests.", ("modality",))
+        self._remembered = Counter("epd_remembered_items", "Items whose encoding was remembered.")
         self._media_bytes = Counter("epd_media_bytes", "Bytes of these, as media or as the tensors made of it.")
         self._prompt_tokens = Counter("epd_prompt_tokens", "Tokens of prompts, placeholders of items included.")
         self._cached_tokens = Counter("epd_cached_tokens", "Tokens of prompts that prefill had in its cache.")
@@ -47,6 +48,7 @@ class IngressMetrics:
         for rung in record.rungs:
             self._rungs.inc(1, {"rung": rung})
         for counter, count in (
+            (self._remembered, record.remembered_items),
             (self._media_bytes, record.media_bytes),
             (self._prompt_tokens, record.prompt_tokens),
             (self._cached_tokens, record.cached_tokens),

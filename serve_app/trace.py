@@ -40,6 +40,8 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     items: Counter[str] = field(default_factory=Counter)
     """Media items by modality."""
+    remembered_items: int = 0
+    """Of these, those that no encoder was asked for: its answer was remembered."""
     media_bytes: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0

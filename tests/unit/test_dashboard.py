@@ -1,6 +1,5 @@
 """dashboards/grafana.json: imports cleanly, and asks for metrics and labels that are exported."""
 
-import copy
 import json
 import re
 from itertools import combinations
@@ -10,12 +9,10 @@ from typing import Any, Literal
 import pytest
 import ray
 from pydantic import BaseModel, ConfigDict, Field
-from vllm.config import ECTransferConfig, KVTransferConfig
 
-from serve_app.config import EPDConfig, Stage
+from serve_app.config import Stage
 from serve_app.engine_metrics import RayStatLogger
 from serve_app.ingress_metrics import IngressMetrics
-from serve_app.transfer import ec_transfer_config, kv_transfer_config
 from tests.unit.metrics_of import watched
 
 ROOT = Path(__file__).parents[2]
@@ -180,17 +177,13 @@ def selectors(query: str) -> list[tuple[str, set[str]]]:
 
 
 @pytest.fixture(scope="module")
-def exported(demo_vllm_config: Any) -> dict[str, set[str]]:
+def exported(decode_vllm_config: Any) -> dict[str, set[str]]:
     """Every metric on Ray's port that we know of, with its labels."""
-    epd = EPDConfig(accelerator="cpu")
-    config = copy.copy(demo_vllm_config)
-    config.ec_transfer_config = ECTransferConfig(**ec_transfer_config(epd, Stage.DECODE))
-    config.kv_transfer_config = KVTransferConfig(**kv_transfer_config(epd, Stage.DECODE))
     with watched() as told:
         IngressMetrics()
         ours = {name: labels | SERVES for name, labels in told.exported().items()}
     with watched() as told:
-        RayStatLogger(config, [0])
+        RayStatLogger(decode_vllm_config, [0])
         engines = told.exported()
     return ours | engines | RAYS_OWN
 

@@ -1,6 +1,5 @@
 """serve_app.engine_metrics on vLLM's loggers: Ray is told all, with Serve's labels, and the engine's page stays whole."""
 
-import copy
 import inspect
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -8,26 +7,14 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY, generate_latest
-from vllm.config import ECTransferConfig, KVTransferConfig
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from serve_app import engine_metrics
-from serve_app.config import EPDConfig, Stage
+from serve_app.config import Stage
 from serve_app.engine import StageEngine
 from serve_app.engine_metrics import SERVE_LABELS, STAT_LOGGERS, RayStatLogger
-from serve_app.transfer import ec_transfer_config, kv_transfer_config
 from tests.unit.metrics_of import Told, watched
-
-
-@pytest.fixture
-def decode_config(demo_vllm_config: Any) -> Any:
-    """vLLM's configuration of a decode engine, as far as its metrics need it."""
-    config = copy.copy(demo_vllm_config)
-    epd = EPDConfig(accelerator="cpu")
-    config.ec_transfer_config = ECTransferConfig(**ec_transfer_config(epd, Stage.DECODE))
-    config.kv_transfer_config = KVTransferConfig(**kv_transfer_config(epd, Stage.DECODE))
-    return config
 
 
 @pytest.fixture
@@ -56,10 +43,10 @@ def step(tokens: int) -> tuple[SchedulerStats, IterationStats]:
 
 
 def test_both_loggers_tell_the_same_and_each_metric_is_registered_once(
-    decode_config: Any, told: Told, registry: None
+    decode_vllm_config: Any, told: Told, registry: None
 ) -> None:
     """In vLLM's order; `RayPrometheusStatLogger` alone would register the EC connector's with prometheus_client too."""
-    loggers = [logger(decode_config, [0]) for logger in STAT_LOGGERS]
+    loggers = [logger(decode_vllm_config, [0]) for logger in STAT_LOGGERS]
     for logger in loggers:
         logger.record(*step(2))
 
@@ -75,8 +62,8 @@ def test_both_loggers_tell_the_same_and_each_metric_is_registered_once(
     )
 
 
-def test_samples_have_serves_labels(decode_config: Any, told: Told) -> None:
-    RayStatLogger(decode_config, [0]).record(*step(1))
+def test_samples_have_serves_labels(decode_vllm_config: Any, told: Told) -> None:
+    RayStatLogger(decode_vllm_config, [0]).record(*step(1))
     for name, tags, _ in told.samples:
         assert (tags["application"], tags["deployment"], tags["replica"]) == ("epd", "Decode", "d1"), name
     assert {tags["engine"] for name, tags, _ in told.samples if name == "vllm_num_requests_running"} == {"0"}

@@ -38,10 +38,13 @@ def test_calls_of_a_stage_count_one_by_one(told: Told) -> None:
 
 
 def test_request_counts_what_it_had_and_got(told: Told) -> None:
-    record = served(items=Counter(image=2, audio=1), media_bytes=70, prompt_tokens=9, cached_tokens=4)
+    record = served(
+        items=Counter(image=2, audio=1), remembered_items=1, media_bytes=70, prompt_tokens=9, cached_tokens=4
+    )
     IngressMetrics().finished(record, 200)
     assert told.sum("epd_requests", status="200") == 1
     assert (told.sum("epd_items", modality="image"), told.sum("epd_items", modality="audio")) == (2, 1)
+    assert told.sum("epd_remembered_items") == 1
     names = ("epd_media_bytes", "epd_prompt_tokens", "epd_cached_tokens", "epd_output_tokens")
     assert [told.sum(name) for name in names] == [70, 9, 4, 5]
     assert told.values("epd_time_to_first_token_seconds") == [3.0]
