@@ -48,7 +48,8 @@ class EngineReplica:
         # Only now: vLLM reads its environment when it is imported.
         from serve_app.engine import StageEngine
 
-        self.engine = StageEngine(self.stage, engine_args(config, self.stage, model_path(config)))
+        args = engine_args(config, self.stage, model_path(config))
+        self.engine = StageEngine(self.stage, args, config.metrics.engines_in_ray)
         self.work = Meter()
         self._gpus = config.stages[self.stage].gpus_per_replica or 0.0
 

@@ -3,7 +3,7 @@
 Text is bound by the number of requests alone, so it keeps flowing when media are at their limit.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from serve_app.config import AdmissionConfig
@@ -12,11 +12,17 @@ from serve_app.handoff import Item, Media
 
 
 class Admission:
-    """Counts what is outstanding. One object per ingress replica. ``embed_bytes``: size of one embedding."""
+    """Counts what is outstanding. One object per ingress replica. ``embed_bytes``: size of one embedding.
 
-    def __init__(self, config: AdmissionConfig, embed_bytes: int) -> None:
+    ``changed`` is called when it has.
+    """
+
+    def __init__(
+        self, config: AdmissionConfig, embed_bytes: int, changed: Callable[["Admission"], None] = lambda _: None
+    ) -> None:
         self._config = config
         self._embed_bytes = embed_bytes
+        self._changed = changed
         self.requests = self.items = self.media_bytes = self.embed_bytes = 0
 
     def check_request(self) -> None:
@@ -35,6 +41,7 @@ class Admission:
                 yield
         finally:
             self.requests -= 1
+            self._changed(self)
 
     def admit_media(self, media: Collection[Media]) -> AbstractContextManager[None]:
         """Hold the places of items that are encoded before their request is rendered. Raises ``Overloaded``."""
@@ -49,12 +56,14 @@ class Admission:
         self.items += items
         self.media_bytes += media_bytes
         self.embed_bytes += embed_bytes
+        self._changed(self)
         try:
             yield
         finally:
             self.items -= items
             self.media_bytes -= media_bytes
             self.embed_bytes -= embed_bytes
+            self._changed(self)
 
     @staticmethod
     def _check(what: str, outstanding: int, more: int, limit: int) -> None:

@@ -23,7 +23,7 @@ from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
 
 from serve_app import handoff, trace
-from serve_app.admission import Admission
+from serve_app.admission import Admission, size_of
 from serve_app.config import EPDConfig, Stage
 from serve_app.encoding import Encoded, EncodeStage, Replies
 from serve_app.engine import from_engine_input
@@ -31,6 +31,7 @@ from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, Stag
 from serve_app.from_media import FromMedia, ItemProcessor, declared_fields
 from serve_app.guard import GuardedInputProcessor, check_params, guard_renderer
 from serve_app.handoff import Chunk, Media, PrefillReply, StageRequest
+from serve_app.ingress_metrics import IngressMetrics
 from serve_app.outputs import assemble, merge, with_prefill
 from serve_app.retry import Retries
 from serve_app.routing import StageHandle
@@ -68,7 +69,8 @@ class EPDClient(EngineClient):
         self.stages = stages
         self._config = config
         self._background: set[asyncio.Task[Any]] = set()
-        self._admission = Admission(config.admission, embed_size_bytes(self.model_config))
+        self.metrics = IngressMetrics()
+        self._admission = Admission(config.admission, embed_size_bytes(self.model_config), self.metrics.outstanding)
         self._retries = Retries(config.retry)
         encoder = stages.get(Stage.ENCODER)
         self._encoders: EncodeStage | None = None
@@ -105,12 +107,12 @@ class EPDClient(EngineClient):
         """Encode the items, prefill and decode each choice, and yield as one engine would.
 
         Closing the generator aborts what is running on any stage and gives back KV blocks that nobody will pull.
+        ``trace_headers``, the client's, are not used: the request's own span continues them, see ``tracing.py``.
         Raises vLLM's own exceptions: ``VLLMClientError`` (4xx) or ``GracefulHTTPError`` with 503 or 504.
         """
         record = trace.current.get() or Trace(request_id)
         options = {
             "lora_request": lora_request,
-            "trace_headers": trace_headers,
             "priority": priority,
             "reasoning_ended": reasoning_ended,
             "reasoning_parser_kwargs": reasoning_parser_kwargs,
@@ -120,8 +122,10 @@ class EPDClient(EngineClient):
             text = prompt_text if prompt_text is not None else extract_prompt_components(self.model_config, prompt)[0]
             with self._admission.admit(request.prompt.items):
                 record.begin()
-                record.items += len(request.prompt.items)
+                record.items.update(item.modality for item in request.prompt.items)
+                record.media_bytes += sum(map(size_of, request.prompt.items))
                 record.prompt_tokens += len(request.prompt.token_ids)
+                record.choices += sampling_params.n
                 self._retries.accepted()
                 deadline = self._deadline(record)
                 choices = [self._choice(request, index, deadline, record) for index in range(sampling_params.n)]
@@ -219,9 +223,24 @@ class EPDClient(EngineClient):
         params = handoff.decode_params(request.params, kv, encoded.ec_transfer_params, index)
         decode = StageRequest(request.request_id, encoded.prompt, params, request.options)
         pulled = False
-        began = time.perf_counter()
-        stream = self.stages[Stage.DECODE].stream("generate", decode)
         try:
+            async with aclosing(self._decode(decode, index, deadline, record)) as chunks:
+                async for chunk in chunks:
+                    if prefilled and not pulled:
+                        chunk = with_prefill(chunk, prefilled)
+                    if index == 0 and not pulled:
+                        record.cached_tokens += chunk.num_cached_tokens or 0
+                    pulled = True
+                    yield chunk
+        finally:
+            if kv is not None and not pulled:
+                self._release(request.request_id, kv)
+
+    async def _decode(self, call: StageRequest, index: int, deadline: Deadline, record: Trace) -> AsyncGenerator[Chunk]:
+        began = time.perf_counter()
+        pulled = False
+        with record.span.child("decode", choice=index) as span:
+            stream = self.stages[Stage.DECODE].stream("generate", handoff.traced(call, span.headers))
             async with aclosing(stream):
                 while True:
                     try:
@@ -232,15 +251,13 @@ class EPDClient(EngineClient):
                         return
                     record.saw(Stage.DECODE, replica)
                     if chunk.ran_s is not None:
-                        record.waited(Stage.DECODE, time.perf_counter() - began - chunk.ran_s)
+                        record.called(Stage.DECODE, time.perf_counter() - began, chunk.ran_s)
+                    if not pulled:
+                        span.set(replica=replica, first_token_ran_s=chunk.ran_s)
+                        span.event("first token")
                     record.token(len(chunk.token_ids))
-                    if prefilled and not pulled:
-                        chunk = with_prefill(chunk, prefilled)
                     pulled = True
                     yield chunk
-        finally:
-            if kv is not None and not pulled:
-                self._release(request.request_id, kv)
 
     async def _prefill(self, request: StageRequest, encoded: Encoded, record: Trace) -> PrefillReply | None:
         prefill = self.stages.get(Stage.PREFILL)
@@ -249,17 +266,20 @@ class EPDClient(EngineClient):
         params = handoff.prefill_params(request.params, encoded.ec_transfer_params)
         call = StageRequest(request.request_id, encoded.prompt, params, request.options)
         began = time.perf_counter()
-        # In a context of its own: Serve would cancel it with the request, and so lose a reply that is on its way.
-        task = asyncio.get_running_loop().create_task(prefill.call("prefill", call), context=contextvars.Context())
-        try:
-            reply: PrefillReply = await asyncio.shield(task)
-        except asyncio.CancelledError:
-            self._in_background(self._let_end(request.request_id, task))
-            raise
+        with record.span.child("prefill", prompt_tokens=len(encoded.prompt.token_ids)) as span:
+            work = prefill.call("prefill", handoff.traced(call, span.headers))
+            # In a context of its own: Serve would cancel it with the request, and so lose a reply that is on its way.
+            task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+            try:
+                reply: PrefillReply = await asyncio.shield(task)
+            except asyncio.CancelledError:
+                self._in_background(self._let_end(request.request_id, task))
+                raise
+            span.set(replica=reply.replica, ran_s=reply.ran_s, cached_tokens=reply.num_cached_tokens)
         record.saw(Stage.PREFILL, reply.replica)
         took = time.perf_counter() - began
         record.took("prefill", took)
-        record.waited(Stage.PREFILL, took - reply.ran_s)
+        record.called(Stage.PREFILL, took, reply.ran_s)
         return reply
 
     def _release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
@@ -314,7 +334,7 @@ class EPDClient(EngineClient):
     async def do_log_stats(self) -> None: ...
 
     async def is_tracing_enabled(self) -> bool:
-        return False
+        return self._config.tracing.endpoint is not None
 
     async def is_sleeping(self) -> bool:
         return False

@@ -68,6 +68,7 @@ OWN_KEYS = {
     "media_io_kwargs": "`media.io_kwargs:`",
     "allowed_local_media_path": "`media.allowed_local_path:`",
     "allowed_media_domains": "`media.allowed_domains:`",
+    "otlp_traces_endpoint": "`tracing.endpoint:`",
     "mm_encoder_only": "the topology: a stage under `encoder:` is encoder-only",
     "mm_processor_cache_gb": "the stages, which do not share a processor cache (it is off)",
 }
@@ -343,6 +344,20 @@ class KVConfig(Strict):
     extra_config: dict[str, Any] = Field({}, description="`kv_connector_extra_config`, passed on as it is.")
 
 
+class MetricsConfig(Strict):
+    """What is counted besides the page `/metrics`."""
+
+    engines_in_ray: bool = Field(
+        True, description="Report vLLM's metrics of every engine through Ray's metrics port too."
+    )
+
+
+class TracingConfig(Strict):
+    """Spans of requests, with OpenTelemetry. All that is not here is set by its own environment variables."""
+
+    endpoint: str | None = Field(None, description="OTLP endpoint that spans are sent to. None: no tracing.")
+
+
 class MediaConfig(Strict):
     """What a client may send, and from where the ingress fetches it. Limits are per item, whatever its URL."""
 
@@ -423,6 +438,8 @@ class EPDConfig(Strict):
     retry: RetryConfig = RetryConfig()
     admission: AdmissionConfig = AdmissionConfig()
     media: MediaConfig = MediaConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
     api: dict[str, Any] = Field(
         {}, description="Arguments of vLLM's API server by name: chat_template, tool_call_parser, api_key and so on."
     )
@@ -478,6 +495,12 @@ class EPDConfig(Strict):
         if self.encoder is not None and self.ec.uses_nixl:
             self._nixl_embeddings_fit(self.encoder)
         for stage, config in self.stages.items():
+            statistics = not (self.engine_args | config.engine_args).get("disable_log_stats")
+            if self.tracing.endpoint is not None and not statistics:
+                raise ValueError(
+                    f"`disable_log_stats` in the engine arguments of {stage}: vLLM makes its spans (`tracing.endpoint`) of "
+                    "the statistics that it turns off"
+                )
             key = f"{stage}.engine_args" if "gpu_memory_utilization" in config.engine_args else "engine_args"
             share = (self.engine_args | config.engine_args).get("gpu_memory_utilization")
             fraction = config.gpus_per_replica

@@ -22,6 +22,7 @@ Contract with vLLM 0.32.0: ``tests/unit/test_ec_connector.py`` and ``tests/unit/
 """
 
 import resource
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -308,7 +309,9 @@ class SharedFolderECConnector(ECConnectorBase):
             try:
                 if file is None or file.shape != pin.shape:
                     return False
+                began = time.perf_counter()
                 pin.data = file.read()
+                self._stats.loaded_in(time.perf_counter() - began)
             except BrokenItem as error:
                 self._broken(feature.identifier, error)
                 return False

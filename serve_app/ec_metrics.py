@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorPromMetrics, ECConnectorStats
 
 BYTES = "bytes."
@@ -11,9 +11,14 @@ BYTES = "bytes."
 FOLDER_BYTES = "folder_bytes"
 """The one name that is a level and no count."""
 
+LOAD_SECONDS = "load_seconds"
+"""The one name that has a list: what each read took."""
+
+BUCKETS_S = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0]
+
 
 class SharedFolderStats(ECConnectorStats):
-    """Counts of one interval, by name: an event of an item, ``bytes.<direction>`` or ``folder_bytes``."""
+    """Counts of one interval, by name: an event of an item, ``bytes.<direction>``, ``folder_bytes`` or ``load_seconds``."""
 
     data: dict[str, Any]
 
@@ -23,16 +28,22 @@ class SharedFolderStats(ECConnectorStats):
     def add(self, name: str, count: int = 1) -> None:
         self.data[name] = self.data.get(name, 0) + count
 
+    def loaded_in(self, seconds: float) -> None:
+        self.data.setdefault(LOAD_SECONDS, []).append(seconds)
+
     def aggregate(self, other: ECConnectorStats) -> ECConnectorStats:
         for name, count in other.data.items():
             if name == FOLDER_BYTES:
                 self.data[name] = count
+            elif name == LOAD_SECONDS:
+                self.data[name] = self.data.get(name, []) + count
             else:
                 self.add(name, count)
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        return dict(self.data)
+        reads = self.data.get(LOAD_SECONDS)
+        return self.data | ({LOAD_SECONDS: sum(reads)} if reads else {})
 
     def is_empty(self) -> bool:
         return not self.data
@@ -51,11 +62,21 @@ class SharedFolderPromMetrics(ECConnectorPromMetrics):
             "epd:ec_folder_bytes", "Bytes in the folder when this engine last counted.", labelnames=labelnames
         )
 
+        self._loads = metric_types[Histogram](
+            "epd:ec_load_seconds",
+            "Seconds to read an embedding from the folder.",
+            labelnames=labelnames,
+            buckets=BUCKETS_S,
+        )
+
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self.per_engine_labelvalues[engine_idx]
         for name, count in transfer_stats_data.items():
             if name == FOLDER_BYTES:
                 self._folder.labels(*labels).set(count)
+            elif name == LOAD_SECONDS:
+                for seconds in count:
+                    self._loads.labels(*labels).observe(seconds)
             elif name.startswith(BYTES):
                 self._bytes.labels(*labels, name.removeprefix(BYTES)).inc(count)
             else:

@@ -191,9 +191,14 @@ class EncodeStage:
             began = self.clock()
             try:
                 reply = self._remembered(job.key) if self.shareable else None
-                if reply is None:
-                    reply = await (self._shared(job) if self.shareable else self._call(job))
-                    record.waited(Stage.ENCODER, self.clock() - began - reply.ran_s)
+                if reply is not None:
+                    record.remembered_items += 1
+                else:
+                    with record.span.child("encode", item=job.index, attempt=attempt + 1, embeds=job.cost) as span:
+                        traced = replace(job, call=handoff.traced(job.call, span.headers))
+                        reply = await (self._shared(traced) if self.shareable else self._call(traced))
+                        span.set(replica=reply.replica, ran_s=reply.ran_s)
+                    record.called(Stage.ENCODER, self.clock() - began, reply.ran_s)
                 record.saw(Stage.ENCODER, reply.replica)
                 return reply
             except StageError as error:

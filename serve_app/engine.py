@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.config import Stage
+from serve_app.engine_metrics import STAT_LOGGERS
 from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageUnavailable
 from serve_app.handoff import Chunk, Item, Prompt, Source, StageRequest
 
@@ -112,10 +113,11 @@ class KVUse(StatLoggerBase):
 class StageEngine:
     """One engine of one stage, in the process of its replica (the engine core is a child process)."""
 
-    def __init__(self, stage: Stage, args: dict[str, Any]) -> None:
+    def __init__(self, stage: Stage, args: dict[str, Any], metrics_in_ray: bool = False) -> None:
         self._stage = stage
         self._kv_use = KVUse()
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=[self._kv_use.factory])
+        loggers = [self._kv_use.factory, *(STAT_LOGGERS if metrics_in_ray else ())]
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers)
 
     @property
     def renderer(self) -> Any:

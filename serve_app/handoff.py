@@ -10,7 +10,7 @@ Sources: ``vllm/distributed/ec_transfer/ec_connector/utils.py`` (what a consumer
 import hashlib
 import uuid
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -118,6 +118,16 @@ class MediaRequest(msgspec.Struct, frozen=True):
     cost: int
     """Embeddings that it will have, as far as the ingress can tell."""
     options: dict[str, Any] = {}
+
+
+Call = TypeVar("Call", bound=StageRequest | MediaRequest)
+
+
+def traced(call: Call, headers: dict[str, str] | None) -> Call:
+    """The call, whose engine continues the trace that the headers name."""
+    if headers is None:
+        return call
+    return msgspec.structs.replace(call, options=call.options | {"trace_headers": headers})
 
 
 class Features(msgspec.Struct, frozen=True):

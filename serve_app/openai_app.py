@@ -39,9 +39,11 @@ from serve_app import media, trace
 from serve_app.client import EPDClient
 from serve_app.config import EPDConfig
 from serve_app.errors import ConfigError, EPDError
+from serve_app.ingress_metrics import IngressMetrics
 from serve_app.media_fetch import Fetcher
 from serve_app.metrics import merge_metrics
 from serve_app.trace import Trace
+from serve_app.tracing import Tracing, tracing
 
 logger = logging.getLogger("ray.serve")  # Serve's own: it knows the replica and writes to its files
 
@@ -126,7 +128,7 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe:
     drop = REPLACED | NOT_HERE.keys()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
     _add_routes(app, client, probe)
-    return PipelineMiddleware(app, max_body_bytes=config.media.max_body_bytes)
+    return PipelineMiddleware(app, config.media.max_body_bytes, client.metrics, tracing(config.tracing))
 
 
 def _shape_errors(app: FastAPI) -> None:
@@ -267,15 +269,18 @@ class BodyTooLarge(HTTPException):
 
 
 class PipelineMiddleware:
-    """Outermost: request id, body limit, the trace and its log line, and the status line that waits for the first token.
+    """Outermost: request id, body limit, the trace with its log line, metrics and span, and the status line that waits for
+    the first token.
 
     A streaming response starts before its generator has asked the engine for anything. Its start is held back here until
     the trace is decided: by the first token it goes out as it is; by a failure it is replaced by that error's own response.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: IngressMetrics, tracing: Tracing) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.metrics = metrics
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -283,15 +288,23 @@ class PipelineMiddleware:
         headers = MutableHeaders(scope=scope)
         request_id = headers.get("x-request-id") or uuid.uuid4().hex
         headers["x-request-id"] = request_id  # vLLM's servings read it from there; Serve's proxy echoes it
-        record = Trace(request_id)
+        with self.tracing.request(f"POST {scope['path']}", headers) as span:
+            record = Trace(request_id, span)
+            reply = _HeldReply(send, record, scope["path"])
+            try:
+                await self._answer(scope, receive, reply, record)
+            finally:
+                self._ended(record, reply.status or "failed")
+
+    async def _answer(self, scope: Scope, receive: Receive, reply: "_HeldReply", record: Trace) -> None:
+        headers = Headers(scope=scope)
         timeout = headers.get("x-request-timeout-s")
         if timeout is not None:
             try:
                 record.timeout_s = positive(timeout)
             except ValueError:
                 message = f"The header x-request-timeout-s must be a positive number of seconds, not {timeout[:40]!r}."
-                return await of_route(scope["path"], error_response(400, message))(scope, receive, send)
-        reply = _HeldReply(send, record, scope["path"])
+                return await of_route(scope["path"], error_response(400, message))(scope, receive, reply)
         too_large = of_route(
             scope["path"], error_response(413, BodyTooLarge(self.max_body_bytes).detail, "RequestEntityTooLarge")
         )
@@ -310,8 +323,21 @@ class PipelineMiddleware:
                 raise
         finally:
             trace.current.reset(token)
-            if record.rendered is not None:
-                logger.info(record.line(reply.status or "failed"))
+
+    def _ended(self, record: Trace, status: int | str) -> None:
+        if record.rendered is not None:
+            logger.info(record.line(status))
+        self.metrics.finished(record, status)
+        if record.error is not None:
+            record.span.fail(record.error)
+        record.span.set(
+            request_id=record.request_id,
+            status=str(status),
+            items=record.items.total(),
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
+            output_tokens=record.output_tokens,
+        )
 
     def _limited(self, receive: Receive) -> Receive:
         received = 0

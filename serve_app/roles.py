@@ -51,7 +51,7 @@ NIXL_EC_ENV = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
 }
 
-ENGINE_ONLY_ARGS = frozenset({"ec_transfer_config", "kv_transfer_config", "profiler_config"})
+ENGINE_ONLY_ARGS = frozenset({"ec_transfer_config", "kv_transfer_config", "profiler_config", "otlp_traces_endpoint"})
 """Arguments that mean an engine process, which the ingress has not."""
 
 COMMON_ENV = {
@@ -89,6 +89,8 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str) -> dict[str, A
         args["ec_transfer_config"] = ec
     if (kv := kv_transfer_config(config, stage)) is not None:
         args["kv_transfer_config"] = kv
+    if config.tracing.endpoint is not None:
+        args["otlp_traces_endpoint"] = config.tracing.endpoint
     return args
 
 
@@ -131,6 +133,8 @@ def replica_env(config: EPDConfig, stage: Stage | None) -> dict[str, str]:
         env |= NIXL_EC_ENV
     if config.model == DEMO_MODEL:
         env["HF_HUB_OFFLINE"] = "1"
+    if config.tracing.endpoint is not None:
+        env["OTEL_SERVICE_NAME"] = f"epd-{stage or 'ingress'}"
     return env
 
 

@@ -1,4 +1,4 @@
-"""One request's way through the stages: who worked on it and for how long. Feeds the log line.
+"""One request's way through the stages: who worked on it and for how long. Feeds the log line and the metrics.
 
 The middleware in ``openai_app.py`` opens a trace for each HTTP request; ``client.py`` finds it in the context and writes to
 it. All times are seconds on ``time.perf_counter``.
@@ -7,22 +7,46 @@ it. All times are seconds on ``time.perf_counter``.
 import asyncio
 import contextvars
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+
+from serve_app import tracing
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a stage that answered."""
+
+    stage: str
+    queue_s: float
+    """That it waited, in queues and on the way."""
+    ran_s: float
 
 
 @dataclass
 class Trace:
     request_id: str
+    span: tracing.Span = tracing.OFF
+    """Of the whole request; its children are made at each call of a stage."""
     began: float = field(default_factory=time.perf_counter)
     rendered: float | None = None
     """When the first engine call began; until then the ingress rendered: fetch, template, processor."""
     encoded_in_render: float = 0.0
     """Seconds of that for which encoders worked on items that went as media."""
     first_token: float | None = None
+    last_token: float | None = None
     longest: dict[str, float] = field(default_factory=dict)
     """Seconds by step (``queue``, ``encode``, ``prefill``): the longest of what runs at the same time or again."""
-    items: int = 0
+    calls: list[Call] = field(default_factory=list)
+    items: Counter[str] = field(default_factory=Counter)
+    """Media items by modality."""
+    remembered_items: int = 0
+    """Of these, those that no encoder was asked for: its answer was remembered."""
+    media_bytes: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's, those that the first prefill of each prompt found in its cache."""
+    choices: int = 0
     output_tokens: int = 0
     timeout_s: float | None = None
     """Deadline of this request from its beginning, where the client set one."""
@@ -42,6 +66,7 @@ class Trace:
 
     def rung(self, name: str) -> None:
         self.rungs.append(name)
+        self.span.event(name)
 
     def begin(self) -> None:
         """An engine call begins."""
@@ -52,13 +77,15 @@ class Trace:
     def took(self, step: str, seconds: float) -> None:
         self.longest[step] = max(self.longest.get(step, 0.0), seconds)
 
-    def waited(self, stage: str, seconds: float) -> None:
-        """A call of a stage waited so long, in queues and on the way."""
-        self.took(f"{stage} queue", seconds)
+    def called(self, stage: str, took_s: float, ran_s: float) -> None:
+        """A call of a stage answered; its replica worked on it for ``ran_s``, the rest it waited."""
+        self.calls.append(Call(stage, max(took_s - ran_s, 0.0), ran_s))
+        self.took(f"{stage} queue", self.calls[-1].queue_s)
 
     def token(self, count: int) -> None:
+        self.last_token = time.perf_counter()
         if self.first_token is None:
-            self.first_token = time.perf_counter()
+            self.first_token = self.last_token
             self.decided.set()
         self.output_tokens += count
 
@@ -66,6 +93,13 @@ class Trace:
         if self.error is None:
             self.error = error
         self.decided.set()
+
+    def per_output_token(self) -> float | None:
+        """Seconds per token of a choice after its first; None where no choice has a second."""
+        more = self.output_tokens - self.choices
+        if self.first_token is None or self.last_token is None or more <= 0:
+            return None
+        return (self.last_token - self.first_token) * max(self.choices, 1) / more
 
     def stage_times(self) -> dict[str, float]:
         """Seconds of what has happened so far, one after the other: render, queue, encode, prefill, first token.
@@ -95,7 +129,7 @@ class Trace:
         error = f' error="{self.error}"' if self.error is not None else ""
         return (
             (
-                f"request={self.request_id} status={status} items={self.items} prompt_tokens={self.prompt_tokens} "
+                f"request={self.request_id} status={status} items={self.items.total()} prompt_tokens={self.prompt_tokens} "
                 f"output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
             ).rstrip()
             + rungs

@@ -1,7 +1,7 @@
 """Audio through encode → prefill → decode, with a tiny Qwen2-Audio: `audio_url` and `input_audio`.
 
-Its application also has what is configured rarely: a reasoning parser (this model's whole answer is reasoning to it), and
-prefill that pushes its blocks.
+Its application also has what is configured rarely: a reasoning parser (this model's whole answer is reasoning to it),
+prefill that pushes its blocks, and tracing.
 """
 
 import base64
@@ -17,6 +17,7 @@ import pytest
 from tests.integration.answers import differences, events, gather, reduce
 from tests.integration.cases import Case, chat, text
 from tests.integration.media import data_url, wav
+from tests.integration.observe import SpanCollector, ray_metrics
 from tests.integration.servers import Server, serve_run, vllm_server
 from tests.models import ensure_audio_model
 
@@ -70,10 +71,20 @@ def stream_case() -> Case:
 
 
 @pytest.fixture(scope="module")
+def collector() -> Iterator[SpanCollector]:
+    with SpanCollector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
 def server(
-    args: dict[str, Any], audio_baseline: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    args: dict[str, Any],
+    audio_baseline: dict[str, Any],
+    collector: SpanCollector,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    with serve_run(tmp_path_factory.mktemp("audio"), args | {"kv": {"connector": "NixlPushConnector"}}) as server:
+    args = args | {"kv": {"connector": "NixlPushConnector"}, "tracing": {"endpoint": collector.endpoint}}
+    with serve_run(tmp_path_factory.mktemp("audio"), args, env=collector.env) as server:
         yield server
 
 
@@ -127,3 +138,65 @@ def test_sounds_came_through_the_ec_connector(server: Server) -> None:
     assert server.metric("epd:ec_items_total", stage="encoder", event="encoded") > 0
     assert server.metric("epd:ec_items_total", stage="prefill", event="loaded") > 0
     assert server.metric("epd:ec_items_total", stage="prefill", event="encoded") == 0
+
+
+# ---- what can be seen of a request
+
+
+def test_a_request_is_one_trace_across_ingress_and_engines(server: Server, collector: SpanCollector) -> None:
+    """The client's trace goes on: ingress, below it a span per call of a stage, below that the engine's own."""
+    parent = "00f067aa0ba902b7"
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    path, body = chat(audio_url(11), input_audio(12), text("Traced."))
+    response = server.post(path, body, headers={"traceparent": f"00-{trace_id}-{parent}-01", "x-request-id": "traced"})
+    assert response.status_code == 200, response.text
+
+    stages = ["encode", "encode", "prefill", "decode"]
+    server.wait_until(lambda: len(collector.spans(trace_id)) >= 1 + 2 * len(stages), "all spans of the request")
+    spans = collector.spans(trace_id)
+    (root,) = [span for span in spans if span.parent == parent]
+    assert (root.name, root.service) == (f"POST {path}", "epd-ingress")
+    assert root.attributes.items() >= {"epd.request_id": "traced", "epd.status": "200", "epd.items": 2}.items()
+    calls = [span for span in spans if span.parent == root.id]
+    assert sorted(span.name for span in calls) == sorted(stages)
+    services = {"encode": "epd-encoder", "prefill": "epd-prefill", "decode": "epd-decode"}
+    for call in calls:
+        (engine,) = [span for span in spans if span.parent == call.id]
+        assert (engine.name, engine.service) == ("llm_request", services[call.name])
+        assert "traced" in engine.attributes["gen_ai.request.id"]
+        assert call.attributes["epd.replica"]
+    assert len(spans) == 1 + 2 * len(stages)
+
+
+def test_rays_metrics_have_what_stages_and_engines_count(server: Server) -> None:
+    path, body = CASES["two sounds"]
+    assert server.post(path, body).status_code == 200
+
+    def found() -> dict[str, list[dict[str, str]]]:
+        return ray_metrics(server)
+
+    wanted = {
+        "ray_epd_requests_total",
+        "ray_epd_queue_seconds_bucket",
+        "ray_epd_outstanding",
+        "ray_epd_ec_items_total",
+        "ray_epd_ec_load_seconds_count",
+        "ray_vllm_num_requests_running",
+        "ray_vllm_generation_tokens_total",
+        "ray_vllm_time_to_first_token_seconds_bucket",
+        "ray_serve_autoscaling_target_replicas",
+    }
+    server.wait_until(lambda: wanted <= found().keys(), f"Ray to report {wanted}", 90)
+    samples = found()
+    assert {labels["stage"] for labels in samples["ray_epd_queue_seconds_bucket"]} == {"encoder", "prefill", "decode"}
+    assert {labels["deployment"] for labels in samples["ray_epd_requests_total"]} == {"Ingress"}
+    deployments = {labels["deployment"] for labels in samples["ray_vllm_num_requests_running"]}
+    assert deployments == {"Encoder", "Prefill", "Decode"}
+    assert {labels["application"] for labels in samples["ray_vllm_num_requests_running"]} == {"epd"}
+
+
+def test_what_ray_is_told_takes_nothing_from_the_servers_own_page(server: Server) -> None:
+    for stage in ("encoder", "prefill", "decode"):
+        assert server.metric("vllm:request_success_total", stage=stage) > 0
+    page = server.get("/metrics").text
+    assert page.count("# TYPE vllm:num_requests_running ") == page.count("# TYPE epd:ec_items_total ") == 1

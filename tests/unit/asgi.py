@@ -7,8 +7,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app import trace
+from serve_app.ingress_metrics import IngressMetrics
 from serve_app.openai_app import PipelineMiddleware
 from serve_app.trace import Trace
+from serve_app.tracing import Tracing
 
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 JSON = (b"content-type", b"application/json")
@@ -20,6 +22,7 @@ class Client:
 
     def __init__(self, *chunks: bytes, headers: Iterable[tuple[bytes, bytes]] = (), **scope: Any) -> None:
         self.scope: Scope = {"type": "http", "method": "POST", "path": "/", "headers": list(headers)} | scope
+        self.tracing = Tracing()
         self.sent: list[Message] = []
         body = chunks or (b"",)
         self._messages = [{"type": "http.request", "body": chunk, "more_body": chunk is not body[-1]} for chunk in body]
@@ -31,7 +34,7 @@ class Client:
         self.sent.append(message)
 
     async def ask(self, app: ASGIApp) -> "Client":
-        await PipelineMiddleware(app, LIMIT)(self.scope, self.receive, self.send)
+        await PipelineMiddleware(app, LIMIT, IngressMetrics(), self.tracing)(self.scope, self.receive, self.send)
         return self
 
     @property

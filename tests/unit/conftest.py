@@ -1,6 +1,7 @@
 """What several unit tests build once: the configuration of the demo model as an ingress has it. No engine is started."""
 
 import asyncio
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,20 @@ def demo_vllm_config(demo_folder: Path) -> Any:
     from serve_app.roles import ingress_args
 
     return ingress_vllm_config(ingress_args(resolve(EPDConfig(), Cluster(0, 2)).config, str(demo_folder)))
+
+
+@pytest.fixture(scope="session")
+def decode_vllm_config(demo_vllm_config: Any) -> Any:
+    """vLLM's configuration of a decode engine, as far as its metrics need it."""
+    from vllm.config import ECTransferConfig, KVTransferConfig
+
+    from serve_app.transfer import ec_transfer_config, kv_transfer_config
+
+    epd = EPDConfig(accelerator="cpu")
+    config = copy.copy(demo_vllm_config)
+    config.ec_transfer_config = ECTransferConfig(**ec_transfer_config(epd, Stage.DECODE))
+    config.kv_transfer_config = KVTransferConfig(**kv_transfer_config(epd, Stage.DECODE))
+    return config
 
 
 @pytest.fixture

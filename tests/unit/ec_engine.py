@@ -30,6 +30,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from serve_app.config import EPDConfig, Stage
+from serve_app.ec_metrics import LOAD_SECONDS
 from serve_app.transfer import ec_transfer_config
 
 BLOCK = 16
@@ -185,7 +186,8 @@ class Engine:
                     self.replies[output.request_id] = output.ec_transfer_params
             stats = outputs.scheduler_stats
             for name, count in ((stats and stats.ec_connector_stats) or {}).items():
-                self.counts[name] = self.counts.get(name, 0) + count
+                if name != LOAD_SECONDS:
+                    self.counts[name] = self.counts.get(name, 0) + count
 
     def _execute(self, scheduled: Any) -> ModelRunnerOutput:
         """``GPUModelRunner.execute_model``."""

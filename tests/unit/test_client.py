@@ -76,7 +76,7 @@ def test_options_of_the_request_reach_the_stages(make_client: Make) -> None:
     async def main() -> FakePipeline:
         client = make_client((pipeline := FakePipeline()).stages)
         prompt = await render(client, "red")
-        options: dict[str, Any] = {"priority": 5, "trace_headers": {"a": "b"}}
+        options: dict[str, Any] = {"priority": 5}
         assert [o async for o in client.generate(prompt, params(), "req", **options)]
         return pipeline
 
@@ -84,7 +84,7 @@ def test_options_of_the_request_reach_the_stages(make_client: Make) -> None:
     (encode,) = pipeline.encoder.requests("encode")
     assert encode.options == {"lora_request": None, "priority": 5}
     for call in pipeline.prefiller.requests("prefill") + pipeline.decoder.requests("generate"):
-        assert (call.options["priority"], call.options["trace_headers"]) == (5, {"a": "b"})
+        assert call.options["priority"] == 5
 
 
 @pytest.mark.parametrize(("by_tenant", "names"), [(False, 1), (True, 3)])
@@ -200,7 +200,7 @@ def traced(make: Make, pipeline: FakePipeline, *colours: str, **more: Any) -> Tr
 def test_trace_knows_who_worked_on_the_request_and_how_much(make_client: Make) -> None:
     record = traced(make_client, FakePipeline(), "red", "blue")
     assert record.replicas == {"encoder": ["encoder-0"], "prefill": ["prefill-0"], "decode": ["decode-0"]}
-    assert (record.items, record.output_tokens, record.error) == (2, 2, None)
+    assert (record.items, record.output_tokens, record.error) == ({"image": 2}, 2, None)
     assert record.prompt_tokens > 4 * 2
     assert list(record.stage_times()) == ["render", "queue", "encode", "prefill", "first_token"]
     assert record.decided.is_set()

@@ -44,6 +44,8 @@ def refusal(args: dict[str, Any]) -> str:
         ({"kv": {"lease": 3}}, "kv.lease"),
         ({"encode": {"timeout": 3}}, "encode.timeout"),
         ({"retry": {"budget": 3}}, "retry.budget"),
+        ({"metrics": {"ray": True}}, "metrics.ray"),
+        ({"tracing": {"sampler": "x"}}, "tracing.sampler"),
         ({"media": {"domains": []}}, "media.domains"),
     ],
 )
@@ -108,6 +110,10 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
         ),
         *(({"prefill": {"env": {key: "1"}}}, [f"`{key}` is set by each replica"]) for key in sorted(SIDE_CHANNEL_ENV)),
         ({"ec": {"lease_s": 60, "max_age_s": 30}}, ["`ec.lease_s: 60` is longer than `ec.max_age_s: 30`"]),
+        (
+            {"tracing": {"endpoint": "http://a"}, "decode": {"engine_args": {"disable_log_stats": True}}},
+            ["`disable_log_stats` in the engine arguments of decode", "`tracing.endpoint`"],
+        ),
         ({"encoder": None, "encode": {}}, ["`encode:` has no effect", "without an encoder stage"]),
         ({"prefill": None, "kv": {}}, ["`kv:` has no effect", "`prefill: null`"]),
         ({"accelerator": "cpu", "ec": {"connector": "ECCPUConnector"}}, ["ECCPUConnector` needs a GPU"]),

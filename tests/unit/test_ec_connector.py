@@ -490,9 +490,11 @@ def test_workers_count_nothing(demo_vllm_config: Any, tmp_path: Path) -> None:
 
 
 def test_counts_add_up_and_travel_as_data() -> None:
-    total = SharedFolderStats(data={"loaded": 1, "folder_bytes": 7})
-    total.aggregate(SharedFolderECConnector.build_ec_connector_stats({"loaded": 2, "missing": 1, "folder_bytes": 5}))
-    assert total.reduce() == {"loaded": 3, "missing": 1, "folder_bytes": 5}
+    total = SharedFolderStats(data={"loaded": 1, "folder_bytes": 7, "load_seconds": [1.0]})
+    more = {"loaded": 2, "missing": 1, "folder_bytes": 5, "load_seconds": [2.0, 3.0]}
+    total.aggregate(SharedFolderECConnector.build_ec_connector_stats(more))
+    assert total.data["load_seconds"] == [1.0, 2.0, 3.0]
+    assert total.reduce() == {"loaded": 3, "missing": 1, "folder_bytes": 5, "load_seconds": 6.0}
     total.reset()
     assert total.is_empty()
     assert SharedFolderECConnector.build_ec_connector_stats().is_empty()
@@ -511,7 +513,7 @@ def test_counts_are_metrics_per_engine(demo_vllm_config: Any) -> None:
         {0: ["demo", "0"], 1: ["demo", "1"]},
     )
     metrics.observe({"loaded": 2, "bytes.loaded": 100, "folder_bytes": 9}, 0)
-    metrics.observe({"loaded": 3, "missing": 1, "folder_bytes": 8}, 1)
+    metrics.observe({"loaded": 3, "missing": 1, "folder_bytes": 8, "load_seconds": [0.5, 0.25]}, 1)
     metrics.observe({"folder_bytes": 7}, 1)
 
     def value(name: str, engine: str, **labels: str) -> float | None:
@@ -522,3 +524,4 @@ def test_counts_are_metrics_per_engine(demo_vllm_config: Any) -> None:
     assert value("epd:ec_items_total", "1", event="missing") == 1
     assert value("epd:ec_bytes_total", "0", direction="loaded") == 100
     assert [value("epd:ec_folder_bytes", engine) for engine in "01"] == [9, 7]
+    assert (value("epd:ec_load_seconds_count", "1"), value("epd:ec_load_seconds_sum", "1")) == (2, 0.75)

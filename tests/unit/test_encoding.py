@@ -322,6 +322,7 @@ def test_encoded_item_is_not_sent_again_until_its_time_is_over() -> None:
         assert places(result) == {"a": [1], "b": [0]}
         assert with_pixels(result) == []
         assert record.replicas == {"encoder": ["encoder-0"]}
+        assert (record.remembered_items, len(record.calls)) == (1, 1)
         bench.clock.now += 0.1
         await bench.encode("a", "b")
         assert bench.asked == ["a", "b", "a"]

@@ -13,7 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app import trace
 from serve_app.errors import ConfigError
+from serve_app.ingress_metrics import IngressMetrics
 from serve_app.openai_app import SERVER_ARGS, PipelineMiddleware, check_api_args
+from serve_app.tracing import Tracing
 from tests.unit.asgi import JSON, LIMIT, Client, app_of, body, start, the_trace
 
 
@@ -141,5 +143,5 @@ def test_adapters_that_no_stage_would_get_are_refused() -> None:
 
 
 def test_middleware_serves_a_real_fastapi_app() -> None:
-    answer = TestClient(PipelineMiddleware(fastapi_app(), LIMIT)).post("/", json={"a": 1})
+    answer = TestClient(PipelineMiddleware(fastapi_app(), LIMIT, IngressMetrics(), Tracing())).post("/", json={"a": 1})
     assert (answer.status_code, answer.json()) == (200, "read")

@@ -178,3 +178,14 @@ def test_engines_that_move_embeddings_with_nixl_run_vllms_second_model_runner() 
     assert [replica_env(nixl, stage).get(key) for stage in nixl.stages] == ["1", "1", "1"]
     assert key not in replica_env(nixl, None)  # the ingress may have no Triton, which that needs
     assert not any(key in replica_env(on_gpus(), stage) for stage in nixl.stages)
+
+
+def test_tracing_reaches_every_engine_under_the_name_of_its_stage() -> None:
+    endpoint = "http://127.0.0.1:4317"
+    traced = on_cpu(tracing={"endpoint": endpoint})
+    assert {engine_args(traced, stage, "m")["otlp_traces_endpoint"] for stage in Stage} == {endpoint}
+    assert "otlp_traces_endpoint" not in ingress_args(traced, "m")
+    names = [replica_env(traced, stage)["OTEL_SERVICE_NAME"] for stage in (*Stage, None)]
+    assert names == ["epd-encoder", "epd-prefill", "epd-decode", "epd-ingress"]
+    assert "otlp_traces_endpoint" not in engine_args(on_cpu(), Stage.DECODE, "m")
+    assert "OTEL_SERVICE_NAME" not in replica_env(on_cpu(), None)

@@ -1,6 +1,7 @@
 """serve_app.trace: what is known of one request, and its log line."""
 
 import time
+from collections import Counter
 
 import pytest
 
@@ -39,10 +40,10 @@ def test_replica_is_listed_once_in_the_order_of_its_work() -> None:
 def test_stage_times_are_steps_whose_sum_is_the_time_to_the_first_token() -> None:
     record = Trace("r", began=100.0, rendered=101.0, first_token=112.0)
     record.took("encode", 2.5)
-    record.waited("encoder", 0.5)
+    record.called("encoder", 2.5, 2.0)
     record.took("prefill", 4.0)
-    record.waited("prefill", 1.0)
-    record.waited("decode", 0.25)
+    record.called("prefill", 4.0, 3.0)
+    record.called("decode", 1.0, 0.75)
     times = record.stage_times()
     assert times == {"render": 1, "queue": 1.75, "encode": 2, "prefill": 3, "first_token": 4.25}
     assert sum(times.values()) == 12
@@ -72,7 +73,7 @@ def test_time_of_a_stage_that_there_is_not_goes_to_the_next() -> None:
 
 
 def test_line_has_everything_that_is_known() -> None:
-    record = Trace("r", rendered=0.25, items=2, prompt_tokens=9, output_tokens=4, began=0.0)
+    record = Trace("r", rendered=0.25, items=Counter(image=1, audio=1), prompt_tokens=9, output_tokens=4, began=0.0)
     record.took("encode", 0.5)
     record.saw("encoder", "e1")
     record.saw("encoder", "e2")

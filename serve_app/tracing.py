@@ -1,0 +1,92 @@
+"""Spans of a request with OpenTelemetry: one at the ingress, below it one per call of a stage, below those vLLM's own.
+
+Off unless ``tracing.endpoint`` is set: then every span is OpenTelemetry's no-op, and nobody has to ask. Spans are passed on
+by hand and never made current: the pipeline is made of generators, and encode calls run in contexts of their own.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.trace import INVALID_SPAN, NoOpTracer, SpanKind, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from serve_app.config import TracingConfig
+
+W3C = TraceContextTextMapPropagator()
+
+
+class Span:
+    """A span, and what makes its children."""
+
+    def __init__(self, tracer: Tracer, span: trace.Span) -> None:
+        self._tracer = tracer
+        self._span = span
+
+    def set(self, **attributes: Any) -> None:
+        """Attributes ``epd.<name>``; what is not known, None, is left out."""
+        if self._span.is_recording():
+            self._span.set_attributes({f"epd.{k}": value for k, value in attributes.items() if value is not None})
+
+    def event(self, name: str) -> None:
+        self._span.add_event(name)
+
+    def fail(self, error: BaseException) -> None:
+        self._span.record_exception(error)
+        self._span.set_status(StatusCode.ERROR, str(error))
+
+    @property
+    def headers(self) -> dict[str, str] | None:
+        """``traceparent`` and ``tracestate`` for who continues below this span; None where there is no trace."""
+        carrier: dict[str, str] = {}
+        W3C.inject(carrier, set_span_in_context(self._span))
+        return carrier or None
+
+    @contextmanager
+    def child(self, name: str, **attributes: Any) -> Iterator["Span"]:
+        """The span of one call of a stage; a failure is its status, and a caller that leaves is ``epd.cancelled``."""
+        started = self._tracer.start_span(name, set_span_in_context(self._span), SpanKind.CLIENT)
+        span = Span(self._tracer, started)
+        span.set(**attributes)
+        try:
+            yield span
+        except Exception as error:
+            span.fail(error)
+            raise
+        except BaseException:
+            span.set(cancelled=True)
+            raise
+        finally:
+            started.end()
+
+
+OFF = Span(NoOpTracer(), INVALID_SPAN)
+
+
+class Tracing:
+    """Makes the spans of an ingress replica. Without a tracer: none."""
+
+    def __init__(self, tracer: Tracer | None = None) -> None:
+        self._tracer = tracer
+
+    @contextmanager
+    def request(self, name: str, headers: Mapping[str, str]) -> Iterator[Span]:
+        """The span of one HTTP request, in the trace that the client's ``traceparent`` names, or in a new one."""
+        if self._tracer is None:
+            yield OFF
+            return
+        started = self._tracer.start_span(name, W3C.extract(headers), SpanKind.SERVER)
+        try:
+            yield Span(self._tracer, started)
+        finally:
+            started.end()
+
+
+def tracing(config: TracingConfig) -> Tracing:
+    """Export through vLLM's own exporter: the protocol and all else by OpenTelemetry's variables, as in the engines."""
+    if config.endpoint is None:
+        return Tracing()
+    from vllm.tracing import init_tracer
+
+    return Tracing(init_tracer("epd.ingress", config.endpoint))
