@@ -116,8 +116,9 @@ class StageEngine:
     def __init__(self, stage: Stage, args: dict[str, Any], metrics_in_ray: bool = False) -> None:
         self._stage = stage
         self._kv_use = KVUse()
-        loggers = [self._kv_use.factory, *(STAT_LOGGERS if metrics_in_ray else ())]
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers)
+        parsed = AsyncEngineArgs(**args)
+        to_ray = STAT_LOGGERS if metrics_in_ray and not parsed.disable_log_stats else ()
+        self._llm = AsyncLLM.from_engine_args(parsed, stat_loggers=[self._kv_use.factory, *to_ray])
 
     @property
     def renderer(self) -> Any:

@@ -76,7 +76,7 @@ def test_what_reached_no_stage_counts_where_it_was_refused(told: Told, status: i
 
 def test_what_is_under_way_is_told_as_it_changes(told: Told) -> None:
     admission = Admission(AdmissionConfig(), 10, IngressMetrics().outstanding)
-    media = Media("image", b"12345", None, 1)
+    media = Media("image", b"12345", None, 1, "digest")
     with admission.admit((Item("image", "h", 0, 3, None, None),)), admission.admit_media([media]):
         pass
     assert told.values("epd_outstanding", of="requests")[-3:] == [1, 1, 0]
