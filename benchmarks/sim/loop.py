@@ -53,8 +53,9 @@ class Loop:
 
     def run(self, until: float = float("inf")) -> None:
         while self._heap and self._heap[0][0] <= until:
-            self.now, _, timer = heapq.heappop(self._heap)
+            moment, _, timer = heapq.heappop(self._heap)
             if timer.action is not None:
+                self.now = moment
                 timer.action()
         if until != float("inf"):
             self.now = max(self.now, until)
