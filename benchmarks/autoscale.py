@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import tempfile
 import threading
 import time
@@ -58,7 +59,8 @@ def deployments(encoders_at_rest: int = 1) -> dict[str, dict[str, Any]]:
     def scaled(policy: str, stage: Stage, minimum: int = 1) -> dict[str, Any]:
         kwargs = {"target_queue_s": TARGET_QUEUE_S[stage]}
         policies = {"policy": {"policy_function": f"serve_app.autoscaling:{policy}", "policy_kwargs": kwargs}}
-        return {"autoscaling_config": {"min_replicas": minimum, "max_replicas": 2} | delays | policies}
+        bounds = {"min_replicas": minimum, "max_replicas": 2, "target_ongoing_requests": 32}
+        return {"autoscaling_config": bounds | delays | policies}
 
     return {
         "Ingress": {"num_replicas": 1},
@@ -186,6 +188,12 @@ def changes(samples: list[Sample], stage: Stage) -> list[tuple[float, int]]:
     return found
 
 
+def decisions(server: Server) -> list[tuple[str, int, int]]:
+    """What Serve's controller wanted: stage, replicas before and after, also where none came to run in the meantime."""
+    found = re.findall(r"scaling Deployment\(name='(\w+)'.* from (\d+) to (\d+) replicas", server.log.read_text())
+    return [(name, int(before), int(after)) for name, before, after in found]
+
+
 def plot(samples: list[Sample], path: Path) -> None:
     import matplotlib
 
@@ -230,6 +238,7 @@ def main() -> None:
         phases = [replace(phase, seconds=phase.seconds * options.scale) for phase in PHASES]
         with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), {}, scaled) as server:
             samples, failures = run(server, phases)
+            wanted = decisions(server)
         RESULTS.mkdir(exist_ok=True)
         document = {
             "command": "python -m benchmarks.autoscale",
@@ -240,6 +249,7 @@ def main() -> None:
             "deployments": scaled,
             "phases": [(phase.kind, phase.seconds) for phase in phases],
             "failures": failures,
+            "decisions": wanted,
             "changes": {stage: changes(samples, stage) for stage in Stage},
             "samples": [asdict(sample) for sample in samples],
         }
@@ -247,6 +257,7 @@ def main() -> None:
     document = json.loads(record.read_text())
     for stage, times in document["changes"].items():
         print(f"{stage:8}", ", ".join(f"{count} from {seconds:g} s" for seconds, count in times))
+    print("wanted:", ", ".join(f"{name} {before} → {after}" for name, before, after in document["decisions"]))
     print(f"{document['samples'][-1]['completed']} answers, {len(document['failures'])} failures")
     plot([Sample(**sample) for sample in document["samples"]], picture)
 
