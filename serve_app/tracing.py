@@ -1,6 +1,6 @@
 """Spans of a request with OpenTelemetry: one at the ingress, below it one per call of a stage, below those vLLM's own.
 
-Off unless ``tracing.endpoint`` is set: then every span is OpenTelemetry's no-op, and nobody has to ask. Spans are passed on
+Off unless ``tracing.endpoint`` is set: then every span is one that does nothing, and nobody has to ask. Spans are passed on
 by hand and never made current: the pipeline is made of generators, and encode calls run in contexts of their own.
 """
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from opentelemetry import trace
-from opentelemetry.trace import INVALID_SPAN, NoOpTracer, SpanKind, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace import SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from serve_app.config import TracingConfig
@@ -18,16 +18,42 @@ W3C = TraceContextTextMapPropagator()
 
 
 class Span:
-    """A span, and what makes its children."""
+    """A span that nobody sees: what there is where tracing is off."""
 
+    @property
+    def headers(self) -> dict[str, str] | None:
+        """``traceparent`` and ``tracestate`` for who continues below this span."""
+        return None
+
+    def set(self, **attributes: Any) -> None:
+        """Attributes ``epd.<name>``; what is not known, None, is left out."""
+
+    def event(self, name: str) -> None: ...
+
+    def fail(self, error: BaseException) -> None: ...
+
+    @contextmanager
+    def child(self, name: str, **attributes: Any) -> Iterator["Span"]:
+        """The span of one call of a stage; a failure is its status, and a caller that leaves is ``epd.cancelled``."""
+        yield self
+
+
+OFF = Span()
+
+
+class SeenSpan(Span):
     def __init__(self, tracer: Tracer, span: trace.Span) -> None:
         self._tracer = tracer
         self._span = span
 
+    @property
+    def headers(self) -> dict[str, str]:
+        carrier: dict[str, str] = {}
+        W3C.inject(carrier, set_span_in_context(self._span))
+        return carrier
+
     def set(self, **attributes: Any) -> None:
-        """Attributes ``epd.<name>``; what is not known, None, is left out."""
-        if self._span.is_recording():
-            self._span.set_attributes({f"epd.{k}": value for k, value in attributes.items() if value is not None})
+        self._span.set_attributes({f"epd.{name}": value for name, value in attributes.items() if value is not None})
 
     def event(self, name: str) -> None:
         self._span.add_event(name)
@@ -36,18 +62,10 @@ class Span:
         self._span.record_exception(error)
         self._span.set_status(StatusCode.ERROR, str(error))
 
-    @property
-    def headers(self) -> dict[str, str] | None:
-        """``traceparent`` and ``tracestate`` for who continues below this span; None where there is no trace."""
-        carrier: dict[str, str] = {}
-        W3C.inject(carrier, set_span_in_context(self._span))
-        return carrier or None
-
     @contextmanager
-    def child(self, name: str, **attributes: Any) -> Iterator["Span"]:
-        """The span of one call of a stage; a failure is its status, and a caller that leaves is ``epd.cancelled``."""
+    def child(self, name: str, **attributes: Any) -> Iterator[Span]:
         started = self._tracer.start_span(name, set_span_in_context(self._span), SpanKind.CLIENT)
-        span = Span(self._tracer, started)
+        span = SeenSpan(self._tracer, started)
         span.set(**attributes)
         try:
             yield span
@@ -59,9 +77,6 @@ class Span:
             raise
         finally:
             started.end()
-
-
-OFF = Span(NoOpTracer(), INVALID_SPAN)
 
 
 class Tracing:
@@ -78,7 +93,7 @@ class Tracing:
             return
         started = self._tracer.start_span(name, W3C.extract(headers), SpanKind.SERVER)
         try:
-            yield Span(self._tracer, started)
+            yield SeenSpan(self._tracer, started)
         finally:
             started.end()
 
