@@ -10,13 +10,14 @@ import itertools
 import json
 import os
 import platform
+import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,22 @@ RESULTS = Path(__file__).parent / "results"
 SAMPLE_EVERY_S = 1.0
 DEADLINE_S = 110.0
 
-WORKERS = 6
+WORKERS = 8
 IMAGES, IMAGE_SIZE = 3, (504, 504)
-TARGET_QUEUE_S = {Stage.ENCODER: 0.4, Stage.PREFILL: 3.0, Stage.DECODE: 3.0}
+TARGET_QUEUE_S = {Stage.ENCODER: 0.1, Stage.PREFILL: 3.0, Stage.DECODE: 3.0}
 
-PHASES = [("quiet", 10.0), ("text", 40.0), ("image", 100.0), ("text", 70.0), ("quiet", 20.0)]
+
+@dataclass(frozen=True)
+class Phase:
+    """``kind`` of load for so many seconds; less, if ``until`` holds earlier and then for ``SETTLED_S``."""
+
+    kind: str
+    seconds: float
+    until: Callable[["Sample"], bool] | None = None
+
+
+SETTLED_S = 8.0
+PHASES = [Phase("quiet", 10), Phase("text", 40), Phase("image", 100), Phase("text", 70), Phase("quiet", 20)]
 
 
 def deployments(encoders_at_rest: int = 1) -> dict[str, dict[str, Any]]:
@@ -47,7 +59,8 @@ def deployments(encoders_at_rest: int = 1) -> dict[str, dict[str, Any]]:
     def scaled(policy: str, stage: Stage, minimum: int = 1) -> dict[str, Any]:
         kwargs = {"target_queue_s": TARGET_QUEUE_S[stage]}
         policies = {"policy": {"policy_function": f"serve_app.autoscaling:{policy}", "policy_kwargs": kwargs}}
-        return {"autoscaling_config": {"min_replicas": minimum, "max_replicas": 2} | delays | policies}
+        bounds = {"min_replicas": minimum, "max_replicas": 2, "target_ongoing_requests": 32}
+        return {"autoscaling_config": bounds | delays | policies}
 
     return {
         "Ingress": {"num_replicas": 1},
@@ -151,15 +164,17 @@ def look(driver: Driver, began: float) -> Sample:
     return Sample(time.monotonic() - began, driver.phase, driver.completed, len(driver.failures), counts, queues)
 
 
-def run(server: Server, phases: list[tuple[str, float]]) -> tuple[list[Sample], list[str]]:
+def run(server: Server, phases: list[Phase]) -> tuple[list[Sample], list[str]]:
     """Samples over all phases, and what failed."""
     driver, samples, began = Driver(server), [], time.monotonic()
     with driver.running():
-        for phase, seconds in phases:
-            driver.enter(phase)
-            end = time.monotonic() + seconds
+        for phase in phases:
+            driver.enter(phase.kind)
+            end, settled = time.monotonic() + phase.seconds, False
             while (now := time.monotonic()) < end:
                 samples.append(look(driver, began))
+                if not settled and phase.until is not None and phase.until(samples[-1]):
+                    end, settled = min(end, now + SETTLED_S), True
                 time.sleep(max(now + SAMPLE_EVERY_S - time.monotonic(), 0.0))
     return samples, driver.failures
 
@@ -171,6 +186,12 @@ def changes(samples: list[Sample], stage: Stage) -> list[tuple[float, int]]:
         if not found or sample.replicas[stage] != found[-1][1]:
             found.append((round(sample.seconds, 1), sample.replicas[stage]))
     return found
+
+
+def decisions(server: Server) -> list[tuple[str, int, int]]:
+    """What Serve's controller wanted: stage, replicas before and after, also where none came to run in the meantime."""
+    found = re.findall(r"scaling Deployment\(name='(\w+)'.* from (\d+) to (\d+) replicas", server.log.read_text())
+    return [(name, int(before), int(after)) for name, before, after in found]
 
 
 def plot(samples: list[Sample], path: Path) -> None:
@@ -209,12 +230,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replot", action="store_true", help="draw the plot of the last run again")
     parser.add_argument("--scale", type=float, default=1.0, help="how much longer the phases are")
+    parser.add_argument("--encoders-at-rest", type=int, default=1, help="min_replicas of the encoder; 0: none for text")
     options = parser.parse_args()
+    scaled = deployments(options.encoders_at_rest)
     record, picture = RESULTS / "autoscale.json", RESULTS / "autoscale.png"
     if not options.replot:
-        phases = [(phase, seconds * options.scale) for phase, seconds in PHASES]
-        with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), {}, deployments()) as server:
+        phases = [replace(phase, seconds=phase.seconds * options.scale) for phase in PHASES]
+        with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), {}, scaled) as server:
             samples, failures = run(server, phases)
+            wanted = decisions(server)
         RESULTS.mkdir(exist_ok=True)
         document = {
             "command": "python -m benchmarks.autoscale",
@@ -222,9 +246,10 @@ def main() -> None:
             "versions": {name: version(name) for name in ("ray", "nixl")} | {"python": platform.python_version()},
             "workers": WORKERS,
             "images": {"per request": IMAGES, "size": IMAGE_SIZE},
-            "deployments": deployments(),
-            "phases": phases,
+            "deployments": scaled,
+            "phases": [(phase.kind, phase.seconds) for phase in phases],
             "failures": failures,
+            "decisions": wanted,
             "changes": {stage: changes(samples, stage) for stage in Stage},
             "samples": [asdict(sample) for sample in samples],
         }
@@ -232,6 +257,7 @@ def main() -> None:
     document = json.loads(record.read_text())
     for stage, times in document["changes"].items():
         print(f"{stage:8}", ", ".join(f"{count} from {seconds:g} s" for seconds, count in times))
+    print("wanted:", ", ".join(f"{name} {before} → {after}" for name, before, after in document["decisions"]))
     print(f"{document['samples'][-1]['completed']} answers, {len(document['failures'])} failures")
     plot([Sample(**sample) for sample in document["samples"]], picture)
 

@@ -93,14 +93,15 @@ class DecodePolicy(WorkPolicy):
 def signals(ctx: AutoscalingContext) -> dict[str, Any]:
     """What the replicas of a stage reported (``workload.Meter.stats``), together, as arguments of ``Load``."""
     metrics = ctx.aggregated_metrics or {}
-    series = (ctx.raw_metrics or {}).get("done", {})
+    series = ctx.raw_metrics or {}
     return {
         "outstanding": sum(metrics.get("outstanding", {}).values()),
         "calls": sum(metrics.get("calls", {}).values()),
         "queued_calls": ctx.total_queued_requests or 0.0,
         "mean_work": mean(value for value in metrics.get("mean_work", {}).values() if value) or 0.0,
-        "carried": sum(per_second(points) for points in series.values()),
-        "rate": mean(value for value in metrics.get("rate", {}).values() if value),
+        "carried": sum(per_second(points) for points in series.get("done", {}).values()),
+        # The latest, no mean: 0 stands for a rate that is not known, of calls like those of that moment.
+        "rate": mean(points[-1].value for points in series.get("rate", {}).values() if points and points[-1].value),
     }
 
 

@@ -16,9 +16,25 @@ WARM_UP_CALLS = 4
 SAMPLE_CALLS = 4
 SAMPLE_BUSY_S = 1.0
 SAMPLES = 8
-"""A rate is that of the last 8 samples, each of at least 4 calls and a second in which there was work."""
+"""A rate is that of the last 8 samples that are alike, each of at least 4 calls and a second in which there was work."""
+
+REMEMBERED_SAMPLES = 32
+ALIKE = 4.0
+"""What a call costs besides its work makes the rate of small calls lower, often by far: it says nothing about calls that
+are more than this times as large, and the other way round."""
 
 REMEMBERED_CALLS = 64
+
+
+@dataclass
+class Sample:
+    work: float = 0.0
+    busy_s: float = 0.0
+    calls: int = 0
+
+    def like(self, mean_work: float) -> bool:
+        mine = self.work / self.calls
+        return mine <= ALIKE * mean_work and mean_work <= ALIKE * mine
 
 
 @dataclass
@@ -36,8 +52,8 @@ class Meter:
         self._clock = clock
         self._calls: dict[int, Call] = {}
         self._ended: deque[Call] = deque(maxlen=REMEMBERED_CALLS)
-        self._samples: deque[tuple[float, float]] = deque(maxlen=SAMPLES)  # work, busy seconds
-        self._sample = [0.0, 0.0, 0]  # work, busy seconds, calls
+        self._samples: deque[Sample] = deque(maxlen=REMEMBERED_SAMPLES)
+        self._sample = Sample()
         self._warm_up = WARM_UP_CALLS
         self._total = 0.0
         self._seen_at = clock()
@@ -58,7 +74,7 @@ class Meter:
     def _pass_time(self) -> None:
         now = self._clock()
         if self._calls:
-            self._sample[1] += now - self._seen_at
+            self._sample.busy_s += now - self._seen_at
         self._seen_at = now
 
     def _end(self, call: Call) -> None:
@@ -68,30 +84,38 @@ class Meter:
         self._total += call.done
         if self._warm_up:
             self._warm_up -= 1
-            self._sample = [0.0, 0.0, 0]
+            self._sample = Sample()
             return
-        self._sample[0] += call.done
-        self._sample[2] += 1
-        work, busy_s, calls = self._sample
-        if calls >= SAMPLE_CALLS and busy_s >= SAMPLE_BUSY_S:
-            self._samples.append((work, busy_s))
-            self._sample = [0.0, 0.0, 0]
+        self._sample.work += call.done
+        self._sample.calls += 1
+        if self._sample.calls >= SAMPLE_CALLS and self._sample.busy_s >= SAMPLE_BUSY_S:
+            self._samples.append(self._sample)
+            self._sample = Sample()
+
+    @property
+    def outstanding(self) -> float:
+        asked, done = sum(call.asked for call in self._ended), sum(call.done or 0.0 for call in self._ended)
+        share = done / asked if asked else 1.0  # cache hits, and guesses that were too high
+        return share * sum(call.asked for call in self._calls.values())
 
     @property
     def rate(self) -> float | None:
-        """Work per second while there is any; None until it is measured."""
-        busy_s = sum(busy for _, busy in self._samples)
-        return sum(work for work, _ in self._samples) / busy_s if busy_s else None
+        """Work per second while there is any, of calls like those under way, else like the latest; None until it is
+        measured."""
+        if not self._samples:
+            return None
+        latest = self._samples[-1]
+        mean_work = self.outstanding / len(self._calls) if self._calls else latest.work / latest.calls
+        alike = [sample for sample in self._samples if sample.like(mean_work)][-SAMPLES:]
+        return sum(sample.work for sample in alike) / sum(sample.busy_s for sample in alike) if alike else None
 
     def stats(self) -> dict[str, float]:
         """``outstanding`` work and ``calls`` under way, the ``mean_work`` of a call, all work ``done`` since the start,
         and the ``rate`` of work per second, 0 while it is not known."""
-        asked, done = sum(call.asked for call in self._ended), sum(call.done or 0.0 for call in self._ended)
-        share = done / asked if asked else 1.0  # cache hits, and guesses that were too high
         return {
-            "outstanding": share * sum(call.asked for call in self._calls.values()),
+            "outstanding": self.outstanding,
             "calls": float(len(self._calls)),
-            "mean_work": done / len(self._ended) if self._ended else 0.0,
+            "mean_work": sum(call.done or 0.0 for call in self._ended) / len(self._ended) if self._ended else 0.0,
             "done": self._total,
             "rate": self.rate or 0.0,
         }

@@ -1,17 +1,27 @@
 """A replica that goes away first finishes what it holds: under load, stages shrink, grow and get a new config."""
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 import yaml
 
+from serve_app.config import EPDConfig, Stage
+from serve_app.handoff import Prompt, StageRequest, prefill_params
+from serve_app.placement import Cluster as Cpu
+from serve_app.placement import resolve
+from serve_app.roles import engine_args, model_path, replica_env
+from serve_app.transfer import side_channel_env
+from serve_app.vllm_plugin import REPLICA_ENV
 from tests.chaos.load import Load, answers
 from tests.integration.servers import Server
 from tests.integration.test_lifecycle import BIN, Cluster, cluster
 
 REQUESTS = 200
+LEASE_S = 6
 
 
 class Application:
@@ -61,8 +71,41 @@ class Application:
         }
 
 
+def test_a_prefill_engine_says_what_it_holds_until_the_lease_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(EPDConfig.model_validate({"accelerator": "cpu", "kv": {"lease_s": LEASE_S}}), Cpu(0, 2)).config
+    folder = model_path(config)
+    for key, value in (replica_env(config, Stage.PREFILL) | side_channel_env("127.0.0.1")).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv(REPLICA_ENV, "test")
+    args = {key: value for key, value in engine_args(config, Stage.PREFILL, folder).items() if key[:3] != "ec_"}
+
+    async def main() -> None:
+        from vllm import SamplingParams
+
+        from serve_app.engine import StageEngine
+
+        engine = StageEngine(Stage.PREFILL, args)
+        try:
+            assert not engine.holds_blocks
+            params = prefill_params(SamplingParams(max_tokens=4), None)
+            output = await engine.final(StageRequest("r", Prompt(list(range(300, 400))), params))
+            assert output.kv_transfer_params is not None
+            began = time.monotonic()
+            await asyncio.sleep(1)  # nothing to wait for: it has to stay so
+            assert engine.holds_blocks and engine.kv_use < 0.1
+            async with asyncio.timeout(3 * LEASE_S):
+                while engine.holds_blocks:  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+            assert time.monotonic() - began > LEASE_S / 2
+        finally:
+            engine.shutdown()
+
+    asyncio.run(main())
+
+
 def test_no_request_fails_while_replicas_go_and_a_new_config_comes(tmp_path: Path) -> None:
-    two = {"Ingress": 2, "Encoder": 1, "Prefill": 2, "Decode": 2}
+    one = {"Ingress": 1, "Encoder": 1, "Prefill": 1, "Decode": 1}
+    two = one | {"Prefill": 2, "Decode": 2}
     with cluster(tmp_path) as ray:
         application = Application(ray, tmp_path)
         application.deploy(two)
@@ -71,9 +114,9 @@ def test_no_request_fails_while_replicas_go_and_a_new_config_comes(tmp_path: Pat
         expected = answers(server)
         began = time.monotonic()
         with Load(server, expected, threads=4) as load:
-            application.deploy(two | {"Prefill": 1, "Decode": 1})
-            application.deploy(two)
-            application.deploy(two, {"retry": {"attempts": 4}})
+            application.deploy(one)
+            application.deploy(two | {"Ingress": 2}, {"retry": {"attempts": 4}})
+            application.deploy(one)
             server.wait_until(lambda: len(load.outcomes) >= REQUESTS, f"{REQUESTS} answers", 120)
         bad = [outcome for outcome in load.outcomes if outcome.status != 200 or outcome.wrong]
         slowest = max(outcome.seconds for outcome in load.outcomes)

@@ -81,6 +81,12 @@ def test_environment_and_concurrency_of_a_stage_reach_its_deployment(build: Buil
     assert deployments["Ingress"].max_ongoing_requests >= 256
 
 
+def test_every_deployment_has_the_time_to_finish_what_it_holds(build: Build) -> None:
+    deployments = build({"drain_timeout_s": 77})
+    options = [deployment._deployment_config.graceful_shutdown_timeout_s for deployment in deployments.values()]
+    assert options == [77] * 4
+
+
 def refusal(args: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
         app.parse(args)

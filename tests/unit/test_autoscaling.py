@@ -38,7 +38,11 @@ def context(
     )
     replicas = [f"{name}-{index}" for index in range(len(reports))]
     names = {key for report in reports for key in report}
-    series = [SimpleNamespace(timestamp=now - 10, value=done[0]), SimpleNamespace(timestamp=now, value=done[1])]
+
+    def series(before: float, after: float) -> list[SimpleNamespace]:
+        return [SimpleNamespace(timestamp=now - 10, value=before), SimpleNamespace(timestamp=now, value=after)]
+
+    reported = dict(zip(replicas, reports, strict=True))
     return AutoscalingContext(
         deployment_id=DeploymentID(name, "epd"),
         deployment_name=name,
@@ -52,7 +56,10 @@ def context(
             key: {replica: report[key] for replica, report in zip(replicas, reports, strict=True) if key in report}
             for key in names
         },
-        raw_metrics={"done": dict.fromkeys(replicas, series)},
+        raw_metrics={
+            "done": {replica: series(*done) for replica in replicas},  # type: ignore[dict-item]
+            "rate": {key: series(1, report["rate"]) for key, report in reported.items() if "rate" in report},  # type: ignore[dict-item]
+        },
         capacity_adjusted_min_replicas=settings.min_replicas,
         capacity_adjusted_max_replicas=settings.max_replicas,
         policy_state={},

@@ -3,9 +3,12 @@
 from dataclasses import replace
 from math import ceil
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve.autoscaling_policy import _apply_delay_logic
+from ray.serve.config import AutoscalingConfig
 
 from serve_app.scaling import (
     DecodeLoad,
@@ -90,6 +93,26 @@ def test_a_steady_load_comes_to_rest(
     for _ in range(8):
         seen.append(step(seen[-1]))
     assert seen[-1] == seen[-2], seen
+
+
+@pytest.mark.parametrize("arriving", [300, 600, 900, 1300, 1600, 2400])
+def test_random_arrivals_do_not_make_replicas_go_up_and_down(arriving: float) -> None:
+    """An hour of one stage under Ray's delays, with calls that come at random: it finds its number of replicas."""
+    config = AutoscalingConfig(min_replicas=1, max_replicas=8, upscale_delay_s=10, downscale_delay_s=60)
+    random, state = np.random.default_rng(int(arriving)), {}
+    replicas, waiting, changes, seen = 1, 0.0, 0, [(0.0, 0.0)]
+    for second in range(3600):
+        waiting += 100 * random.poisson(arriving / 100)
+        done = min(waiting, replicas * 1000)
+        waiting -= done
+        seen = [*seen[-29:], (waiting, done)]
+        outstanding, carried = np.mean(seen, axis=0)
+        load = Load(outstanding, outstanding / 100, 0, 100, carried, 1000)
+        wished = ceil(replicas_for_work(load, replicas, TARGETS) or 0)
+        now, state = _apply_delay_logic(min(max(wished, 1), 8), replicas, config, state, _now=second)
+        changes, replicas = changes + (now != replicas), now
+    assert waiting <= replicas * 1000 * 2
+    assert changes <= 4, (arriving, replicas)
 
 
 def test_decode_grows_when_its_batch_or_its_cache_is_full() -> None:

@@ -57,6 +57,21 @@ def test_a_rate_follows_what_the_engine_does_now(meter: Meter, clock: FakeClock)
     assert meter.rate == pytest.approx(200)
 
 
+def test_a_rate_of_small_calls_says_nothing_about_large_ones(meter: Meter, clock: FakeClock) -> None:
+    """A prefill that has seen short texts, when the first prompts with images come."""
+    run(meter, clock, WARM_UP_CALLS + 400, 0.0125, asked=12)
+    assert meter.rate == pytest.approx(960)
+    with meter.call(800), meter.call(800):
+        assert meter.rate is None
+        clock.now += 0.4
+    run(meter, clock, 40, 0.2, asked=800)
+    assert meter.rate == pytest.approx(4000)
+    with meter.call(12):
+        assert meter.rate == pytest.approx(960)
+    with meter.call(800):
+        assert meter.rate == pytest.approx(4000)
+
+
 def test_outstanding_is_what_was_asked_less_what_the_cache_has_had_lately(meter: Meter, clock: FakeClock) -> None:
     with meter.call(1000):
         assert meter.stats()["outstanding"] == 1000
