@@ -45,7 +45,7 @@ TARGET_QUEUE_S = 5.0
 PLAIN_TARGET = 2.0
 """Calls per encoder or prefill replica that plain autoscaling aims at: Ray's default."""
 DELAYS = {"upscale_delay_s": 10.0, "downscale_delay_s": 300.0}
-"""Of Ray, for all that scale. To need a replica again that was given up costs a start-up: so that is no sooner than several."""
+"""Of Ray, for all that scale. To need a replica again that was given up costs a start-up: so no sooner than several."""
 SOON_S = 60.0
 
 
