@@ -132,7 +132,7 @@ def routing(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, fl
     rate = FULL * job.size / max(alone(times, VIDEO).values())
     seconds = 30.0 if job.quick or job.size >= 1000 else 120.0
     shape = Shape(ingresses=ceil(job.size / 2), two_choices_for_encoders=job.strategy == "two choices")
-    if job.strategy == "rank, few ingress replicas":
+    if job.strategy == "rank, few ingresses, no limits":
         shape = replace(shape, ingresses=ceil(job.size / 8), admission=UNBOUND, encode=NO_LIMIT)
     strategy = Strategy(job.strategy, dict.fromkeys(Stage, job.size))
     return traffics.steady("routing", rate, seconds, VIDEO), strategy, shape, 15.0
@@ -208,7 +208,7 @@ EXPERIMENTS = {"routing": routing, "scale": scale, "burst": burst, "day": day}
 STATIC = ("static, equal", "static, split for text")
 SCALED = ("by work (ours)", "by work, decode by its slots", "by requests (Ray's)")
 STRATEGIES = {
-    "routing": ("rank", "rank, few ingress replicas", "two choices"),
+    "routing": ("rank", "rank, few ingresses, no limits", "two choices"),
     "scale": (*STATIC, "static, split for this traffic", *SCALED),
     "burst": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
     "day": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
