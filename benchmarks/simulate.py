@@ -164,12 +164,15 @@ def scale(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, floa
 
 
 def burst(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, float]:
-    """Text that keeps a third of the cards busy; for five minutes, images that need as much again."""
+    """Text that keeps a third of the cards busy; for five minutes, images that need as much again.
+
+    They come when everybody has had time to give up what text does not need, and not at the very moment of it.
+    """
     text, images = alone(times, TEXT), alone(times, IMAGES)
     share = job.size / 3
-    seconds = 300.0 if job.quick else 900.0
+    begins, ends, seconds = (100.0, 200.0, 300.0) if job.quick else (420.0, 720.0, 1020.0)
     rates = share / sum(text.values()), share / sum(images.values())
-    traffic = traffics.burst(*rates, (TEXT, IMAGES), seconds / 3, seconds * 2 / 3, seconds)
+    traffic = traffics.burst(*rates, (TEXT, IMAGES), begins, ends, seconds)
     mixed = {stage: rates[0] * text[stage] + rates[1] * images[stage] for stage in text}
     return traffic, mixed_strategy(job, times, text, mixed, TEXT), Shape(ingresses=4, cards=job.size), 30.0
 
