@@ -31,6 +31,15 @@ autoscale: setup ## Drive text, images and quiet, and draw who is scaled when (b
 	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install -q -e ".[bench]"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.autoscale $(ARGS)
 
+.PHONY: measure
+measure: setup ## Measure service times here, and the error of the simulation (benchmarks/results/service_times.json)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.measure_service $(ARGS)
+
+.PHONY: simulate
+simulate: setup ## Simulate 1 to 1,000 replicas per stage, a burst and a day (ARGS=--quick; benchmarks/SIMULATION.md)
+	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install -q -e ".[bench]"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.simulate $(ARGS)
+
 .PHONY: check
 check: setup ## Check format, lint and types
 	$(BIN)/ruff format --check .

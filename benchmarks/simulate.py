@@ -41,10 +41,12 @@ SLOS = {"routing": SLO(5.0, 0.05), "scale": SLO(5.0, 0.05), "burst": SLO(3.0, 0.
 CARDS = 12
 FULL = 0.7
 """Share of what its cards could do that a stage is loaded with."""
-TARGET_QUEUE_S = 0.5
+TARGET_QUEUE_S = 5.0
 PLAIN_TARGET = 2.0
 """Calls per encoder or prefill replica that plain autoscaling aims at: Ray's default."""
-DELAYS = {"upscale_delay_s": 10.0, "downscale_delay_s": 60.0}
+DELAYS = {"upscale_delay_s": 10.0, "downscale_delay_s": 300.0}
+"""Of Ray, for all that scale. To need a replica again that was given up costs a start-up: so no sooner than several."""
+SOON_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,23 @@ def both(one: Mapping[Stage, float], share: float, other: Mapping[Stage, float])
     return {stage: (1 - share) * one[stage] + share * other[stage] for stage in one}
 
 
-def by_work(most: int, encoders: int = 1) -> dict[Stage, AutoscalingConfig]:
-    """Production's policies, as ``serve_config.yaml`` names them."""
+def by_work(
+    most: int, running: float | None, encoders: int = 1, given_up_s: float = DELAYS["downscale_delay_s"]
+) -> dict[Stage, AutoscalingConfig]:
+    """Production's policies, as ``serve_config.yaml`` names them; ``running``: sequences per decode replica, by hand."""
 
-    def scaled(policy: str, least: int) -> AutoscalingConfig:
+    def scaled(policy: str, least: int, **more: Any) -> AutoscalingConfig:
         named = {
             "policy_function": f"serve_app.autoscaling:{policy}",
-            "policy_kwargs": {"target_queue_s": TARGET_QUEUE_S},
+            "policy_kwargs": {"target_queue_s": TARGET_QUEUE_S} | more,
         }
-        return AutoscalingConfig(min_replicas=least, max_replicas=most, policy=named, **DELAYS)
+        delays = DELAYS | {"downscale_delay_s": given_up_s}
+        return AutoscalingConfig(min_replicas=least, max_replicas=most, policy=named, **delays)
 
     return {
         Stage.ENCODER: scaled("WorkPolicy", encoders),
         Stage.PREFILL: scaled("WorkPolicy", 1),
-        Stage.DECODE: scaled("DecodePolicy", 1),
+        Stage.DECODE: scaled("DecodePolicy", 1, target_running=running),
     }
 
 
@@ -110,9 +115,13 @@ def by_requests(most: int, running: float, encoders: int = 1) -> dict[Stage, Aut
 
 
 def fitting(times: ServiceTimes, kind: Kind) -> float:
-    """Sequences that a decode replica should run: 0.7 of those that its slots and its KV cache hold."""
+    """Sequences that a decode replica should run: a quarter of those that its slots and its KV cache hold.
+
+    Fewer sequences are decoded faster, so those that are there when there are many replicas say too little of how many
+    replicas are needed.
+    """
     held = kind.text_tokens + kind.images * kind.embeds + kind.output_tokens / 2
-    return max(FULL * min(times.slots, times.kv_tokens / held), 1.0)
+    return max(0.25 * min(times.slots, times.kv_tokens / held), 1.0)
 
 
 # ---- the experiments
@@ -123,7 +132,7 @@ def routing(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, fl
     rate = FULL * job.size / max(alone(times, VIDEO).values())
     seconds = 30.0 if job.quick or job.size >= 1000 else 120.0
     shape = Shape(ingresses=ceil(job.size / 2), two_choices_for_encoders=job.strategy == "two choices")
-    if job.strategy == "rank, few ingress replicas":
+    if job.strategy == "rank, few ingresses, no limits":
         shape = replace(shape, ingresses=ceil(job.size / 8), admission=UNBOUND, encode=NO_LIMIT)
     strategy = Strategy(job.strategy, dict.fromkeys(Stage, job.size))
     return traffics.steady("routing", rate, seconds, VIDEO), strategy, shape, 15.0
@@ -142,24 +151,28 @@ def scale(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, floa
         return top * (0.5 + 0.5 * min(max((now - seconds / 4) / 100.0, 0.0), 1.0))
 
     traffic = Traffic("scale", seconds, rate, top, (VIDEO,))
-    cards, few = 3 * job.size, ceil(0.6 * job.size)
+    cards, few, running = 3 * job.size, ceil(0.6 * job.size), fitting(times, VIDEO)
     strategy = {
         "static, equal": Strategy("", dict.fromkeys(Stage, job.size)),
         "static, split for this traffic": Strategy("", split(need, cards)),
         "static, split for text": Strategy("", split(both(alone(times, TEXT), 0.1, need), cards)),
-        "by work (ours)": Strategy("", dict.fromkeys(Stage, few), by_work(cards), float(cards)),
-        "by requests (Ray's)": Strategy("", dict.fromkeys(Stage, few), by_requests(cards, fitting(times, VIDEO))),
+        "by work (ours)": Strategy("", dict.fromkeys(Stage, few), by_work(cards, running), float(cards)),
+        "by work, decode by its slots": Strategy("", dict.fromkeys(Stage, few), by_work(cards, None), float(cards)),
+        "by requests (Ray's)": Strategy("", dict.fromkeys(Stage, few), by_requests(cards, running)),
     }[job.strategy]
     return traffic, strategy, Shape(ingresses=ceil(job.size / 2), cards=cards, two_choices_for_encoders=True), 0.0
 
 
 def burst(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, float]:
-    """Text that keeps a third of the cards busy; for five minutes, images that need as much again."""
+    """Text that keeps a third of the cards busy; for five minutes, images that need as much again.
+
+    They come when everybody has had time to give up what text does not need, and not at the very moment of it.
+    """
     text, images = alone(times, TEXT), alone(times, IMAGES)
     share = job.size / 3
-    seconds = 300.0 if job.quick else 900.0
+    begins, ends, seconds = (100.0, 200.0, 300.0) if job.quick else (420.0, 720.0, 1020.0)
     rates = share / sum(text.values()), share / sum(images.values())
-    traffic = traffics.burst(*rates, (TEXT, IMAGES), seconds / 3, seconds * 2 / 3, seconds)
+    traffic = traffics.burst(*rates, (TEXT, IMAGES), begins, ends, seconds)
     mixed = {stage: rates[0] * text[stage] + rates[1] * images[stage] for stage in text}
     return traffic, mixed_strategy(job, times, text, mixed, TEXT), Shape(ingresses=4, cards=job.size), 30.0
 
@@ -181,25 +194,27 @@ def mixed_strategy(
     kind: Kind,
     encoders: int = 1,
 ) -> Strategy:
-    cards = job.size
+    cards, running = job.size, fitting(times, kind)
     start = split(text, cards) if encoders else counts(0, cards // 4, cards // 4)
     return {
         "static, equal": Strategy("", dict.fromkeys(Stage, cards // 3)),
         "static, split for the images": Strategy("", split(mixed, cards)),
         "static, split for text": Strategy("", split(text, cards)),
-        "by work (ours)": Strategy("", start, by_work(cards, encoders), float(cards)),
-        "by requests (Ray's)": Strategy("", start, by_requests(cards, fitting(times, kind), encoders)),
+        "by work (ours)": Strategy("", start, by_work(cards, running, encoders), float(cards)),
+        "by work, decode by its slots": Strategy("", start, by_work(cards, None, encoders), float(cards)),
+        "by work, given up after 60 s": Strategy("", start, by_work(cards, running, encoders, SOON_S), float(cards)),
+        "by requests (Ray's)": Strategy("", start, by_requests(cards, running, encoders)),
     }[job.strategy]
 
 
 EXPERIMENTS = {"routing": routing, "scale": scale, "burst": burst, "day": day}
 STATIC = ("static, equal", "static, split for text")
-SCALED = ("by work (ours)", "by requests (Ray's)")
+SCALED = ("by work (ours)", "by work, decode by its slots", "by requests (Ray's)")
 STRATEGIES = {
-    "routing": ("rank", "rank, few ingress replicas", "two choices"),
+    "routing": ("rank", "rank, few ingresses, no limits", "two choices"),
     "scale": (*STATIC, "static, split for this traffic", *SCALED),
-    "burst": (*STATIC, "static, split for the images", *SCALED),
-    "day": (*STATIC, "static, split for the images", *SCALED),
+    "burst": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
+    "day": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
 }
 
 

@@ -68,7 +68,7 @@ def spread(
 
 def over_time(rows: Rows, title: str, note: str, path: Path) -> None:
     """Load, and the replicas of the two that scale, of seed 0; what it came to, of all seeds."""
-    scaled = [row for row in rows if row["seed"] == 0 and row["strategy"].startswith("by ")]
+    scaled = [row for row in rows if row["seed"] == 0 and row["strategy"] in ("by work (ours)", "by requests (Ray's)")]
     figure = pyplot.figure(figsize=(12, 8), layout="constrained")
     grid = figure.add_gridspec(3, 2, width_ratios=(3, 2))
     load = figure.add_subplot(grid[0, 0])
