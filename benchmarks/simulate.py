@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -132,7 +133,7 @@ def routing(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, fl
     rate = FULL * job.size / max(alone(times, VIDEO).values())
     seconds = 30.0 if job.quick or job.size >= 1000 else 120.0
     shape = Shape(ingresses=ceil(job.size / 2), two_choices_for_encoders=job.strategy == "two choices")
-    if job.strategy == "rank, few ingresses, no limits":
+    if job.strategy == "rank, few ingress replicas":
         shape = replace(shape, ingresses=ceil(job.size / 8), admission=UNBOUND, encode=NO_LIMIT)
     strategy = Strategy(job.strategy, dict.fromkeys(Stage, job.size))
     return traffics.steady("routing", rate, seconds, VIDEO), strategy, shape, 15.0
@@ -211,7 +212,7 @@ EXPERIMENTS = {"routing": routing, "scale": scale, "burst": burst, "day": day}
 STATIC = ("static, equal", "static, split for text")
 SCALED = ("by work (ours)", "by work, decode by its slots", "by requests (Ray's)")
 STRATEGIES = {
-    "routing": ("rank", "rank, few ingresses, no limits", "two choices"),
+    "routing": ("rank", "rank, few ingress replicas", "two choices"),
     "scale": (*STATIC, "static, split for this traffic", *SCALED),
     "burst": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
     "day": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
@@ -240,8 +241,7 @@ def do(job: Job, times: ServiceTimes) -> tuple[Job, Result, float]:
     return job, result, time.process_time() - began
 
 
-def run_all(quick: bool, full: bool, processes: int, times: ServiceTimes) -> list[dict[str, Any]]:
-    todo = list(jobs(quick, full))
+def run_all(todo: list[Job], processes: int, times: ServiceTimes) -> list[dict[str, Any]]:
     rows = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for job, result, cpu_s in pool.map(partial(do, times=times), todo):
@@ -263,6 +263,7 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="autoscaling with up to 1,000 replicas per stage too, three seeds"
     )
+    parser.add_argument("--only", choices=EXPERIMENTS, help="run this one again, and keep the last run's others")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--times", type=Path, default=ASSUMED, help="service times (JSON)")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -272,9 +273,15 @@ def main() -> None:
     if not options.replot:
         times = load(options.times)
         began = time.monotonic()
-        rows = run_all(options.quick, options.full, options.processes or 1, times)
+        todo = [job for job in jobs(options.quick, options.full) if options.only in (None, job.experiment)]
+        rows = run_all(todo, options.processes or 1, times)
+        command = " ".join(["python -m benchmarks.simulate", *sys.argv[1:]])
+        if options.only:
+            last = json.loads(record.read_text())
+            rows = [row for row in last["rows"] if row["experiment"] != options.only] + rows
+            command = f"{last['command']}; {command}"
         document = {
-            "command": "python -m benchmarks.simulate" + " --quick" * options.quick + " --full" * options.full,
+            "command": command,
             "service_times": times.model_dump(mode="json"),
             "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "load": os.getloadavg()[0]},
             "versions": {name: version(name) for name in ("ray", "numpy")} | {"python": platform.python_version()},
