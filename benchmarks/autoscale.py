@@ -257,7 +257,8 @@ def main() -> None:
     document = json.loads(record.read_text())
     for stage, times in document["changes"].items():
         print(f"{stage:8}", ", ".join(f"{count} from {seconds:g} s" for seconds, count in times))
-    print("wanted:", ", ".join(f"{name} {before} → {after}" for name, before, after in document["decisions"]))
+    if "decisions" in document:  # not in records of before they were kept
+        print("wanted:", ", ".join(f"{name} {before} → {after}" for name, before, after in document["decisions"]))
     print(f"{document['samples'][-1]['completed']} answers, {len(document['failures'])} failures")
     plot([Sample(**sample) for sample in document["samples"]], picture)
 
