@@ -71,8 +71,7 @@ class ItemProcessor:
     async def features(self, media: Media) -> Features:
         """Decode and transform an item. Raises ``BadRequest`` where it is broken or over a limit."""
         try:
-            decoded = await in_thread(decode, media.data, media.io, self._rules)
-            features: Features = await self.in_turn(self._process, media, decoded)
+            features: Features = await self.in_turn(self._process, media, await self.decoded(media))
             return features
         except VLLMClientError as error:
             raise BadRequest(str(error)) from error
@@ -203,9 +202,9 @@ class FromMedia:
             placed["mm_kwargs"][modality] = [
                 SourcedItem(of.item.data, handoff.Source(each, replies.get(each.key))) for each, of in those
             ]
-        for key, name in (("prompt", "prompt"), ("cache_salt", "cache_salt")):
+        for key in ("prompt", "cache_salt"):
             if prompt.get(key):
-                placed[name] = prompt[key]
+                placed[key] = prompt[key]
         return placed
 
     async def _processed_here(self, prompt: dict[str, Any], raw: dict[str, list[Media]], skip_mm_cache: bool) -> Any:
