@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
+from serve_app import routing
 from serve_app.handoff import MediaRequest, StageRequest
 
 FORGET_UNROUTED_S = 60.0
@@ -71,6 +72,8 @@ class Loads:
 class LeastCostRouter(RequestRouter):
     """Ray Serve's request router of the Encoder deployment.
 
+    Ray pickles this module by value: what has to be one thing in a process is in ``routing``.
+
     Needs calls with internal request ids of their own (``encoding.py`` makes them in fresh contexts): Serve matches choice
     and call by that id.
     """
@@ -78,6 +81,7 @@ class LeastCostRouter(RequestRouter):
     def initialize_state(self, headroom: float = 1.25) -> None:
         self._headroom = headroom
         self._loads = Loads()
+        routing.encoder_routers[self.app_name] = self
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None

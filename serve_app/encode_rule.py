@@ -19,12 +19,16 @@ class Encodes:
     """All attempts for an item failed, and none has succeeded since."""
     probe_at: float = 0.0
     """While down: ``time.monotonic`` from which one item may try an encoder again."""
+    absent: bool = False
+    """No encoder replica runs: scaled to zero, or the only one is being replaced."""
 
 
 def encode_at_prefill(cost: int, encodes: Encodes, config: EncodeConfig, now: float) -> str | None:
     """The rule: why an item of ``cost`` embeddings is encoded by prefill itself; None: an encoder does it."""
     if cost < config.min_embeds:
         return "small"
+    if encodes.absent:
+        return "no encoder"
     if encodes.down and now < encodes.probe_at:
         return "encoders down"
     if config.max_outstanding_embeds and encodes.outstanding + cost > config.max_outstanding_embeds:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,12 +21,14 @@ from serve_app import handoff
 from serve_app.config import EncodeConfig, Stage
 from serve_app.encode_rule import Costs, Encodes, encode_at_prefill
 from serve_app.engine import ENCODE_PARAMS
-from serve_app.errors import HandoffLost, StageError, StageTimeout
+from serve_app.errors import EPDError, HandoffLost, StageError, StageTimeout
 from serve_app.handoff import EncodeReply, Features, Item, Media, MediaRequest, Prompt, StageRequest
 from serve_app.routing import StageHandle
 from serve_app.trace import Trace
 
 logger = logging.getLogger("ray.serve")
+
+WAKE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class EncodeStage:
     state: Encodes = field(default_factory=Encodes)
     costs: Costs = field(default_factory=Costs)
     _flights: dict[str, _Flight] = field(default_factory=dict)
+    _waking: asyncio.Task[None] | None = None
     _known: OrderedDict[str, tuple[float, EncodeReply]] = field(default_factory=OrderedDict)
 
     async def encode(self, request: StageRequest, record: Trace, first: bool = True) -> Encoded:
@@ -134,9 +138,11 @@ class EncodeStage:
             if self.shareable and (self._remembered(job.key) or job.key in self._flights):
                 at_encoder.append(job)  # costs the encoders nothing
                 continue
-            seen = replace(self.state, outstanding=self.state.outstanding + taken)
+            seen = replace(self.state, outstanding=self.state.outstanding + taken, absent=self.handle.absent)
             reason = encode_at_prefill(job.cost, seen, self.config, now)
             if reason is not None:
+                if seen.absent:
+                    self._wake()
                 logger.info(f"request={record.request_id} encode-at-prefill({reason}) cost={job.cost} {seen}")
                 record.rung(f"encode-at-prefill({reason})")
                 continue
@@ -203,9 +209,23 @@ class EncodeStage:
                 return reply
             except StageError as error:
                 logger.warning(f"request={record.request_id} item={job.index} attempt={attempt + 1}: {error}")
-                record.rung("encode-again" if attempt + 1 < self.config.attempts else "encode-at-prefill(failed)")
+                if attempt + 1 == self.config.attempts or self.handle.absent:
+                    record.rung("encode-at-prefill(failed)")
+                    break
+                record.rung("encode-again")
         self.state.down, self.state.probe_at = True, self.clock() + self.config.retry_encoders_after_s
         return None
+
+    def _wake(self) -> None:
+        """Have a call wait for an encoder, for the autoscaler to see it, while prefill encodes the items."""
+
+        async def wake() -> None:
+            with suppress(EPDError, TimeoutError):
+                async with asyncio.timeout(WAKE_S):
+                    await self.handle.call("check_health")
+
+        if self._waking is None or self._waking.done():
+            self._waking = asyncio.get_running_loop().create_task(wake(), context=contextvars.Context())
 
     def _remembered(self, key: str) -> EncodeReply | None:
         known = self._known.get(key)

@@ -6,13 +6,18 @@ Which replica takes a call is Ray's power-of-two choice: fewest calls in flight 
 import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import RequestRouter
 
 from serve_app.config import Stage
 from serve_app.errors import EPDError, StageUnavailable
+
+encoder_routers: WeakValueDictionary[str, RequestRouter] = WeakValueDictionary()
+"""The routers of this process' Encoder handles, by application."""
 
 
 class StageHandle:
@@ -22,6 +27,12 @@ class StageHandle:
         self.stage = stage
         self._unary = handle
         self._stream = handle.options(stream=True)
+
+    @property
+    def absent(self) -> bool:
+        """Whether no replica takes calls now, so that a call would wait for one to start. Known of encoders only."""
+        router = encoder_routers.get(self._unary.app_name) if self.stage is Stage.ENCODER else None
+        return router is not None and not router.curr_replicas
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call one replica. Cancelling the caller cancels the call, and with it the replica's engine request."""

@@ -34,6 +34,7 @@ class FakeStage:
         **methods: Callable[..., Any],
     ) -> None:
         self.stage = stage
+        self.absent = False
         self.calls: Calls = []
         self._log = [] if log is None else log
         self._fails = {method: list(errors) for method, errors in (fails or {}).items()}

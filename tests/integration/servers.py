@@ -159,7 +159,10 @@ def start(command: list[str], port: int, log: Path, env: dict[str, str] | None =
 
 @contextlib.contextmanager
 def serve_run(
-    folder: Path, args: dict[str, Any], deployments: dict[str, dict[str, Any]] | None = None
+    folder: Path,
+    args: dict[str, Any],
+    deployments: dict[str, dict[str, Any]] | None = None,
+    env: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """Our application by `serve run`, as a user starts it; Ctrl-C at the end, and then no process, temporary file or
     shared memory of it may be left."""
@@ -184,7 +187,7 @@ def serve_run(
     log = folder / "serve.log"
     serve = str(Path(sys.executable).with_name("serve"))
     temp = tempfile.mkdtemp(prefix="epd-")  # a short path: sockets allow 107 bytes
-    env = {"TMPDIR": temp, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares"}
+    env = (env or {}) | {"TMPDIR": temp, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares"}
     try:
         with start([serve, "run", str(path)], port, log, env) as server:
             yield server

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve._private.common import DeploymentID
+from ray.serve.config import RequestRouterConfig
 
 from serve_app.balance import FORGET_UNROUTED_S, LeastCostRouter, Loads, rank
+from serve_app.config import Stage
 from serve_app.handoff import Item, Prompt, StageRequest
+from serve_app.routing import StageHandle, encoder_routers
 
 REPLICAS = ["a", "b", "c", "d"]
 
@@ -93,6 +97,7 @@ def pending(call: str, item_hash: str, cost: int) -> Any:
 @pytest.fixture
 def router() -> LeastCostRouter:
     made = object.__new__(LeastCostRouter)
+    made._deployment_id, made._replicas = DeploymentID("Encoder", "shop"), {}
     made.initialize_state(headroom=1.25)
     return made
 
@@ -123,3 +128,24 @@ def test_calls_without_an_item_go_anywhere(router: LeastCostRouter) -> None:
     replicas = [Replica("a"), Replica("b")]
     assert asyncio.run(router.choose_replicas(replicas, None)) == [replicas]
     assert asyncio.run(router.choose_replicas([], None)) == []
+
+
+def test_a_handle_knows_whether_an_encoder_takes_calls(router: LeastCostRouter) -> None:
+    def handle(stage: Stage, app_name: str) -> Any:
+        made = object.__new__(StageHandle)
+        made.stage, made._unary = stage, SimpleNamespace(app_name=app_name)  # type: ignore[assignment]
+        return made
+
+    assert handle(Stage.ENCODER, "shop").absent
+    assert not handle(Stage.PREFILL, "shop").absent
+    assert not handle(Stage.ENCODER, "another").absent
+    router._replicas = {"a": Replica("a")}  # type: ignore[dict-item]
+    assert not handle(Stage.ENCODER, "shop").absent
+
+
+def test_the_router_is_known_to_the_handle_as_ray_sends_it() -> None:
+    config = RequestRouterConfig(request_router_class="serve_app.balance:LeastCostRouter")
+    made: Any = object.__new__(config.get_request_router_class())
+    made._deployment_id = DeploymentID("Encoder", "sent")
+    made.initialize_state()
+    assert encoder_routers["sent"] is made

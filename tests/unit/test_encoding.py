@@ -89,6 +89,8 @@ async def hang(call: StageRequest) -> EncodeReply:
         (15, Encodes(), {"min_embeds": 16}, "small"),
         (16, Encodes(), {"min_embeds": 16}, None),
         (16, Encodes(down=True, probe_at=100.1), {}, "encoders down"),
+        (16, Encodes(absent=True), {}, "no encoder"),
+        (1, Encodes(absent=True), {"min_embeds": 2}, "small"),
         (16, Encodes(down=True, probe_at=100.0), {}, None),
         (16, Encodes(down=False, probe_at=200.0), {}, None),
         (10, Encodes(outstanding=90), {"max_outstanding_embeds": 100}, None),
@@ -593,6 +595,40 @@ def test_there_is_one_probe_as_long_as_it_takes() -> None:
         go.set()
         assert with_pixels(await probing) == []
         assert with_pixels(await other) == ["b"]
+
+    asyncio.run(main())
+
+
+def test_items_do_not_wait_for_an_encoder_that_has_yet_to_start_and_one_call_wakes_it() -> None:
+    async def main() -> None:
+        started = asyncio.Event()
+        bench = Bench()
+        bench.handle._methods["check_health"] = started.wait
+        bench.handle.absent = True
+        record = Trace("req")
+        assert with_pixels(await bench.encode("a", "b", record=record)) == ["a", "b"]
+        assert with_pixels(await bench.encode("c")) == ["c"]
+        await asyncio.sleep(0)
+        assert record.rungs == ["encode-at-prefill(no encoder)"] * 2
+        assert [method for method, _ in bench.handle.calls] == ["check_health"]
+        bench.handle.absent = False
+        started.set()
+        assert with_pixels(await bench.encode("a")) == []
+
+    asyncio.run(main())
+
+
+def test_item_whose_only_encoder_is_gone_is_not_tried_again() -> None:
+    async def main() -> None:
+        async def die(call: StageRequest) -> EncodeReply:
+            bench.handle.absent = True
+            raise DOWN
+
+        bench = Bench(die)
+        record = Trace("req")
+        assert with_pixels(await bench.encode("a", record=record)) == ["a"]
+        assert record.rungs == ["encode-at-prefill(failed)"]
+        assert bench.asked == ["a"]
 
     asyncio.run(main())
 
