@@ -22,10 +22,13 @@ def rank(key: str, cost: float, loads: Mapping[str, float], headroom: float) -> 
     """Replicas in the order in which an item of ``cost`` tries them.
 
     First the replica that ``key`` hashes to, if with this item it has at most ``headroom`` × the mean load; then all
-    others by load. ``loads``: work outstanding by replica, without this item.
+    others by load, and those of the same load in the order of their hashes: one order for all would send the items of all
+    ingress replicas to the same one. ``loads``: work outstanding by replica, without this item.
     """
-    home = max(loads, key=lambda replica: hashlib.blake2b(f"{key} {replica}".encode(), digest_size=8).digest())
-    by_load = sorted(loads, key=lambda replica: (loads[replica], replica != home))
+    hashes = {r: hashlib.blake2b(f"{key} {r}".encode(), digest_size=8).digest() for r in loads}
+    by_hash = sorted(loads, key=hashes.__getitem__, reverse=True)
+    home = by_hash[0]
+    by_load = sorted(by_hash, key=loads.__getitem__)
     mean = (sum(loads.values()) + cost) / len(loads)
     if loads[home] + cost <= max(headroom * mean, cost):
         by_load.remove(home)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from benchmarks.autoscale import Phase, changes, decisions, deployments, run
+from benchmarks.autoscale import Driver, Phase, changes, decisions, deployments, look, request, run
 from serve_app.config import Stage
-from tests.integration.servers import serve_run
+from tests.integration.servers import Server, serve_run
 
 PHASES = [
     Phase("text", 15),
@@ -24,3 +24,22 @@ def test_images_double_the_encoder_only_and_text_brings_it_back(tmp_path: Path) 
     assert counts == {Stage.ENCODER: [1, 2, 1], Stage.PREFILL: [1], Stage.DECODE: [1]}, [
         (s.phase, s.queue_s) for s in samples[::5]
     ]
+
+
+def test_without_an_encoder_images_are_answered_at_once_and_wake_one_that_goes_again(tmp_path: Path) -> None:
+    def rungs(seed: int) -> set[str]:
+        answer = server.post(*request("image", seed))
+        assert answer.status_code == 200, answer.text
+        return set(filter(None, answer.headers.get("x-epd-rungs", "").split(",")))
+
+    with serve_run(tmp_path, {}, deployments(encoders_at_rest=0)) as server:
+        assert encoders(server) == 0
+        assert rungs(0) == {"encode-at-prefill(no encoder)"}
+        server.wait_until(lambda: encoders(server) == 1, "an encoder for the image", 90)
+        server.wait_until(lambda: rungs(1) == set(), "an image that an encoder encodes", 10)
+        server.wait_until(lambda: encoders(server) == 0, "the encoder to go", 90)
+        assert rungs(2) == {"encode-at-prefill(no encoder)"}
+
+
+def encoders(server: Server) -> int:
+    return look(Driver(server), 0.0).replicas[Stage.ENCODER]

@@ -41,6 +41,15 @@ def test_a_home_with_too_much_work_is_passed_over_for_the_least_loaded() -> None
     assert rank("item", 10, loads, 1.25) == [others[1], others[2], others[0], home]
 
 
+def test_items_whose_home_is_full_do_not_all_go_to_the_same_replica() -> None:
+    names = [f"r{index}" for index in range(20)]
+    second = set()
+    for item in map(str, range(200)):
+        home = rank(item, 1, idle(*names), 1.25)[0]
+        second.add(rank(item, 1, idle(*names) | {home: 100.0}, 1.25)[0])
+    assert len(second) == 20
+
+
 def test_a_home_within_the_headroom_is_kept() -> None:
     home = rank("item", 10, idle(), 1.25)[0]
     loads = dict.fromkeys(REPLICAS, 100.0) | {home: 110.0}
