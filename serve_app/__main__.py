@@ -1,5 +1,5 @@
-"""``python -m serve_app ready [serve_config.yaml]``: wait until the application of a Serve config can serve, and say what
-to try. `make serve` runs it beside `serve run`."""
+"""``python -m serve_app``: ``ask`` a running server, see its ``status``; ``ready [serve_config.yaml]`` waits until the
+application of a Serve config can serve, and says what to try. `make serve` runs that beside `serve run`."""
 
 import argparse
 import json
@@ -21,6 +21,9 @@ Try, in another terminal:
   curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{{"model": "{model}",
     "max_tokens": 24, "messages": [{{"role": "user", "content": [
 {picture}      {{"type": "text", "text": "What is in this image?"}}]}}]}}'
+
+  python -m serve_app status
+  python -m serve_app ask --timing "What is in this image?" picture.png
 
   {url}/docs      all routes
   {url}/health    state per stage
@@ -81,7 +84,19 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     ready = commands.add_parser("ready", help="wait until every stage can serve, and say what to try")
     ready.add_argument("config", nargs="?", default="serve_config.yaml", type=Path)
+    ask = commands.add_parser("ask", help="stream the answer to a question about pictures, audio or video")
+    ask.add_argument("question")
+    ask.add_argument("files", nargs="*", type=Path, help="what it is about")
+    ask.add_argument("--max-tokens", type=int, default=256)
+    ask.add_argument("--timing", action="store_true", help="print the steps of the request and how long each took")
+    status = commands.add_parser("status", help="stages, replicas, queues and health")
+    for command in (ask, status):
+        command.add_argument("--url", default="http://127.0.0.1:8000", help="where the server listens; %(default)s")
     arguments = parser.parse_args()
+    if arguments.command != "ready":
+        from serve_app import cli
+
+        return cli.run(arguments)
     return wait_ready(arguments.config, time.time())
 
 

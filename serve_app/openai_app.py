@@ -353,6 +353,9 @@ class PipelineMiddleware:
         return limited
 
 
+STAGE_OF = {"encode": "encoder", "prefill": "prefill", "first_token": "decode"}
+
+
 class _HeldReply:
     """``send`` of one response: holds the start of an event stream, and what follows, until the trace is decided."""
 
@@ -411,11 +414,18 @@ class _HeldReply:
         """Where the time went, which rungs of the failure ladder ran, and when to come again. Called again when more is
         known: the start of a stream is held until its first token."""
         if times := self._trace.stage_times():
-            headers["server-timing"] = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in times.items())
+            headers["server-timing"] = ", ".join(
+                f"{name};dur={seconds * 1000:.1f}" + self._who(name) for name, seconds in times.items()
+            )
         if self._trace.rungs:
             headers["x-epd-rungs"] = ",".join(self._trace.rungs)
         if status in (429, 503):
             headers["retry-after"] = "1"
+
+    def _who(self, step: str) -> str:
+        """The replicas that worked on a step, as the header writes it."""
+        names = self._trace.replicas.get(STAGE_OF.get(step, ""))
+        return f';desc="{" ".join(names)}"' if names else ""
 
     async def _replace(self) -> None:
         """Answer with the failure's own status instead of the stream that had not begun."""

@@ -1,7 +1,11 @@
 """The API of a running E+P+D application with two replicas of each stage, through the clients that people use."""
 
+import base64
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -121,7 +125,27 @@ def test_response_says_where_the_time_to_the_first_token_went(epd: Server) -> No
         answer = epd.post(path, body | {"stream": streaming, "messages": chat(image(5001 + streaming))[1]["messages"]})
         steps = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"]))
         assert list(steps) == ["render", "queue", "encode", "prefill", "first_token"]
+        assert re.findall(r'(\w+);dur=[\d.]+;desc="\w+"', answer.headers["server-timing"]) == list(steps)[2:]
         assert float(steps["encode"]) > 0 and float(steps["prefill"]) > 0
+
+
+def test_command_line_streams_an_answer_with_its_timing_and_shows_the_stages(epd: Server, tmp_path: Path) -> None:
+    def run(*command: Any) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "serve_app", *command, "--url", epd.url], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(base64.b64decode(image(5003)["image_url"]["url"].partition(",")[2]))
+    path, body = chat(image(5003), text("Describe."), max_tokens=12)
+    answer = epd.post(path, body).json()["choices"][0]["message"]["content"]
+    told = run("ask", "Describe.", picture, "--max-tokens", "12", "--timing")
+    assert "".join(told.split()).startswith("".join(answer.split()))
+    assert [step for step in ("render", "encode", "prefill", "first token") if step not in told] == []
+    status = run("status")
+    assert all(stage in status for stage in ("ingress", "encoder", "prefill", "decode")) and "unhealthy" not in status
 
 
 def test_models_version_ping_docs(epd: Server, client: openai.OpenAI) -> None:

@@ -1,0 +1,173 @@
+"""``python -m serve_app ask`` and ``status``: a running server from the command line."""
+
+import base64
+import mimetypes
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import requests
+from openai import APIConnectionError, APIStatusError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.table import Table
+
+from serve_app.config import Stage
+
+BAR_WIDTH = 40
+UNITS = {Stage.ENCODER: "media tokens", Stage.PREFILL: "prompt tokens", Stage.DECODE: "sequences"}
+
+
+class Unusable(Exception):
+    """What was asked for cannot be done; the message is for the user."""
+
+
+# ---- ask
+
+
+def content(question: str, files: Iterable[Path]) -> list[dict[str, Any]]:
+    """The parts of the user's message: files as data URLs, by what their names say they are, then the question."""
+    parts: list[dict[str, Any]] = []
+    for path in files:
+        mime = mimetypes.guess_type(path.name)[0] or ""
+        kind = mime.partition("/")[0]
+        if kind not in ("image", "audio", "video"):
+            raise Unusable(f"{path} is named like no image, audio or video.")
+        try:
+            data = base64.b64encode(path.read_bytes()).decode()
+        except OSError as error:
+            raise Unusable(f"{path} cannot be read: {error.strerror}.") from None
+        parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{mime};base64,{data}"}})
+    return [*parts, {"type": "text", "text": question}]
+
+
+def ask(url: str, question: str, files: Iterable[Path], max_tokens: int, timing: bool, out: Console) -> None:
+    """Stream the answer to ``out``; with ``timing`` the steps of the request below it."""
+    client: Any = OpenAI(base_url=f"{url}/v1", api_key=api_key() or "none", max_retries=0)
+    messages = [{"role": "user", "content": content(question, files)}]
+    try:
+        model = next(iter(client.models.list())).id
+        began = time.perf_counter()
+        response = client.chat.completions.with_raw_response.create(
+            model=model, messages=messages, max_tokens=max_tokens, temperature=0, stream=True
+        )
+        first = time.perf_counter()
+        for chunk in response.parse():
+            text = chunk.choices[0].delta.content if chunk.choices else None
+            if text:
+                out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+        out.print()
+    except APIStatusError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        raise Unusable(f"The server answers {error.status_code}: {body.get('message') or error.message}") from None
+    except APIConnectionError:
+        raise Unusable(no_server(url)) from None
+    except requests.RequestException as error:
+        raise Unusable(str(error)) from None
+    if timing:
+        ended = time.perf_counter()
+        out.print(waterfall(response.headers, first - began, ended - first))
+
+
+def waterfall(headers: Mapping[str, str], first_token_s: float, stream_s: float) -> Table:
+    """Steps of a request one after the other, from its header ``server-timing``, and the stream as the client saw it.
+
+    From a server without that header there is the wait for the first token alone.
+    """
+    told = re.findall(r'(\w+);dur=([\d.]+)(?:;desc="([^"]*)")?', headers.get("server-timing", ""))
+    steps = [(name.replace("_", " "), float(ms) / 1000, replicas) for name, ms, replicas in told]
+    steps = steps or [("first token", first_token_s, "")]
+    steps.append(("tokens after the first", stream_s, ""))
+    total = sum(seconds for _, seconds, _ in steps) or 1.0
+    table = Table("step", "ms", "", "replica", box=None)
+    table.columns[1].justify = "right"
+    before = 0.0
+    for name, seconds, replicas in steps:
+        start = round(BAR_WIDTH * before / total)
+        before += seconds
+        width = max(round(BAR_WIDTH * before / total) - start, 1)
+        table.add_row(name, f"{seconds * 1000:.1f}", " " * start + "█" * width, replicas)
+    if rungs := headers.get("x-epd-rungs"):
+        table.caption = f"failed and done otherwise: {rungs}"
+    return table
+
+
+# ---- status
+
+
+def status(url: str, out: Console) -> bool:
+    """Print stages, replicas, queues and health as a table; whether all stages can serve."""
+    health = requests.get(f"{url}/health", timeout=30)
+    try:
+        states: dict[str, str] = health.json()
+    except ValueError:
+        raise Unusable(f"{url} is no server of this kind: `/health` does not tell the stages.") from None
+    signals = requests.get(f"{url}/metrics", timeout=30).text
+    out.print(status_table(states, replicas(signals)))
+    return health.status_code == 200
+
+
+def replicas(metrics: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Signals (``workload.Meter.stats``) by stage and replica, from the page of metrics."""
+    found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for family in text_string_to_metric_families(metrics):
+        if family.name.startswith("epd:work_"):
+            for sample in family.samples:
+                replica = found[sample.labels["stage"]][sample.labels["replica"]]
+                replica[family.name.removeprefix("epd:work_")] = sample.value
+    return found
+
+
+def status_table(states: Mapping[str, str], signals: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    table = Table("stage", "health", "replica", "calls", "work", "done per s", "wait s", "KV in use", box=None)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for of, state in states.items():
+        stage: str = of
+        colour = "green" if state == "healthy" else "red"
+        shown = f"[{colour}]{state}[/]"
+        of_stage = signals.get(stage, {})
+        if not of_stage:
+            table.add_row(stage, shown, "" if stage == "ingress" else "none")
+        for replica, values in of_stage.items():
+            rate, work = values.get("rate", 0.0), values.get("outstanding", 0.0)
+            table.add_row(
+                stage,
+                shown,
+                replica,
+                f"{values.get('calls', 0):.0f}",
+                f"{work:.0f} {UNITS[Stage(of)]}",
+                f"{rate:.1f}" if rate else "?",
+                f"{work / rate:.2f}" if rate else "?",
+                "" if of == Stage.ENCODER else f"{values.get('kv_use', 0):.0%}",
+            )
+            stage = shown = ""
+    return table
+
+
+def api_key() -> str | None:
+    return os.environ.get("OPENAI_API_KEY") or os.environ.get("VLLM_API_KEY")
+
+
+def no_server(url: str) -> str:
+    return f"Nothing answers at {url}. Start a server with `make serve`, or name another with `--url`."
+
+
+def run(arguments: Any) -> int:
+    """The exit code: 1 where the server is not able to serve or refused, with one sentence on stderr."""
+    out, url = Console(), arguments.url.rstrip("/").removesuffix("/v1")
+    try:
+        if arguments.command == "status":
+            return 0 if status(url, out) else 1
+        ask(url, arguments.question, arguments.files, arguments.max_tokens, arguments.timing, out)
+        return 0
+    except requests.RequestException:
+        print(no_server(url), file=sys.stderr)
+    except Unusable as error:
+        print(error, file=sys.stderr)
+    return 1

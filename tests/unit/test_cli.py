@@ -1,0 +1,74 @@
+"""serve_app.cli: a question becomes parts of a message; what a server tells becomes a table."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from serve_app import cli
+from serve_app.workload import page
+
+
+def shown(table: Table) -> list[str]:
+    out = Console(file=io.StringIO(), width=160)
+    out.print(table)
+    return [line.rstrip() for line in out.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def test_files_go_before_the_question_as_what_their_names_say(tmp_path: Path) -> None:
+    for name in ("a.png", "b.wav", "c.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    parts = cli.content("what?", [tmp_path / name for name in ("a.png", "b.wav", "c.mp4")])
+    assert [part["type"] for part in parts] == ["image_url", "audio_url", "video_url", "text"]
+    assert parts[0]["image_url"]["url"] == "data:image/png;base64,eA=="
+
+
+@pytest.mark.parametrize(("name", "words"), [("notes.txt", "no image, audio or video"), ("gone.png", "cannot be read")])
+def test_file_that_cannot_be_sent_is_named(tmp_path: Path, name: str, words: str) -> None:
+    with pytest.raises(cli.Unusable, match=words) as caught:
+        cli.content("what?", [tmp_path / name])
+    assert name in str(caught.value)
+
+
+def test_waterfall_has_the_steps_one_after_the_other_with_their_replicas() -> None:
+    headers = {"server-timing": 'render;dur=10.0, encode;dur=30.0;desc="e1 e2", first_token;dur=20.0;desc="d1"'}
+    lines = shown(cli.waterfall(headers, first_token_s=0.06, stream_s=0.02))
+    assert [line.split()[0] for line in lines[1:]] == ["render", "encode", "first", "tokens"]
+    assert "30.0" in lines[2] and lines[2].endswith("e1 e2")
+    starts = [line.index("█") for line in lines[1:]]
+    assert starts == sorted(starts) and len(set(starts)) == 4
+    assert lines[2].count("█") == pytest.approx(cli.BAR_WIDTH * 30 / 80, abs=1)
+
+
+def test_waterfall_of_another_server_has_what_the_client_saw() -> None:
+    lines = shown(cli.waterfall({}, first_token_s=0.06, stream_s=0.02))
+    assert [line.split()[0] for line in lines[1:]] == ["first", "tokens"]
+
+
+def test_waterfall_tells_of_the_failure_ladder() -> None:
+    assert "decode-again" in "\n".join(shown(cli.waterfall({"x-epd-rungs": "decode-again"}, 1, 1)))
+
+
+def test_status_shows_every_replica_its_wait_and_stages_that_have_none() -> None:
+    text = "".join(
+        line if line.startswith("#") else line.replace(" ", f'{{stage="prefill",replica="{name}"}} ')
+        for name, stats in (("p1", {"rate": 100.0, "outstanding": 250.0, "kv_use": 0.5}), ("p2", {"rate": 0.0}))
+        for line in page(stats).splitlines(keepends=True)
+    )
+    states = {"ingress": "healthy", "encoder": "no replica (UPDATING)", "prefill": "healthy"}
+    lines = shown(cli.status_table(states, cli.replicas(text)))
+    assert "none" in lines[2] and "no replica (UPDATING)" in lines[2]
+    assert "p1" in lines[3] and "250 prompt tokens" in lines[3] and "2.50" in lines[3] and "50%" in lines[3]
+    assert "p2" in lines[4] and "?" in lines[4]
+
+
+def test_no_server_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    from serve_app.__main__ import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        for command in (["status"], ["ask", "who?"]):
+            patch.setattr("sys.argv", ["serve_app", *command, "--url", "http://127.0.0.1:9"])
+            assert main() == 1
+            assert "Start a server with `make serve`" in capsys.readouterr().err
