@@ -113,7 +113,9 @@ class Proxy:
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             connector = aiohttp.TCPConnector(limit=0)
-            async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(100_000)) as self.session:
+            async with aiohttp.ClientSession(
+                connector=connector, timeout=aiohttp.ClientTimeout(100_000)
+            ) as self.session:
                 yield
 
         app = FastAPI(lifespan=lifespan)
