@@ -38,16 +38,23 @@ def ours(folder: Path, topology: dict[str, Any]) -> AbstractContextManager[Serve
     return serve_run(folder, {"accelerator": "cpu"} | topology, one_each)
 
 
-def reference(folder: Path) -> AbstractContextManager[Server]:
+@contextmanager
+def reference(folder: Path) -> Iterator[Server]:
     """An OpenAI server per stage with the flags of the reference's scripts, behind the proxy."""
     storage = folder / "ec"
     storage.mkdir()
     config = cpu_config({"ec": {"connector": "ECExampleConnector", "storage_path": str(storage)}})
-    return behind_proxy(folder, [reference_engine(config, stage) for stage in Stage])
+    with behind_proxy(folder, [reference_engine(config, stage) for stage in Stage]) as server:
+        yield server
+    if lacking := sum(not any(item.iterdir()) for item in storage.iterdir()):  # looking one up makes its folder
+        raise RuntimeError(f"the reference's prefill did not find {lacking} embeddings, and encoded by itself")
 
 
 def reference_engine(config: EPDConfig, stage: Stage) -> Engine:
     args = engine_args(config, stage, model_path(config)) | {"enable_request_id_headers": True}
+    # The reference leaves vLLM's cache on. Without it, and without prefix caching, vLLM names the encoder's items by
+    # chance, and prefill would encode everything again. 4 GiB by default, three times.
+    args["mm_processor_cache_gb"] = 1
     if stage is Stage.DECODE:
         del args["ec_transfer_config"]  # the reference gives it to encoder and prefill only
     # The plugin works for "replicas" only: NIXL's thread must not spin here either, or the servers starve.

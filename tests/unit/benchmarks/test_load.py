@@ -71,11 +71,11 @@ def test_no_system_always_runs_first() -> None:
 
 @pytest.mark.parametrize("stage", Stage)
 def test_the_baselines_engines_have_the_settings_of_ours(stage: Stage) -> None:
-    """But for the connector of embeddings, and that the reference's decode has none."""
+    """But for the connector of embeddings, which the reference's decode lacks, and the cache of processed media."""
     theirs = reference_engine(cpu_config({"ec": {"connector": "ECExampleConnector"}}), stage).args
     ours = engine_args(cpu_config({}), stage, theirs["model"])
     differing = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
-    assert differing == {"enable_request_id_headers", "ec_transfer_config"}
+    assert differing == {"enable_request_id_headers", "ec_transfer_config", "mm_processor_cache_gb"}
 
 
 def test_cpu_is_counted_by_kind_from_the_first_look_to_the_second() -> None:
