@@ -26,6 +26,11 @@ test: setup ## Run the tests (ARGS="-k name -x")
 chaos: setup ## Break things under load, 3 rounds (EPD_CHAOS_ROUNDS=n), and print what became of the requests
 	@PATH="$(CURDIR)/$(BIN):$$PATH" EPD_CHAOS_ROUNDS="$${EPD_CHAOS_ROUNDS:-3}" python -m pytest -s tests/chaos $(ARGS)
 
+.PHONY: bench
+bench: setup ## Measure against the reference's proxy and one engine (ARGS=--quick; benchmarks/RESULTS.md)
+	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install -q -e ".[bench]"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.bench $(ARGS)
+
 .PHONY: autoscale
 autoscale: setup ## Drive text, images and quiet, and draw who is scaled when (benchmarks/results/autoscale.png)
 	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install -q -e ".[bench]"

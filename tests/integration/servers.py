@@ -204,11 +204,23 @@ def serve_run(
 @contextlib.contextmanager
 def vllm_server(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
     """One `AsyncLLM` behind vLLM's own API server, with the engine arguments of our decode stage."""
-    config = resolve(
-        EPDConfig.model_validate(args | {"encoder": None, "prefill": None, "accelerator": "cpu"}), Cluster(0, 64)
-    ).config
-    (port,) = free_ports(1)
+    config = cpu_config(args | {"encoder": None, "prefill": None})
     engine = engine_args(config, Stage.DECODE, model_path(config)) | API
+    log = folder / "vllm.log"
+    try:
+        with api_server(log, engine, replica_env(config, Stage.DECODE)) as server:
+            yield server
+    finally:
+        kill_all(str(log))
+
+
+def cpu_config(args: dict[str, Any]) -> EPDConfig:
+    return resolve(EPDConfig.model_validate(args | {"accelerator": "cpu"}), Cluster(0, 64)).config
+
+
+def api_server(log: Path, engine: dict[str, Any], env: dict[str, str]) -> contextlib.AbstractContextManager[Server]:
+    """vLLM's own API server around an engine. The caller ends what Ctrl-C leaves of it (`kill_all`)."""
+    (port,) = free_ports(1)
     flags = ["--host", "127.0.0.1", "--port", str(port)]
     for key, value in engine.items():
         name = "--" + key.replace("_", "-")
@@ -218,13 +230,7 @@ def vllm_server(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
             flags += [name, *map(str, value)]
         else:
             flags += [name, json.dumps(value) if isinstance(value, dict) else str(value)]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
-    log = folder / "vllm.log"
-    try:
-        with start(command, port, log, replica_env(config, Stage.DECODE)) as server:
-            yield server
-    finally:
-        kill_all(str(log))
+    return start([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags], port, log, env)
 
 
 def engine_pids(server: Server) -> dict[str, list[int]]:
