@@ -201,6 +201,39 @@ def serve_run(
         shutil.rmtree(temp, ignore_errors=True)
 
 
+def serve_deploy(
+    folder: Path,
+    dashboard: str,
+    environment: dict[str, str],
+    port: int,
+    args: dict[str, Any],
+    deployments: dict[str, dict[str, Any]] | None = None,
+) -> Server:
+    """Our application by `serve deploy` on a cluster that runs, ready. Whoever started the cluster ends it."""
+    config = {
+        "proxy_location": "HeadOnly",  # the nodes of the tests share a machine, and its ports
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "epd",
+                "import_path": "serve_app.app:build_app",
+                "args": args,
+                "deployments": [{"name": name} | options for name, options in (deployments or {}).items()],
+            }
+        ],
+    }
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("serve")), "deploy", "-a", dashboard, str(path)]
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = folder / "no.log"
+    log.write_text("")
+    server = Server(f"http://127.0.0.1:{port}", None, log)  # type: ignore[arg-type]
+    server.wait_until(server.healthy, "the deployed application", 240)
+    return server
+
+
 @contextlib.contextmanager
 def vllm_server(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
     """One `AsyncLLM` behind vLLM's own API server, with the engine arguments of our decode stage."""

@@ -25,6 +25,7 @@ from tests.integration.servers import (
     kill_all,
     marked_environment,
     marked_processes,
+    serve_deploy,
     serve_run,
     wait_gone,
 )
@@ -142,18 +143,7 @@ class Cluster:
         return result.stdout + result.stderr
 
     def deploy(self, folder: Path, args: dict[str, Any]) -> Server:
-        config = {
-            "http_options": {"host": "127.0.0.1", "port": self.http_port},
-            "applications": [{"name": "epd", "import_path": "serve_app.app:build_app", "args": args}],
-        }
-        path = folder / "serve_config.yaml"
-        path.write_text(yaml.safe_dump(config))
-        self.run(BIN / "serve", "deploy", "-a", self.dashboard, path)
-        log = folder / "no.log"
-        log.write_text("")
-        server = Server(f"http://127.0.0.1:{self.http_port}", None, log)  # type: ignore[arg-type]
-        server.wait_until(server.healthy, "the deployed application", 240)
-        return server
+        return serve_deploy(folder, self.dashboard, self.environment, self.http_port, args)
 
     def resources(self) -> dict[str, float]:
         """Claimed resources by name."""
