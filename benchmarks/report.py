@@ -86,6 +86,10 @@ TARGETS = [
 IDLE_LIMIT = 0.03
 
 
+def systems_of(document: Document) -> list[str]:
+    return [name for name in SYSTEMS if any(visit["system"] == name for visit in document["visits"])]
+
+
 def runs(document: Document, system: str, cell: Cell) -> dict[int, Run]:
     """By round."""
     return {
@@ -212,7 +216,7 @@ def cpu_table(document: Document, systems: list[str], cell: Cell) -> str:
 
 def page(document: Document) -> str:
     visits = document["visits"]
-    systems = [name for name in SYSTEMS if any(visit["system"] == name for visit in visits)]
+    systems = systems_of(document)
     cells = list(dict.fromkeys(Cell(**run["cell"]) for visit in visits for run in visit["runs"]))
     facts = document["machine"] | document["workload"] | {"command": document["command"]}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
@@ -246,7 +250,7 @@ def plot(document: Document) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    systems = list(dict.fromkeys(visit["system"] for visit in document["visits"]))
+    systems = systems_of(document)
     figure, axes = pyplot.subplots(1, len(COMPARED), figsize=(13, 3.5), layout="constrained")
     for axis, metric in zip(axes, COMPARED, strict=True):
         for place, system in enumerate(systems):
