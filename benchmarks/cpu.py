@@ -12,10 +12,10 @@ from tests.integration.servers import marked_processes
 ENGINES = "engines"
 KINDS = {
     ENGINES: r"VLLM::",
-    "replicas": r"ServeReplica:",
     "HTTP proxy": r"ProxyActor|benchmarks\.baselines\.proxy",
     "API servers": r"vllm\.entrypoints\.openai",
 }
+REPLICA = re.compile(r"ServeReplica:epd:(\w+)")
 OTHERS = "others"
 """With Ray: its own processes."""
 
@@ -27,6 +27,9 @@ class Spent:
 
 
 def kind_of(title: str) -> str:
+    """What a process is, by its title; a replica without its engine, which is a process of its own."""
+    if replica := REPLICA.search(title):
+        return f"{replica[1]} replica"
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, title)), OTHERS)
 
 

@@ -86,6 +86,10 @@ TARGETS = [
 IDLE_LIMIT = 0.03
 
 
+def systems_of(document: Document) -> list[str]:
+    return [name for name in SYSTEMS if any(visit["system"] == name for visit in document["visits"])]
+
+
 def runs(document: Document, system: str, cell: Cell) -> dict[int, Run]:
     """By round."""
     return {
@@ -133,7 +137,7 @@ def idle(document: Document, system: str) -> tuple[Spread | None, Spread | None]
 def failures(document: Document, system: str) -> tuple[int, int]:
     """Requests that failed, of how many."""
     found = [run for visit in document["visits"] if visit["system"] == system for run in visit["runs"]]
-    return sum(run["failed"] for run in found), sum(Cell(**run["cell"]).requests for run in found)
+    return sum(run["failed"] for run in found), sum(run["requests"] for run in found)
 
 
 def same_answers(found: dict[int, Run], expected: dict[int, Run]) -> str:
@@ -166,9 +170,9 @@ def cell_rows(document: Document, systems: list[str], cell: Cell) -> list[list[s
     for system in systems:
         found = runs(document, system, cell)
         figures = [text(Spread.of(list(values(found, metric).values())), metric.digits) for metric in METRICS]
-        failed = sum(run["failed"] for run in found.values())
+        failed, asked = (sum(run[key] for run in found.values()) for key in ("failed", "requests"))
         same = same_answers(found, runs(document, ONE, cell))
-        rows.append([system, *figures, f"{failed} of {cell.requests * len(found)}", same])
+        rows.append([system, *figures, f"{failed} of {asked}", same])
     return rows
 
 
@@ -194,9 +198,25 @@ as many as E+P+D has, each by itself, behind the same proxy.
 """
 
 
+def cpu_table(document: Document, systems: list[str], cell: Cell) -> str:
+    """CPU per request by kind of process, where a system has that kind."""
+    found = {system: runs(document, system, cell) for system in systems}
+    kinds = list(
+        dict.fromkeys(kind for each in found.values() for run in each.values() for kind in run.get("cpu_s", {}))
+    )
+    rows = []
+    for system, each in found.items():
+        answered = [run for run in each.values() if run["completed"]]
+        shares = [
+            [1000 * run["cpu_s"][kind] / run["completed"] for run in answered if kind in run["cpu_s"]] for kind in kinds
+        ]
+        rows.append([system, *(text(Spread.of(share), 1) for share in shares)])
+    return table(["system", *kinds], rows)
+
+
 def page(document: Document) -> str:
     visits = document["visits"]
-    systems = [name for name in SYSTEMS if any(visit["system"] == name for visit in visits)]
+    systems = systems_of(document)
     cells = list(dict.fromkeys(Cell(**run["cell"]) for visit in visits for run in visit["runs"]))
     facts = document["machine"] | document["workload"] | {"command": document["command"]}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
@@ -212,6 +232,7 @@ def page(document: Document) -> str:
             [[system, *(text(each, 3) for each in idle(document, system))] for system in systems],
         ),
     ]
+    parts += [f"## CPU-ms per request\n\n{TARGET.name}\n", cpu_table(document, systems, TARGET)]
     for cell in cells:
         header = ["system", *(metric.title for metric in METRICS), "failed", "answers as one engine's"]
         parts += [f"## {cell.name}\n", table(header, cell_rows(document, systems, cell))]
@@ -229,7 +250,7 @@ def plot(document: Document) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    systems = list(dict.fromkeys(visit["system"] for visit in document["visits"]))
+    systems = systems_of(document)
     figure, axes = pyplot.subplots(1, len(COMPARED), figsize=(13, 3.5), layout="constrained")
     for axis, metric in zip(axes, COMPARED, strict=True):
         for place, system in enumerate(systems):

@@ -27,7 +27,7 @@ def test_vllms_generator_is_told_the_cell() -> None:
     args = parsed(TARGET)
     assert (args.random_mm_base_items_per_request, args.random_input_len, args.random_output_len) == (2, 64, 16)
     assert args.random_mm_bucket_config == {(224, 224, 1): 1.0}
-    assert (args.max_concurrency, args.request_rate, args.num_prompts) == (8, float("inf"), 64)
+    assert (args.max_concurrency, args.request_rate, args.num_prompts) == (8, float("inf"), 128)
     assert (args.temperature, args.seed) == (0, 7)
 
 
@@ -89,7 +89,7 @@ def test_cpu_is_counted_by_kind_from_the_first_look_to_the_second() -> None:
     ("title", "kind"),
     [
         ("VLLM::EngineCore", "engines"),
-        ("ray::ServeReplica:epd:Encoder.handle_request", "replicas"),
+        ("ray::ServeReplica:epd:Encoder.handle_request", "Encoder replica"),
         ("ray::ProxyActor", "HTTP proxy"),
         ("python -m benchmarks.baselines.proxy --port 1", "HTTP proxy"),
         ("python -m vllm.entrypoints.openai.api_server --port 1", "API servers"),

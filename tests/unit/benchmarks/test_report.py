@@ -12,12 +12,12 @@ from benchmarks.report import CPU, ONE, PROXY, RATE, TARGETS, Spread
 
 def run(cell: Cell, rate: float, **more: Any) -> dict[str, Any]:
     figures = {"completed": cell.requests, "failed": 0, "request_throughput": rate, "cpu_s": {"engines": 6.4}}
-    return {"cell": asdict(cell), "seed": 1} | figures | more
+    return {"cell": asdict(cell), "seed": 1, "requests": cell.requests} | figures | more
 
 
 def lost(cell: Cell) -> dict[str, Any]:
     """A run that was given up."""
-    return {"cell": asdict(cell), "seed": 1, "completed": 0, "failed": cell.requests, "errors": ["not done"]}
+    return run(cell, 0.0, completed=0, failed=cell.requests) | {"errors": ["not done"]}
 
 
 def visit(system: str, round_: int, *runs: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -82,8 +82,8 @@ def test_a_target_that_is_a_least_value_is_met_from_there_on(rate: float, said: 
 @pytest.mark.parametrize(("spent", "said"), [(25.6, "met"), (25.7, "**missed**")])
 def test_a_target_that_is_a_largest_value_is_met_up_to_there(spent: float, said: str) -> None:
     made = document(
-        visit("ours E+PD", 0, run(TARGET, 1.0, cpu_s={"engines": spent})),
-        visit(PROXY, 0, run(TARGET, 1.0, cpu_s={"engines": 64.0})),
+        visit("ours E+PD", 0, run(TARGET, 1.0, completed=64, cpu_s={"engines": spent})),
+        visit(PROXY, 0, run(TARGET, 1.0, completed=64, cpu_s={"engines": 64.0})),
     )
     (row,) = [row for row in report.target_rows(made) if row[0].startswith("CPU-seconds")]
     assert row[2] == "–" and row[3].endswith(said)
@@ -103,6 +103,21 @@ def test_answers_are_compared_with_those_of_one_engine_in_the_same_round() -> No
     assert report.same_answers({0: lost(TARGET)}, one) == "–"
 
 
+def test_cpu_is_shown_by_kind_of_process() -> None:
+    made = document(
+        visit("ours E+PD", 0, run(TARGET, 1.0, completed=100, cpu_s={"engines": 2.0, "Ingress replica": 3.0})),
+        visit(PROXY, 0, run(TARGET, 1.0, completed=100, cpu_s={"engines": 1.0})),
+        visit(ONE, 0, lost(TARGET)),
+    )
+    rows = report.cpu_table(made, ["ours E+PD", PROXY, ONE], TARGET).splitlines()
+    assert [rows[0], *rows[2:]] == [
+        "| system | engines | Ingress replica |",
+        "| ours E+PD | 20.0 | 30.0 |",
+        "| proxy | 10.0 | – |",
+        "| one engine | – | – |",
+    ]
+
+
 def test_the_page_names_what_failed_and_shows_what_there_is() -> None:
     made = document(
         visit("ours E+P+D", 0, run(TARGET, 20.0, failed=3)),
@@ -111,6 +126,6 @@ def test_the_page_names_what_failed_and_shows_what_there_is() -> None:
     )
     page = report.page(made)
 
-    assert f"## {TARGET.name}" in page and "3 of 64" in page
+    assert f"## {TARGET.name}" in page and f"3 of {TARGET.requests}" in page
     assert "| ours E+P+D / one engine | 0.50 |" in page
     assert "- round 1, proxy: AssertionError: the server did not start" in page
