@@ -18,7 +18,7 @@ from serve_app.transfer import free_ports
 from tests.chaos.load import Load, asks
 from tests.integration.answers import differences, reduce
 from tests.integration.cases import CASES
-from tests.integration.servers import Server, kill_all, marked_environment, marked_processes, serve_deploy
+from tests.integration.servers import Server, kill_all, marked_environment, marked_processes, serve_deploy, wait_gone
 
 PLACES = {"encoder": "127.0.0.2", "prefill": "127.0.0.3", "decode": "127.0.0.4"}
 SECOND_PREFILL = "127.0.0.5"
@@ -73,7 +73,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         finally:
             if nodes:
                 nodes.cluster.shutdown()
+            left = wait_gone(str(folder))
             kill_all(str(folder))
+        assert not left, f"left behind by the nodes: {left}"
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,7 @@ def test_node_that_comes_takes_the_place_of_the_one_that_went(
 ) -> None:
     nodes.add("prefill", "127.0.0.6")
     server.wait_until(lambda: nodes.addresses("Prefill") == [PLACES["prefill"], "127.0.0.6"], "its replica", 120)
-    for _ in range(4):
-        response = server.post(*CASES["1 image"])
-        assert differences(reduce(response.json()), baseline["1 image"]) == []
+    with Load(server, asks(baseline)[0]) as load:
+        server.wait_until(lambda: len(load.outcomes) >= 20, "requests", 60)
+    assert {outcome.status for outcome in load.outcomes} == {200}
+    assert not [outcome for outcome in load.outcomes if outcome.wrong]
