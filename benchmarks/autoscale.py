@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from prometheus_client.parser import text_string_to_metric_families
 
+from serve_app import workload
 from serve_app.config import Stage
 from serve_app.scaling import Load, queue_s
 from tests.integration.cases import Case, chat, image, text
@@ -142,12 +142,8 @@ class Driver:
 
 def look(driver: Driver, began: float) -> Sample:
     """Replicas that answer, and what they say of their work."""
-    signals: dict[str, dict[str, dict[str, float]]] = {stage: {} for stage in Stage}
-    for family in text_string_to_metric_families(driver.server.get("/metrics").text):
-        if family.name.startswith("epd:work_"):
-            for sample in family.samples:
-                replica = signals[sample.labels["stage"]].setdefault(sample.labels["replica"], {})
-                replica[family.name.removeprefix("epd:work_")] = sample.value
+    told = workload.read(driver.server.get("/metrics").text)
+    signals = {stage: told.get(stage, {}) for stage in Stage}
     queues = {}
     for stage, replicas in signals.items():
         rates = [replica["rate"] for replica in replicas.values() if replica["rate"]]

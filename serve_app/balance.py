@@ -26,9 +26,8 @@ def rank(key: str, cost: float, loads: Mapping[str, float], headroom: float) -> 
     ingress replicas to the same one. ``loads``: work outstanding by replica, without this item.
     """
     hashes = {r: hashlib.blake2b(f"{key} {r}".encode(), digest_size=8).digest() for r in loads}
-    by_hash = sorted(loads, key=hashes.__getitem__, reverse=True)
-    home = by_hash[0]
-    by_load = sorted(by_hash, key=loads.__getitem__)
+    home = max(loads, key=hashes.__getitem__)
+    by_load = sorted(loads, key=lambda r: (-loads[r], hashes[r]), reverse=True)
     mean = (sum(loads.values()) + cost) / len(loads)
     if loads[home] + cost <= max(headroom * mean, cost):
         by_load.remove(home)

@@ -6,17 +6,16 @@ import os
 import re
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import requests
 from openai import APIConnectionError, APIStatusError, OpenAI
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
+from serve_app import workload
 from serve_app.config import Stage
 
 BAR_WIDTH = 40
@@ -67,8 +66,6 @@ def ask(url: str, question: str, files: Iterable[Path], max_tokens: int, timing:
         raise Unusable(f"The server answers {error.status_code}: {body.get('message') or error.message}") from None
     except APIConnectionError:
         raise Unusable(no_server(url)) from None
-    except requests.RequestException as error:
-        raise Unusable(str(error)) from None
     if timing:
         ended = time.perf_counter()
         out.print(waterfall(response.headers, first - began, ended - first))
@@ -108,19 +105,8 @@ def status(url: str, out: Console) -> bool:
     except ValueError:
         raise Unusable(f"{url} is no server of this kind: `/health` does not tell the stages.") from None
     signals = requests.get(f"{url}/metrics", timeout=30).text
-    out.print(status_table(states, replicas(signals)))
+    out.print(status_table(states, workload.read(signals)))
     return health.status_code == 200
-
-
-def replicas(metrics: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Signals (``workload.Meter.stats``) by stage and replica, from the page of metrics."""
-    found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for family in text_string_to_metric_families(metrics):
-        if family.name.startswith("epd:work_"):
-            for sample in family.samples:
-                replica = found[sample.labels["stage"]][sample.labels["replica"]]
-                replica[family.name.removeprefix("epd:work_")] = sample.value
-    return found
 
 
 def status_table(states: Mapping[str, str], signals: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:

@@ -22,16 +22,10 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from serve_app.handoff import REMOTE_DECODE
+
 MEDIA = {"image_url", "audio_url", "input_audio"}
 CHAT = "/v1/chat/completions"
-REMOTE_DECODE = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
 
 
 def media_items(body: dict[str, Any]) -> list[dict[str, Any]]:

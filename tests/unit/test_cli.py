@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from serve_app import cli
+from serve_app import cli, workload
 from serve_app.workload import page
 
 
@@ -58,7 +58,7 @@ def test_status_shows_every_replica_its_wait_and_stages_that_have_none() -> None
         for line in page(stats).splitlines(keepends=True)
     )
     states = {"ingress": "healthy", "encoder": "no replica (UPDATING)", "prefill": "healthy"}
-    lines = shown(cli.status_table(states, cli.replicas(text)))
+    lines = shown(cli.status_table(states, workload.read(text)))
     assert "none" in lines[2] and "no replica (UPDATING)" in lines[2]
     assert "p1" in lines[3] and "250 prompt tokens" in lines[3] and "2.50" in lines[3] and "50%" in lines[3]
     assert "p2" in lines[4] and "?" in lines[4]
