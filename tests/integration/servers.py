@@ -157,6 +157,23 @@ def start(command: list[str], port: int, log: Path, env: dict[str, str] | None =
                 process.wait(60)
 
 
+def serve_config(
+    folder: Path, port: int, args: dict[str, Any], deployments: dict[str, dict[str, Any]] | None, **more: Any
+) -> Path:
+    """A Serve config of our application; ``deployments``: Ray's options by name, ``more``: those of Serve itself."""
+    application = {
+        "name": "epd",
+        "route_prefix": "/",
+        "import_path": "serve_app.app:build_app",
+        "args": args,
+        "deployments": [{"name": name} | options for name, options in (deployments or {}).items()],
+    }
+    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]} | more
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 @contextlib.contextmanager
 def serve_run(
     folder: Path,
@@ -167,23 +184,10 @@ def serve_run(
     """Our application by `serve run`, as a user starts it; Ctrl-C at the end, and then no process, temporary file or
     shared memory of it may be left."""
     (port,) = free_ports(1)
-    config = {
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {
-                "name": "epd",
-                "route_prefix": "/",
-                "import_path": "serve_app.app:build_app",
-                "args": {"api": API, "ec": {"storage_path": str(folder / "ec")}} | args,
-                "deployments": [{"name": name} | options for name, options in (deployments or {}).items()],
-            }
-        ],
-    }
-    app_args = config["applications"][0]["args"]
-    if app_args.get("encoder", True) is None:
-        del app_args["ec"]
-    path = folder / "serve_config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    args = {"api": API, "ec": {"storage_path": str(folder / "ec")}} | args
+    if args.get("encoder", True) is None:
+        del args["ec"]
+    path = serve_config(folder, port, args, deployments)
     log = folder / "serve.log"
     serve = str(Path(sys.executable).with_name("serve"))
     temp = tempfile.mkdtemp(prefix="epd-")  # a short path: sockets allow 107 bytes
@@ -210,20 +214,8 @@ def serve_deploy(
     deployments: dict[str, dict[str, Any]] | None = None,
 ) -> Server:
     """Our application by `serve deploy` on a cluster that runs, ready. Whoever started the cluster ends it."""
-    config = {
-        "proxy_location": "HeadOnly",  # the nodes of the tests share a machine, and its ports
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {
-                "name": "epd",
-                "import_path": "serve_app.app:build_app",
-                "args": args,
-                "deployments": [{"name": name} | options for name, options in (deployments or {}).items()],
-            }
-        ],
-    }
-    path = folder / "serve_config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    # The nodes of the tests share a machine, and its ports.
+    path = serve_config(folder, port, args, deployments, proxy_location="HeadOnly")
     command = [str(Path(sys.executable).with_name("serve")), "deploy", "-a", dashboard, str(path)]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

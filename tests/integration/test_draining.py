@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import requests
-import yaml
 
 from serve_app.config import EPDConfig, Stage
 from serve_app.handoff import Prompt, StageRequest, prefill_params
@@ -17,7 +16,7 @@ from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import side_channel_env
 from serve_app.vllm_plugin import REPLICA_ENV
 from tests.chaos.load import Load, asks
-from tests.integration.servers import Server
+from tests.integration.servers import Server, serve_config
 from tests.integration.test_lifecycle import BIN, Cluster, cluster
 
 REQUESTS = 200
@@ -38,19 +37,8 @@ class Application:
         """Returns when as many replicas run as were asked for, all of them of this config."""
         before = self.replicas()
         self.args |= args or {}
-        config = {
-            "http_options": {"host": "127.0.0.1", "port": self.ray.http_port},
-            "applications": [
-                {
-                    "name": "epd",
-                    "import_path": "serve_app.app:build_app",
-                    "args": self.args,
-                    "deployments": [{"name": name, "num_replicas": count} for name, count in counts.items()],
-                }
-            ],
-        }
-        path = self.folder / "serve_config.yaml"
-        path.write_text(yaml.safe_dump(config))
+        replicas = {name: {"num_replicas": count} for name, count in counts.items()}
+        path = serve_config(self.folder, self.ray.http_port, self.args, replicas)
         self.ray.run(BIN / "serve", "deploy", "-a", self.ray.dashboard, path)
 
         def there() -> bool:
