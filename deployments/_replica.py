@@ -14,7 +14,7 @@ from serve_app.config import EPDConfig, Stage
 from serve_app.placement import xpu_affinity
 from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import check_shared_memory, side_channel_env, storage_path
-from serve_app.vllm_plugin import REPLICA_ENV, SOCKETS_ENV
+from serve_app.vllm_plugin import REPLICA_ENV, SCRATCH_ENV
 from serve_app.workload import Meter, page
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class EngineReplica:
     def __init__(self, config: EPDConfig) -> None:
         context = serve.get_replica_context()
         self.replica: str = context.replica_id.unique_id
-        self.sockets = tempfile.mkdtemp(prefix="epd-")
-        env = {REPLICA_ENV: self.replica, SOCKETS_ENV: self.sockets, "VLLM_RPC_BASE_PATH": self.sockets}
+        self.scratch = tempfile.mkdtemp(prefix="epd-")
+        env = {REPLICA_ENV: self.replica, SCRATCH_ENV: self.scratch, "VLLM_RPC_BASE_PATH": self.scratch}
         env |= replica_env(config, self.stage)
         env |= xpu_affinity(config.accelerator, ray.get_gpu_ids(), os.environ)
         for key, value in env.items():
@@ -89,8 +89,8 @@ class EngineReplica:
             while self.holds():  # noqa: ASYNC110
                 await asyncio.sleep(DRAIN_POLL_S)
             engine.shutdown()
-        if (sockets := getattr(self, "sockets", None)) is not None:
-            shutil.rmtree(sockets, ignore_errors=True)
+        if (scratch := getattr(self, "scratch", None)) is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
         if engine is not None:
             # It unlinks the semaphores of an engine that had to be killed, unless Ray kills it first, with the replica.
             resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]

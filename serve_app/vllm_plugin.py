@@ -10,16 +10,17 @@ import os
 import select
 import shutil
 import signal
-import sys
 import threading
 from multiprocessing import util
+from types import SimpleNamespace
 from typing import Any
 
 REPLICA_ENV = "EPD_REPLICA"
 """Set by each stage replica to its id before it starts its engine; engine and worker processes inherit it."""
 
-SOCKETS_ENV = "EPD_SOCKETS"
-"""Set by each stage replica to the folder of the sockets between it and its engine: nobody else unlinks them."""
+SCRATCH_ENV = "EPD_SCRATCH"
+"""Set by each stage replica to the folder of what it and its engine meet in: nobody else unlinks the sockets, and an
+engine that is killed leaves the file of PyTorch's process group."""
 
 STILL_NIXL_ENV = "EPD_STILL_NIXL"
 """Set by replicas on the CPU that move KV blocks with NIXL."""
@@ -54,16 +55,18 @@ def _die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return
     _watching = True
-    os.setpgid(0, 0)  # Ray kills the process group of a dead replica after 0.2 s: `_leave_nothing` may need longer
-    if SOCKETS_ENV in os.environ:
-        util.Finalize(None, shutil.rmtree, args=(os.environ[SOCKETS_ENV], True), exitpriority=0)
+    os.setpgid(0, 0)  # Ray kills the process group of a dead replica after 0.2 s: cleaning may need longer
+    if SCRATCH_ENV in os.environ:
+        _process_group_meets_in(os.environ[SCRATCH_ENV])
+        util.Finalize(None, shutil.rmtree, args=(os.environ[SCRATCH_ENV], True), exitpriority=0)
 
     def wait() -> None:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         while not poll.poll():
             pass
-        cleaning = threading.Thread(target=_leave_nothing, daemon=True)
+        # What SIGKILL would leave: the replica's scratch folder and our semaphores.
+        cleaning = threading.Thread(target=util._run_finalizers, args=(0,), daemon=True)  # type: ignore[attr-defined]
         cleaning.start()
         cleaning.join(CLEANING_S)  # whatever hangs in there
         os.kill(os.getpid(), signal.SIGKILL)
@@ -71,16 +74,10 @@ def _die_with_parent() -> None:
     threading.Thread(target=wait, name="epd-parent-watch", daemon=True).start()
 
 
-def _leave_nothing() -> None:
-    """Remove what SIGKILL would leave: the replica's sockets, our semaphores, the file where PyTorch's process group met."""
-    util._run_finalizers(0)  # type: ignore[attr-defined]
-    torch_distributed = sys.modules.get("torch.distributed")
-    if torch_distributed is not None and torch_distributed.is_initialized():
-        store = torch_distributed.distributed_c10d._get_default_store()
-        while (below := getattr(store, "underlying_store", None)) is not None:
-            store = below
-        if isinstance(store, torch_distributed.FileStore):
-            os.unlink(store.path)
+def _process_group_meets_in(folder: str) -> None:
+    """Have vLLM put the file of PyTorch's process group there, which it puts in the temporary folder without asking."""
+    network = importlib.import_module("vllm.utils.network_utils")
+    network.tempfile = SimpleNamespace(gettempdir=lambda: folder)  # type: ignore[attr-defined]
 
 
 def _still_nixl_progress_thread() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.vllm_plugin import REPLICA_ENV, SOCKETS_ENV, STILL_NIXL_ENV
+from serve_app.vllm_plugin import REPLICA_ENV, SCRATCH_ENV, STILL_NIXL_ENV
 
 LIMIT_S = 60.0
 
@@ -78,20 +78,48 @@ def test_engine_ends_when_its_replica_is_killed() -> None:
 
 def test_engine_of_a_killed_replica_leaves_no_files(tmp_path: Path) -> None:
     """Though Ray kills the replica's process group, with multiprocessing's resource tracker in it."""
-    sockets = tmp_path / "sockets"
-    sockets.mkdir()
-    (sockets / "socket").touch()
-    process, pid, _, semaphore = start_replica(**{REPLICA_ENV: "r1", SOCKETS_ENV: str(sockets)})
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "socket").touch()
+    process, pid, _, semaphore = start_replica(**{REPLICA_ENV: "r1", SCRATCH_ENV: str(scratch)})
     pidfd = os.pidfd_open(pid)
     file = Path(f"/dev/shm/sem.{semaphore.removeprefix('/')}")
     try:
         assert file.exists()
         os.killpg(process.pid, signal.SIGKILL)
         assert ends(pidfd)
-        assert not sockets.exists() and not file.exists()
+        assert not scratch.exists() and not file.exists()
     finally:
         os.close(pidfd)
         process.communicate()
+
+
+MEETING = """
+import multiprocessing
+
+def engine():
+    from serve_app import vllm_plugin
+    vllm_plugin.register()
+    from vllm.v1.executor import multiproc_executor, uniproc_executor
+    for executor in (multiproc_executor, uniproc_executor):
+        print(executor.get_file_store_init_method().rpartition("/")[0], flush=True)
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=engine)
+    child.start()
+    child.join()
+"""
+
+
+def test_process_group_of_an_engine_meets_in_the_folder_that_its_replica_removes(tmp_path: Path) -> None:
+    """An engine that is killed, by its replica too, cannot remove the file."""
+    script = tmp_path / "replica.py"
+    script.write_text(MEETING)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    env = os.environ | {REPLICA_ENV: "r1", SCRATCH_ENV: str(scratch)}
+    out = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=True).stdout
+    assert [line for line in out.splitlines() if line.startswith("file:")] == [f"file://{scratch}"] * 2
 
 
 def test_process_that_is_not_ours_is_not_watched() -> None:
