@@ -15,7 +15,8 @@ setup: ## Make .venv, or bring it up to date (EPD_EXTRA=cpu|gpu overrides the ch
 .PHONY: serve
 serve: setup ## Serve (CONFIG=serve_config.yaml)
 	@export PATH="$(CURDIR)/$(BIN):$$PATH" VLLM_LOGGING_LEVEL="$${VLLM_LOGGING_LEVEL:-WARNING}" \
-		RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.proxy:middlewares; \
+		RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.proxy:middlewares \
+		RAY_SERVE_PROXY_USE_GRPC=1 RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH=1073741824; \
 	python -m serve_app ready $(CONFIG) & exec serve run $(CONFIG)
 
 .PHONY: test

@@ -8,7 +8,7 @@ from typing import Any
 from ray import serve
 
 from deployments._replica import EngineReplica
-from serve_app.config import Stage
+from serve_app.config import EPDConfig, Stage
 from serve_app.handoff import Chunk, StageRequest
 
 
@@ -18,13 +18,17 @@ class Decode(EngineReplica):
 
     stage = Stage.DECODE
 
+    def __init__(self, config: EPDConfig) -> None:
+        super().__init__(config)
+        self._interval_s = config.chunk_interval_s
+
     async def generate(self, request: StageRequest) -> AsyncGenerator[tuple[Chunk, str]]:
-        """New tokens as they come, with this replica's id. What piles up while the caller is busy comes as one chunk."""
-        from serve_app.engine import queue_s, to_chunk
+        """New tokens, with this replica's id: the first at once, then what came in an interval as one chunk."""
+        from serve_app.engine import coalesced, queue_s, to_chunk
 
         began, first = time.perf_counter(), True
         with self.work.call(1):
-            async with aclosing(self.engine.generate(request)) as outputs:
+            async with aclosing(coalesced(self.engine.generate(request), self._interval_s)) as outputs:
                 async for output in outputs:
                     ran_s = time.perf_counter() - began - queue_s(output) if first else None
                     first = False

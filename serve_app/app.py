@@ -29,6 +29,10 @@ logger = logging.getLogger("ray.serve")
 
 DEPLOYMENTS: dict[Stage, Any] = {Stage.ENCODER: Encoder, Stage.PREFILL: Prefill, Stage.DECODE: Decode}
 
+NO_ACCESS_LOG = {"enable_access_log": False}
+"""Ray's line per call of a replica, five per request, costs as much CPU as an engine step. The ingress writes one of ours,
+and Ray's proxy its own."""
+
 
 def build_app(args: dict[str, Any]) -> Application:
     """The application of a config.
@@ -46,6 +50,7 @@ def build_app(args: dict[str, Any]) -> Application:
     ingress: Any = Ingress  # the decorator made a deployment of the class
     ingress = ingress.options(
         ray_actor_options={"num_cpus": config.ingress_cpus},
+        logging_config=NO_ACCESS_LOG,
         max_ongoing_requests=1024,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
     )
@@ -58,6 +63,7 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
     stage_config = config.stages[stage]
     options: dict[str, Any] = {
         "ray_actor_options": actor_options(stage_config, config.accelerator),
+        "logging_config": NO_ACCESS_LOG,
         "max_ongoing_requests": stage_config.max_ongoing_requests,
         "max_queued_requests": stage_config.max_queued_requests,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,

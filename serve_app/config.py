@@ -446,6 +446,11 @@ class EPDConfig(Strict):
     request_timeout_s: float = Field(
         600.0, gt=0, description="A request without a first token by then is answered 504."
     )
+    chunk_interval_s: float = Field(
+        0.02,
+        ge=0,
+        description="Tokens of an answer that come within this time go on together; the first and the last at once.",
+    )
     startup_timeout_s: float = Field(3600.0, gt=0, description="Time for all stages to load before the start-up fails.")
     drain_timeout_s: float = Field(
         300.0, gt=0, description="Time for a replica that goes away to finish what it holds; then it is killed."

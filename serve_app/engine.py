@@ -4,6 +4,8 @@ What leans on vLLM's internals is here, in ``client.py``, ``guard.py``, ``output
 whose names begin with ``ec_`` and ``media``; ``tests/unit/test_contracts*.py`` say what broke when vLLM 0.32.0 is replaced.
 """
 
+import math
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -212,6 +214,25 @@ def queue_s(output: RequestOutput) -> float:
     """Seconds that the request of an output waited in its engine's queue."""
     stats = output.metrics
     return max(stats.scheduled_ts - stats.queued_ts, 0.0) if stats is not None and stats.scheduled_ts else 0.0
+
+
+async def coalesced(outputs: AsyncGenerator[RequestOutput], interval_s: float) -> AsyncGenerator[RequestOutput]:
+    """Outputs with new tokens only, at most one per interval: the first and the last at once, in between what has come.
+
+    A message from replica to ingress to proxy to client costs more than making a token does. No timer: what is held goes on
+    with the first output after the interval.
+    """
+    held, due = None, -math.inf
+    async with aclosing(outputs):
+        async for output in outputs:
+            if held is None:
+                held = output
+            else:
+                held.add(output, aggregate=True)
+            now = time.monotonic()
+            if held.finished or now >= due:
+                yield held
+                held, due = None, now + interval_s
 
 
 def to_chunk(output: RequestOutput, ran_s: float | None = None) -> Chunk:

@@ -4,20 +4,61 @@ Which replica takes a call is Ray's power-of-two choice: fewest calls in flight 
 """
 
 import asyncio
+import contextvars
+import pickle
+import time
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
+import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import RequestRouter
 
+from serve_app.admission import size_of
 from serve_app.config import Stage
 from serve_app.errors import EPDError, StageUnavailable
+from serve_app.handoff import MediaRequest, StageRequest
 
 encoder_routers: WeakValueDictionary[str, RequestRouter] = WeakValueDictionary()
 """The routers of this process' Encoder handles, by application."""
+
+
+LIGHT_BYTES = 1 << 20
+"""Ray Serve's gRPC transport takes messages of 4 MiB (``RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH``)."""
+
+
+def is_light(argument: Any) -> bool:
+    """Whether a call may go straight to the replica by gRPC, which costs half of a call through Ray's object store.
+
+    Pixels, media and logprobs, whose answers can be large, go through the object store.
+    """
+    match argument:
+        case StageRequest(prompt=prompt, params=params):
+            if params.logprobs is not None or params.prompt_logprobs is not None:
+                return False
+            size = 8 * len(prompt.token_ids) + sum(map(size_of, prompt.items))
+            return size <= LIGHT_BYTES and size + len(pickle.dumps(params)) <= LIGHT_BYTES
+        case MediaRequest(media=media):
+            return len(media.data) <= LIGHT_BYTES
+    return True
+
+
+SILENT_S = 30.0
+"""After so long without an item a stream asks Ray whether its replica still lives."""
+
+
+@dataclass(eq=False)
+class _Stream:
+    response: Any
+    replica: str = ""
+    seen: float = 0.0
+    lost: bool = False
 
 
 class StageHandle:
@@ -27,6 +68,10 @@ class StageHandle:
         self.stage = stage
         self._unary = handle
         self._stream = handle.options(stream=True)
+        self._light = handle.options(_by_reference=False)
+        self._light_stream = handle.options(stream=True, _by_reference=False)
+        self._streams: set[_Stream] = set()
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def absent(self) -> bool:
@@ -38,7 +83,8 @@ class StageHandle:
         """Call one replica. Cancelling the caller cancels the call, and with it the replica's engine request."""
         response = None
         try:
-            response = getattr(self._unary, method).remote(*args)
+            handle = self._light if all(map(is_light, args)) else self._unary
+            response = getattr(handle, method).remote(*args)
             return await response
         except asyncio.CancelledError:
             if response is not None:
@@ -47,21 +93,58 @@ class StageHandle:
         except Exception as error:
             raise to_stage_error(self.stage, error) from error
 
-    async def stream(self, method: str, *args: Any) -> AsyncGenerator[Any]:
-        """Stream from one replica; closing the iterator early cancels the call."""
-        response = None
+    async def stream(self, method: str, *args: Any) -> AsyncGenerator[tuple[Any, str]]:
+        """Stream from one replica, whose id comes with each item; closing the iterator early cancels the call."""
+        stream = None
         finished = False
         try:
-            response = getattr(self._stream, method).remote(*args)
-            async for item in response:
+            handle = self._light_stream if all(map(is_light, args)) else self._stream
+            stream = _Stream(getattr(handle, method).remote(*args))
+            async for item in stream.response:
+                stream.replica, stream.seen = item[1], time.monotonic()
+                self._watch(stream)
                 yield item
             finished = True
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if stream is not None and stream.lost:
+                finished = True
+                raise StageUnavailable(self.stage, "lost the replica that worked on the request") from error
+            if isinstance(error, asyncio.CancelledError):
+                raise
             finished = True
             raise to_stage_error(self.stage, error) from error
         finally:
-            if response is not None and not finished:  # a stream from a handle has no aclose()
-                response.cancel()
+            if stream is not None:
+                self._streams.discard(stream)
+                if not finished:  # a stream from a handle has no aclose()
+                    stream.response.cancel()
+
+    def _watch(self, stream: "_Stream") -> None:
+        """Notice when the replica of a stream is gone without a word.
+
+        Where a process ends, its connection says so. Where a node loses power or its network nothing does: Ray's gRPC
+        clients send no keepalive. Ray knows after a while, so a stream that has been silent asks Ray.
+        """
+        self._streams.add(stream)
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.get_running_loop().create_task(self._ask_ray(), context=contextvars.Context())
+
+    async def _ask_ray(self) -> None:
+        while self._streams:
+            await asyncio.sleep(SILENT_S / 2)
+            since = time.monotonic() - SILENT_S
+            for stream in [stream for stream in self._streams if stream.seen < since and not stream.lost]:
+                if not await asyncio.to_thread(self._is_alive, stream.replica):
+                    stream.lost = True
+                    stream.response.cancel()
+
+    def _is_alive(self, replica: str) -> bool:
+        actor = ReplicaID(replica, DeploymentID(self._unary.deployment_name, self._unary.app_name)).to_full_id_str()
+        try:
+            ray.get_actor(actor, namespace=SERVE_NAMESPACE)
+        except ValueError:
+            return False
+        return True
 
     async def broadcast(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[Any]:
         """Call every replica; one result or exception of each."""

@@ -155,14 +155,17 @@ class FakeBroadcast:
 
 
 class FakeHandle:
-    """A ``DeploymentHandle``: ``answer(method, *args)`` makes the response of a call."""
+    """A ``DeploymentHandle``: ``answer(method, *args, streaming=)`` makes the response of a call. ``tells``: with
+    ``by_reference_`` too."""
 
-    def __init__(self, answer: Callable[..., Any], streaming: bool = False) -> None:
+    def __init__(self, answer: Callable[..., Any], tells: bool = False, **how: bool) -> None:
         self._answer = answer
-        self.streaming = streaming
+        self._tells = tells
+        self._how = {"stream": False, "_by_reference": True} | how
 
-    def options(self, *, stream: bool) -> "FakeHandle":
-        return FakeHandle(self._answer, stream)
+    def options(self, **how: bool) -> "FakeHandle":
+        assert how.keys() <= self._how.keys()
+        return FakeHandle(self._answer, self._tells, **(self._how | how))
 
     def broadcast(self, method: str, *args: Any) -> Any:
         return self._answer(method, *args)
@@ -178,4 +181,6 @@ class _Method:
         self._handle, self._method = handle, method
 
     def remote(self, *args: Any) -> Any:
-        return self._handle._answer(self._method, *args, streaming=self._handle.streaming)
+        how = self._handle._how
+        more = {"by_reference_": how["_by_reference"]} if self._handle._tells else {}
+        return self._handle._answer(self._method, *args, streaming=how["stream"], **more)

@@ -27,6 +27,12 @@ from serve_app.transfer import free_ports
 REPOSITORY = Path(__file__).parents[2]
 API = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
 START_TIMEOUT_S = 420
+RAY_ENV = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(1 << 30),
+}
+"""What `make serve` sets."""
 OTHERS = re.compile("ray$|pymp-|torchinductor_")
 """In the temporary folder: the logs of Ray's sessions, a socket of its dashboard, PyTorch's cache."""
 
@@ -191,7 +197,7 @@ def serve_run(
     log = folder / "serve.log"
     serve = str(Path(sys.executable).with_name("serve"))
     temp = tempfile.mkdtemp(prefix="epd-")  # a short path: sockets allow 107 bytes
-    env = (env or {}) | {"TMPDIR": temp, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares"}
+    env = RAY_ENV | {"TMPDIR": temp} | (env or {})
     try:
         with start([serve, "run", str(path)], port, log, env) as server:
             yield server

@@ -4,6 +4,7 @@ The nodes are raylets of one machine (`ray.cluster_utils.Cluster`), each on an a
 machine's own: Ray takes 127.0.0.1 for it when it connects, and a head that listens on the loopback only is not found.
 """
 
+import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,26 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import requests
+from ray import serve
 from ray.cluster_utils import Cluster
 
+from serve_app.config import Stage
+from serve_app.routing import StageHandle
 from serve_app.transfer import free_ports
 from tests.chaos.load import Load, asks
 from tests.integration.answers import differences, reduce
 from tests.integration.cases import CASES
-from tests.integration.servers import Server, kill_all, marked_environment, marked_processes, serve_deploy, wait_gone
+from tests.integration.servers import (
+    RAY_ENV,
+    Server,
+    kill_all,
+    marked_environment,
+    marked_processes,
+    serve_deploy,
+    wait_gone,
+)
 
 PLACES = {"encoder": "127.0.0.2", "prefill": "127.0.0.3", "decode": "127.0.0.4"}
 SECOND_PREFILL = "127.0.0.5"
@@ -61,11 +74,10 @@ class Nodes:
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     folder = tmp_path_factory.mktemp("nodes")
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in marked_environment(str(folder)).items():
+        for key, value in (marked_environment(str(folder)) | RAY_ENV).items():
             patch.setenv(key, value)
         patch.delenv("RAY_ADDRESS")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else it depends on whether this user has a token
-        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve_app.proxy:middlewares")
         nodes = None
         try:
             nodes = Nodes(folder)
@@ -112,6 +124,15 @@ def test_embeddings_and_blocks_crossed_the_nodes(server: Server) -> None:
     assert server.metric("epd:ec_items_total", stage="prefill", event="encoded") == 0
     assert server.metric("vllm:nixl_bytes_transferred_count", stage="decode") > 0
     assert server.metric("vllm:nixl_num_failed_transfers_total") == 0
+
+
+def test_ray_knows_whether_a_replica_of_another_node_lives(nodes: Nodes, server: Server) -> None:
+    """What a stream that has been silent asks."""
+    with ray.init(nodes.cluster.address, log_to_driver=False):
+        handle = StageHandle(Stage.DECODE, serve.get_deployment_handle("Decode", "epd"))
+        ((_, replica, _),) = asyncio.run(handle.broadcast("metrics"))
+        assert handle._is_alive(replica)
+        assert not handle._is_alive("gone")
 
 
 def test_node_that_goes_under_load_takes_no_request_along(

@@ -207,11 +207,12 @@ def test_ray_serves_an_app_that_the_replica_builds() -> None:
 
 
 def test_ray_broadcasts_to_all_replicas_and_keeps_their_exceptions() -> None:
-    from ray.serve.handle import DeploymentBroadcastResponse, DeploymentResponseGenerator
+    from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponseGenerator
 
     assert {"timeout_s", "return_exceptions"} <= parameters(DeploymentBroadcastResponse.results_async).keys(), (
         "serve_app/routing.py broadcast"
     )
+    assert "_by_reference" in parameters(DeploymentHandle.options), "serve_app/routing.py: calls by gRPC"
     assert not hasattr(DeploymentResponseGenerator, "aclose"), "serve_app/routing.py stream: aclose() may do now"
 
 

@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -25,9 +27,12 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
     RequestCancelledError,
 )
+from vllm import SamplingParams
 
+from serve_app import routing
 from serve_app.config import Stage
 from serve_app.errors import BadRequest, EPDError, HandoffLost, StageUnavailable
+from serve_app.handoff import Item, Media, MediaRequest, Prompt, StageRequest
 from serve_app.routing import StageHandle, to_stage_error
 from tests.fakes import FakeBroadcast, FakeHandle, FakeResponse
 
@@ -121,9 +126,9 @@ def test_cancelling_the_caller_cancels_the_call() -> None:
     assert asyncio.run(main()).cancelled == 1
 
 
-async def numbers(*ends: Exception | None) -> AsyncIterator[int]:
-    yield 1
-    yield 2
+async def numbers(*ends: Exception | None) -> AsyncIterator[tuple[int, str]]:
+    yield 1, "r1"
+    yield 2, "r1"
     for end in ends:
         if end is None:
             await asyncio.Event().wait()
@@ -134,10 +139,97 @@ async def numbers(*ends: Exception | None) -> AsyncIterator[int]:
 def test_finished_stream_is_not_cancelled() -> None:
     async def main() -> FakeResponse:
         response = FakeResponse(numbers())
-        assert [n async for n in handle(response).stream("generate")] == [1, 2]
+        assert [n async for n, _ in handle(response).stream("generate")] == [1, 2]
         return response
 
     assert asyncio.run(main()).cancelled == 0
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_silent_stream_ends_when_its_replica_is_gone_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, lives: bool
+) -> None:
+    """The connection to a node without power stays open: only Ray can tell."""
+    monkeypatch.setattr(routing, "SILENT_S", 0.01)
+
+    async def main() -> None:
+        asked: asyncio.Queue[str] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        cancelled = asyncio.Event()
+
+        def is_alive(self: StageHandle, replica: str) -> bool:
+            loop.call_soon_threadsafe(asked.put_nowait, replica)
+            return lives
+
+        async def silent() -> AsyncIterator[tuple[int, str]]:
+            yield 1, "r1"
+            await cancelled.wait()
+            raise TaskCancelledError
+
+        monkeypatch.setattr(StageHandle, "_is_alive", is_alive)
+        response = FakeResponse(silent())
+        monkeypatch.setattr(response, "cancel", cancelled.set)
+        stage = handle(response)
+
+        async def read() -> None:
+            async for _ in stage.stream("generate"):
+                pass
+
+        reader = asyncio.create_task(read())
+        assert await asyncio.wait_for(asked.get(), 5) == "r1"
+        if lives:
+            assert await asyncio.wait_for(asked.get(), 5) == "r1"
+            assert not reader.done() and not cancelled.is_set()
+            reader.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reader
+        else:
+            with pytest.raises(StageUnavailable, match=LOST):
+                await asyncio.wait_for(reader, 5)
+        assert cancelled.is_set()
+
+    asyncio.run(main())
+
+
+def request(tokens: int = 10, data: Any = None, **params: Any) -> StageRequest:
+    items = () if data is None else (Item("image", "h", 0, 1, None, {"pixel_values": SimpleNamespace(data=data)}),)
+    return StageRequest("r", Prompt([1] * tokens, items), SamplingParams(**params))
+
+
+def picture(size: int) -> MediaRequest:
+    return MediaRequest("r", Media("image", bytes(size), None, 1, "d"), 1)
+
+
+@pytest.mark.parametrize(
+    ("light", "arguments"),
+    [
+        (True, ["id", {"remote_block_ids": [1]}]),
+        (True, [request()]),
+        (True, [picture(1 << 20)]),
+        (False, [picture((1 << 20) + 1)]),
+        (True, [request(data=torch.zeros(1000))]),
+        (False, [request(data=torch.zeros(1 << 18, dtype=torch.float32))]),
+        (False, [request(tokens=200_000)]),
+        (False, [request(logprobs=0)]),
+        (False, [request(prompt_logprobs=1)]),
+        (False, [request(stop="x" * (1 << 20))]),
+    ],
+)
+def test_large_calls_go_through_the_object_store(light: bool, arguments: list[Any]) -> None:
+    """Ray's gRPC takes 4 MiB, in either direction."""
+    by_reference: list[bool] = []
+
+    def answer(method: str, *args: Any, streaming: bool, by_reference_: bool) -> FakeResponse:
+        by_reference.append(by_reference_)
+        return FakeResponse(numbers() if streaming else value(1))
+
+    async def main() -> None:
+        stage = StageHandle(Stage.DECODE, FakeHandle(answer, tells=True))  # type: ignore[arg-type]
+        await stage.call("prefill", *arguments)
+        assert [n async for n, _ in stage.stream("generate", *arguments)] == [1, 2]
+
+    asyncio.run(main())
+    assert by_reference == [not light] * 2
 
 
 def test_streams_use_a_streaming_handle() -> None:
@@ -149,7 +241,7 @@ def test_streams_use_a_streaming_handle() -> None:
 
     async def main() -> None:
         stage = StageHandle(Stage.DECODE, FakeHandle(answer))  # type: ignore[arg-type]
-        assert [n async for n in stage.stream("generate")] == [1, 2]
+        assert [n async for n, _ in stage.stream("generate")] == [1, 2]
 
     asyncio.run(main())
     assert asked == [True]
@@ -159,7 +251,7 @@ def test_stream_that_is_closed_early_is_cancelled() -> None:
     async def main() -> FakeResponse:
         response = FakeResponse(numbers(None))
         async with aclosing(handle(response).stream("generate")) as stream:
-            assert await anext(stream) == 1
+            assert await anext(stream) == (1, "r1")
         return response
 
     assert asyncio.run(main()).cancelled == 1
@@ -171,7 +263,7 @@ def test_stream_whose_reader_is_cancelled_is_cancelled() -> None:
         waiting = asyncio.Event()
 
         async def read() -> None:
-            async for number in handle(response).stream("generate"):
+            async for number, _ in handle(response).stream("generate"):
                 if number == 2:
                     waiting.set()
 
@@ -190,7 +282,7 @@ def test_failing_stream_is_an_error_of_ours_and_has_nothing_left_to_cancel() -> 
         response = FakeResponse(numbers(ActorDiedError()))
         seen: list[int] = []
         with pytest.raises(StageUnavailable, match=LOST):
-            async for number in handle(response).stream("generate"):
+            async for number, _ in handle(response).stream("generate"):
                 seen.append(number)
         assert seen == [1, 2]
         return response
