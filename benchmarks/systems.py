@@ -16,7 +16,7 @@ from serve_app.config import EPDConfig, Stage
 from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import free_ports, side_channel_env
 from serve_app.vllm_plugin import REPLICA_ENV
-from tests.integration.servers import Server, api_server, cpu_config, kill_all, serve_run, start, vllm_server
+from tests.integration.servers import APP, Server, api_server, cpu_config, kill_all, serve_run, start, vllm_server
 
 PROXY_OPTION = {Stage.ENCODER: "--encode", Stage.PREFILL: "--prefill", Stage.DECODE: "--decode"}
 
@@ -30,12 +30,10 @@ class Engine:
     env: dict[str, str]
 
 
-def ours(folder: Path, topology: dict[str, Any]) -> AbstractContextManager[Server]:
-    names = ["Ingress", "Encoder", "Prefill", "Decode"]
-    if "prefill" in topology:
-        names.remove("Prefill")
+def ours(folder: Path, topology: dict[str, Any], import_path: str = APP) -> AbstractContextManager[Server]:
+    names = ["Ingress", *(stage.capitalize() for stage in Stage if stage not in topology)]
     one_each = {name: {"num_replicas": 1, "autoscaling_config": None} for name in names}
-    return serve_run(folder, {"accelerator": "cpu"} | topology, one_each)
+    return serve_run(folder, {"accelerator": "cpu"} | topology, one_each, import_path=import_path)
 
 
 @contextmanager

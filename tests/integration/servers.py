@@ -27,6 +27,7 @@ from serve_app.transfer import free_ports
 REPOSITORY = Path(__file__).parents[2]
 API = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
 START_TIMEOUT_S = 420
+APP = "serve_app.app:build_app"
 RAY_ENV = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
@@ -164,13 +165,18 @@ def start(command: list[str], port: int, log: Path, env: dict[str, str] | None =
 
 
 def serve_config(
-    folder: Path, port: int, args: dict[str, Any], deployments: dict[str, dict[str, Any]] | None, **more: Any
+    folder: Path,
+    port: int,
+    args: dict[str, Any],
+    deployments: dict[str, dict[str, Any]] | None,
+    import_path: str = APP,
+    **more: Any,
 ) -> Path:
     """A Serve config of our application; ``deployments``: Ray's options by name, ``more``: those of Serve itself."""
     application = {
         "name": "epd",
         "route_prefix": "/",
-        "import_path": "serve_app.app:build_app",
+        "import_path": import_path,
         "args": args,
         "deployments": [{"name": name} | options for name, options in (deployments or {}).items()],
     }
@@ -186,6 +192,7 @@ def serve_run(
     args: dict[str, Any],
     deployments: dict[str, dict[str, Any]] | None = None,
     env: dict[str, str] | None = None,
+    import_path: str = APP,
 ) -> Iterator[Server]:
     """Our application by `serve run`, as a user starts it; Ctrl-C at the end, and then no process, temporary file or
     shared memory of it may be left."""
@@ -193,7 +200,7 @@ def serve_run(
     args = {"api": API, "ec": {"storage_path": str(folder / "ec")}} | args
     if args.get("encoder", True) is None:
         del args["ec"]
-    path = serve_config(folder, port, args, deployments)
+    path = serve_config(folder, port, args, deployments, import_path)
     log = folder / "serve.log"
     serve = str(Path(sys.executable).with_name("serve"))
     temp = tempfile.mkdtemp(prefix="epd-")  # a short path: sockets allow 107 bytes
