@@ -19,6 +19,7 @@ from serve_app import workload
 from serve_app.config import Stage
 
 BAR_WIDTH = 40
+LABELS = {"ec_transfer": "EC transfer", "kv_transfer": "KV transfer"}
 UNITS = {Stage.ENCODER: "media tokens", Stage.PREFILL: "prompt tokens", Stage.DECODE: "sequences"}
 
 
@@ -73,22 +74,27 @@ def ask(url: str, question: str, files: Iterable[Path], max_tokens: int, timing:
 
 def waterfall(headers: Mapping[str, str], first_token_s: float, stream_s: float) -> Table:
     """Steps of a request one after the other, from its header ``server-timing``, and the stream as the client saw it.
+    Several items have a row each, which begin together.
 
     From a server without that header there is the wait for the first token alone.
     """
-    told = re.findall(r'(\w+);dur=([\d.]+)(?:;desc="([^"]*)")?', headers.get("server-timing", ""))
-    steps = [(name.replace("_", " "), float(ms) / 1000, replicas) for name, ms, replicas in told]
-    steps = steps or [("first token", first_token_s, "")]
-    steps.append(("tokens after the first", stream_s, ""))
+    told = re.findall(r'([\w.]+);dur=([\d.]+)(?:;desc="([^"]*)")?', headers.get("server-timing", ""))
+    timed = [(name, float(ms) / 1000, replicas) for name, ms, replicas in told]
+    items = [each for each in timed if "." in each[0]]  # of a step, all at the same time
+    steps = [each for each in timed if "." not in each[0]] or [("first_token", first_token_s, "")]
+    steps.append(("tokens_after_the_first", stream_s, ""))
     total = sum(seconds for _, seconds, _ in steps) or 1.0
     table = Table("step", "ms", "", "replica", box=None)
     table.columns[1].justify = "right"
     before = 0.0
-    for name, seconds, replicas in steps:
+    for step in steps:
+        own = [item for item in items if item[0].startswith(f"{step[0]}.")]
         start = round(BAR_WIDTH * before / total)
-        before += seconds
-        width = max(round(BAR_WIDTH * before / total) - start, 1)
-        table.add_row(name, f"{seconds * 1000:.1f}", " " * start + "█" * width, replicas)
+        for name, seconds, replicas in own or [step]:
+            width = max(round(BAR_WIDTH * (before + seconds) / total) - start, 1)
+            label = re.sub(r"[_.]", " ", name)
+            table.add_row(LABELS.get(name, label), f"{seconds * 1000:.1f}", " " * start + "█" * width, replicas)
+        before += step[1]
     if rungs := headers.get("x-epd-rungs"):
         table.caption = f"failed and done otherwise: {rungs}"
     return table

@@ -252,6 +252,7 @@ class EPDClient(EngineClient):
                     record.saw(Stage.DECODE, replica)
                     if chunk.ran_s is not None:
                         record.called(Stage.DECODE, time.perf_counter() - began, chunk.ran_s)
+                        record.moved("kv_transfer", chunk.kv_s)
                     if not pulled:
                         span.set(replica=replica, first_token_ran_s=chunk.ran_s)
                         span.event("first token")
@@ -279,6 +280,7 @@ class EPDClient(EngineClient):
         record.saw(Stage.PREFILL, reply.replica)
         took = time.perf_counter() - began
         record.took("prefill", took)
+        record.moved("ec_transfer", reply.ec_s)
         record.called(Stage.PREFILL, took, reply.ran_s)
         return reply
 

@@ -206,6 +206,7 @@ class EncodeStage:
                         span.set(replica=reply.replica, ran_s=reply.ran_s)
                     record.called(Stage.ENCODER, self.clock() - began, reply.ran_s)
                 record.saw(Stage.ENCODER, reply.replica)
+                record.encoded(job.index, self.clock() - began, reply.replica)
                 return reply
             except StageError as error:
                 logger.warning(f"request={record.request_id} item={job.index} attempt={attempt + 1}: {error}")

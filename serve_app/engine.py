@@ -214,7 +214,7 @@ def queue_s(output: RequestOutput) -> float:
     return max(stats.scheduled_ts - stats.queued_ts, 0.0) if stats is not None and stats.scheduled_ts else 0.0
 
 
-def to_chunk(output: RequestOutput, ran_s: float | None = None) -> Chunk:
+def to_chunk(output: RequestOutput, ran_s: float | None = None, kv_s: float | None = None) -> Chunk:
     """The only choice of an output, without the prompt that every ``RequestOutput`` repeats."""
     (choice,) = output.outputs
     return Chunk(
@@ -227,4 +227,5 @@ def to_chunk(output: RequestOutput, ran_s: float | None = None) -> Chunk:
         num_cached_tokens=output.num_cached_tokens,
         prompt_logprobs=output.prompt_logprobs,
         ran_s=ran_s,
+        kv_s=kv_s,
     )

@@ -353,7 +353,14 @@ class PipelineMiddleware:
         return limited
 
 
-STAGE_OF = {"encode": "encoder", "prefill": "prefill", "first_token": "decode"}
+STAGE_OF = {
+    "encode": "encoder",
+    "ec_transfer": "prefill",
+    "prefill": "prefill",
+    "kv_transfer": "decode",
+    "first_token": "decode",
+}
+"""Whose replicas work on a step; of a transfer those that receive."""
 
 
 class _HeldReply:
@@ -415,7 +422,8 @@ class _HeldReply:
         known: the start of a stream is held until its first token."""
         if times := self._trace.stage_times():
             headers["server-timing"] = ", ".join(
-                f"{name};dur={seconds * 1000:.1f}" + self._who(name) for name, seconds in times.items()
+                [f"{name};dur={seconds * 1000:.1f}" + self._who(name) for name, seconds in times.items()]
+                + self._items()
             )
         if self._trace.rungs:
             headers["x-epd-rungs"] = ",".join(self._trace.rungs)
@@ -426,6 +434,15 @@ class _HeldReply:
         """The replicas that worked on a step, as the header writes it."""
         names = self._trace.replicas.get(STAGE_OF.get(step, ""))
         return f';desc="{" ".join(names)}"' if names else ""
+
+    def _items(self) -> list[str]:
+        """``encode`` item by item, where there are several: all at the same time, so no steps that add up."""
+        items = sorted(self._trace.by_item.items())
+        return (
+            [f'encode.{index + 1};dur={seconds * 1000:.1f};desc="{replica}"' for index, (seconds, replica) in items]
+            if len(items) > 1
+            else []
+        )
 
     async def _replace(self) -> None:
         """Answer with the failure's own status instead of the stream that had not begun."""

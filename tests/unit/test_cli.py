@@ -42,6 +42,20 @@ def test_waterfall_has_the_steps_one_after_the_other_with_their_replicas() -> No
     assert lines[2].count("█") == pytest.approx(cli.BAR_WIDTH * 30 / 80, abs=1)
 
 
+def test_waterfall_has_a_row_per_item_and_names_transfers() -> None:
+    told = 'encode;dur=30.0;desc="e1 e2", ec_transfer;dur=10.0, kv_transfer;dur=40.0, encode.1;dur=10.0;desc="e1", '
+    lines = shown(cli.waterfall({"server-timing": told + 'encode.2;dur=30.0;desc="e2"'}, 0.08, 0.0))
+    first, second, ec, kv, _ = lines[1:]
+    assert [line[1:12].strip() for line in (first, second, ec, kv)] == [
+        "encode 1",
+        "encode 2",
+        "EC transfer",
+        "KV transfer",
+    ]
+    assert first.index("█") == second.index("█") and first.count("█") < second.count("█") < kv.count("█")
+    assert ec.index("█") > second.rindex("█")
+
+
 def test_waterfall_of_another_server_has_what_the_client_saw() -> None:
     lines = shown(cli.waterfall({}, first_token_s=0.06, stream_s=0.02))
     assert [line.split()[0] for line in lines[1:]] == ["first", "tokens"]

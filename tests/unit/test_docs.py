@@ -207,7 +207,8 @@ def test_python_in_the_text_compiles() -> None:
 
 
 def test_the_log_line_is_the_one_that_is_written() -> None:
-    record = Trace("an-id", rendered=1.0, longest={"encode": 2.0, "encoder queue": 1.0, "prefill": 3.0})
+    steps = ("encode", "encoder queue", "ec_transfer", "prefill", "kv_transfer")
+    record = Trace("an-id", rendered=1.0, longest=dict.fromkeys(steps, 1.0))
     for stage in Stage:
         record.saw(stage, "a-replica")
     record.token(1)
