@@ -85,6 +85,11 @@ class EPDClient(EngineClient):
             self._encoders.features = processor.features
             FromMedia(processor, self._encode_media, config.ec.salt_by_tenant)
 
+    @property
+    def load(self) -> dict[str, float]:
+        """What is under way at this ingress replica."""
+        return {"calls": float(self._admission.requests), "outstanding": float(self._admission.requests)}
+
     # ---- the pipeline
 
     async def generate(

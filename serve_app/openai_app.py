@@ -42,6 +42,8 @@ from serve_app.errors import ConfigError, EPDError
 from serve_app.ingress_metrics import IngressMetrics
 from serve_app.media_fetch import Fetcher
 from serve_app.metrics import merge_metrics
+from serve_app.page import add_page
+from serve_app.status import Status
 from serve_app.trace import Trace
 from serve_app.tracing import Tracing, tracing
 
@@ -111,11 +113,7 @@ def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
     return vllm_config
 
 
-Probe = Callable[[], Awaitable[dict[str, str]]]
-"""State per stage; ``healthy`` where it can serve."""
-
-
-async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe: Probe) -> ASGIApp:
+async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, status: Status) -> ASGIApp:
     """The ASGI app of an ingress replica."""
     folder = config.media.allowed_local_path
     if folder is not None and not folder.is_dir():
@@ -127,7 +125,9 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe:
     await init_app_state(client, app.state, args, ("generate",))
     drop = REPLACED | NOT_HERE.keys()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
-    _add_routes(app, client, probe)
+    _add_routes(app, client, status)
+    if config.page:
+        add_page(app)
     return PipelineMiddleware(app, config.media.max_body_bytes, client.metrics, tracing(config.tracing))
 
 
@@ -175,15 +175,20 @@ def _then_close(lifespan: Callable[[Any], AbstractAsyncContextManager[Any]], fet
     return life
 
 
-def _add_routes(app: FastAPI, client: EPDClient, probe: Probe) -> None:
+def _add_routes(app: FastAPI, client: EPDClient, status: Status) -> None:
     @app.get("/health")
     @app.get("/ping")
     @app.post("/ping")
     async def health() -> JSONResponse:
         """200 only when every stage can serve."""
-        stages = await probe()
+        stages = await status.probe()
         ok = all(state == "healthy" for state in stages.values())
         return JSONResponse({"ingress": "healthy", **stages}, status_code=200 if ok else 503)
+
+    @app.get("/status")
+    async def tell_status() -> JSONResponse:
+        """Every stage with its replicas and their work."""
+        return JSONResponse(await status.tell(), headers={"cache-control": "no-store"})
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:

@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from serve_app import cli, workload
-from serve_app.workload import page
+from serve_app import cli
 
 
 def shown(table: Table) -> list[str]:
@@ -65,17 +64,27 @@ def test_waterfall_tells_of_the_failure_ladder() -> None:
     assert "decode-again" in "\n".join(shown(cli.waterfall({"x-epd-rungs": "decode-again"}, 1, 1)))
 
 
-def test_status_shows_every_replica_its_wait_and_stages_that_have_none() -> None:
-    text = "".join(
-        line if line.startswith("#") else line.replace(" ", f'{{stage="prefill",replica="{name}"}} ')
-        for name, stats in (("p1", {"rate": 100.0, "outstanding": 250.0, "kv_use": 0.5}), ("p2", {"rate": 0.0}))
-        for line in page(stats).splitlines(keepends=True)
+def test_status_shows_every_replica_its_wait_and_those_that_come_and_go() -> None:
+    p1 = {"replica": "p1", "calls": 3.0, "outstanding": 250.0, "rate": 100.0, "kv_use": 0.5}
+    p2 = {"replica": "p2", "calls": 0.0, "outstanding": 0.0, "rate": 0.0, "kv_use": 0.0}
+    gone = {"state": "no replica (UPDATING)", "unit": "media tokens", "loads": []}
+    lines = shown(
+        cli.status_table(
+            [
+                {"stage": "encoder", "replicas": {"STARTING": 1}} | gone,
+                {
+                    "stage": "prefill",
+                    "state": "healthy",
+                    "replicas": {"RUNNING": 2, "STOPPING": 1},
+                    "unit": "prompt tokens",
+                    "loads": [p1, p2],
+                },
+            ]
+        )
     )
-    states = {"ingress": "healthy", "encoder": "no replica (UPDATING)", "prefill": "healthy"}
-    lines = shown(cli.status_table(states, workload.read(text)))
-    assert "none" in lines[2] and "no replica (UPDATING)" in lines[2]
+    assert "none" in lines[1] and "no replica (UPDATING)" in lines[1] and "1 starting" in lines[2]
     assert "p1" in lines[3] and "250 prompt tokens" in lines[3] and "2.50" in lines[3] and "50%" in lines[3]
-    assert "p2" in lines[4] and "?" in lines[4]
+    assert "p2" in lines[4] and "?" in lines[4] and "1 stopping" in lines[5]
 
 
 def test_no_server_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
