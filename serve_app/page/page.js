@@ -354,7 +354,7 @@ function loadOf(load, unit) {
   const lines = [plural(load.calls, load.rate === undefined ? unit : "calls")];
   let share = load.slots && unit === "sequences" ? load.outstanding / load.slots : 0;
   if (load.rate !== undefined) {
-    lines.push(plural(load.outstanding, unit));
+    if (unit !== "sequences") lines.push(plural(load.outstanding, unit)); // of those each is a call
     if (load.rate && load.outstanding && unit !== "sequences") {
       share = load.outstanding / load.rate;
       lines.push(`${share.toFixed(2)} s of work`);

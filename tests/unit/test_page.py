@@ -42,7 +42,6 @@ class Replay:
         self.events = [chunk(role="assistant"), *(chunk(content=text) for text in ANSWER), "data: [DONE]\n\n"]
         self.refusal: Response | None = None
         self.goes_on: asyncio.Event | None = None
-        self.left = 0
         self.decodes = 1
         self.starting = 0
 
@@ -94,16 +93,12 @@ class Replay:
         return app
 
     async def stream(self) -> AsyncIterator[str]:
-        try:
-            for event in self.events:
-                yield event[:7]  # wherever a network cuts
-                await asyncio.sleep(0)
-                yield event[7:]
-            if self.goes_on is not None:
-                await self.goes_on.wait()
-        except asyncio.CancelledError:
-            self.left += 1
-            raise
+        for event in self.events:
+            yield event[:7]  # wherever a network cuts
+            await asyncio.sleep(0)
+            yield event[7:]
+        if self.goes_on is not None:
+            await self.goes_on.wait()
 
 
 @pytest.fixture(scope="module")
