@@ -81,6 +81,7 @@ $("files").addEventListener("change", (event) => {
 document.addEventListener("paste", (event) => addFiles(event.clipboardData.files));
 for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
   document.addEventListener(name, (event) => {
+    if (!event.dataTransfer?.types.includes("Files")) return; // text may go into the question
     event.preventDefault(); // else the browser would open the file
     $("drop").classList.toggle("over", over);
     if (name === "drop") addFiles(event.dataTransfer.files);

@@ -138,4 +138,5 @@ def test_key_comes_from_the_config_or_from_the_environment(
         headers = {"authorization": f"Bearer {key}"} if key else {}
         status = http.get("/v1/models", headers=headers).status_code
         assert status == (200 if key in accepted else 401), key
-    assert http.get("/health").status_code == 200  # for probes, which have no key
+    for path in ("/health", "/status", "/"):  # for probes, and for the page, which asks for the key
+        assert http.get(path).status_code == 200
