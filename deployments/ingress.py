@@ -60,7 +60,7 @@ class Ingress:
 
     async def _census(self) -> dict[str, dict[str, int]]:
         return {
-            name.lower(): {str(state.value): count for state, count in deployment.replica_states.items() if count}
+            name.lower(): {state: count for state, count in deployment.replica_states.items() if count}
             for name, deployment in (await self._deployments()).items()
         }
 
