@@ -91,7 +91,7 @@ def waterfall(headers: Mapping[str, str], first_token_s: float, stream_s: float)
         for name, seconds, replicas in own or [step]:
             width = max(round(BAR_WIDTH * (before + seconds) / total) - start, 1)
             label = re.sub(r"[_.]", " ", name)
-            table.add_row(LABELS.get(name, label), f"{seconds * 1000:.1f}", " " * start + "█" * width, replicas)
+            table.add_row(LABELS.get(name, label), f"{seconds * 1000:.2f}", " " * start + "█" * width, replicas)
         before += step[1]
     if rungs := headers.get("x-epd-rungs"):
         table.caption = f"failed and done otherwise: {rungs}"

@@ -427,7 +427,7 @@ class _HeldReply:
         known: the start of a stream is held until its first token."""
         if times := self._trace.stage_times():
             headers["server-timing"] = ", ".join(
-                [f"{name};dur={seconds * 1000:.1f}" + self._who(name) for name, seconds in times.items()]
+                [f"{name};dur={seconds * 1000:.2f}" + self._who(name) for name, seconds in times.items()]
                 + self._items()
             )
         if self._trace.rungs:
@@ -444,7 +444,7 @@ class _HeldReply:
         """``encode`` item by item, where there are several: all at the same time, so no steps that add up."""
         items = sorted(self._trace.by_item.items())
         return (
-            [f'encode.{index + 1};dur={seconds * 1000:.1f};desc="{replica}"' for index, (seconds, replica) in items]
+            [f'encode.{index + 1};dur={seconds * 1000:.2f};desc="{replica}"' for index, (seconds, replica) in items]
             if len(items) > 1
             else []
         )

@@ -38,7 +38,7 @@ class Trace:
     longest: dict[str, float] = field(default_factory=dict)
     """Seconds by step (``encode``, ``prefill``, …): the longest of what runs at the same time or again."""
     by_item: dict[int, tuple[float, str]] = field(default_factory=dict)
-    """Seconds until the encoder's answer for an item was there, and which replica gave it."""
+    """Seconds that an encoder worked on an item, 0 where its answer was remembered, and which replica gave it."""
     calls: list[Call] = field(default_factory=list)
     items: Counter[str] = field(default_factory=Counter)
     """Media items by modality."""
@@ -84,8 +84,8 @@ class Trace:
         if seconds:
             self.took(step, seconds)
 
-    def encoded(self, item: int, took_s: float, replica: str) -> None:
-        self.by_item[item] = (took_s, replica)
+    def encoded(self, item: int, ran_s: float, replica: str) -> None:
+        self.by_item[item] = (ran_s, replica)
 
     def called(self, stage: str, took_s: float, ran_s: float) -> None:
         """A call of a stage answered; its replica worked on it for ``ran_s``, the rest it waited."""

@@ -295,6 +295,7 @@ $("ask").addEventListener("submit", async (event) => {
     $("answer").setAttribute("aria-busy", "false");
     $("send").disabled = false;
     $("stop").hidden = true;
+    look();
   }
 });
 $("stop").addEventListener("click", () => asking?.abort());
@@ -331,7 +332,7 @@ function showWaterfall(told, waitMs, restMs) {
       bar.style.width = `${(100 * ms) / total}%`;
       return make("tr", {},
         make("th", { scope: "row", textContent: item ? `${label} item ${item}` : label }),
-        make("td", { className: "ms", textContent: ms.toFixed(1) }),
+        make("td", { className: "ms", textContent: ms.toFixed(ms < 1 ? 2 : 1) }),
         make("td", { className: "track" }, bar),
         make("td", { className: "who", textContent: who }));
     });

@@ -163,7 +163,7 @@ def test_request_without_an_id_gets_one_of_its_own() -> None:
     assert first.body != second.body
 
 
-@pytest.mark.parametrize(("items", "told"), [(1, []), (2, [("1", "10.0", "e0"), ("2", "20.0", "e1")])])
+@pytest.mark.parametrize(("items", "told"), [(1, []), (2, [("1", "10.00", "e0"), ("2", "20.00", "e1")])])
 def test_several_items_are_told_one_by_one_beside_the_steps(items: int, told: list[tuple[str, str, str]]) -> None:
     async def steps(send: Send) -> None:
         for index in range(items):

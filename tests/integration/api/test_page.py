@@ -1,5 +1,6 @@
 """The page in a real Chromium, in front of real engines."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.browser import answered, chromium, draw, page_at
 from tests.integration.servers import Server
@@ -25,7 +27,8 @@ def replicas(server: Server) -> set[str]:
 def keep(page: Any, name: str) -> None:
     """For the README: ``EPD_SCREENSHOTS=docs``."""
     if folder := os.environ.get("EPD_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / name, full_page=True)
+        shot = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+        shot.quantize(64).save(Path(folder) / name, optimize=True)
 
 
 @pytest.mark.parametrize(("width", "scheme", "picture"), [(1180, "light", "page.png"), (380, "dark", "page-phone.png")])
@@ -47,6 +50,7 @@ def test_page_draws_asks_and_shows_the_answer_of_the_api_with_its_steps(
             "rows => rows.map(row => [row.children[0].textContent, row.children[3].textContent])"
         )
         stages = page.locator("#stages b").all_text_contents()
+        page.wait_for_selector(".replicas .worked")
         keep(page, picture)
     (body,) = map(json.loads, sent)
     assert len(body["messages"][0]["content"]) == 3
