@@ -90,18 +90,19 @@ for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", f
 
 // ---- drawing
 
+// As in serve_app/demo/drawing.py: what the demo model has seen.
 const COLOURS = {
-  red: "#e6194b", green: "#3cb44b", blue: "#4363d8", yellow: "#ffe119",
-  orange: "#f58231", purple: "#911eb4", black: "#000000", white: "#ffffff",
+  red: "#e02020", orange: "#f58a10", yellow: "#f5d90a", green: "#1f9d3a",
+  blue: "#2050d8", purple: "#8a2fc0", pink: "#f58cc0", black: "#202020",
 };
+const GROUNDS = { white: "#ffffff", "light grey": "#d0d0d0", ...COLOURS };
+
+// Each within a circle of radius r.
 const SHAPES = {
   circle: (path, r) => path.arc(0, 0, r, 0, 2 * Math.PI),
-  square: (path, r) => path.rect(-r, -r, 2 * r, 2 * r),
-  triangle: (path, r) => corners(path, [[0, -r], [r, r], [-r, r]]),
-  star: (path, r) => corners(path, Array.from({ length: 10 }, (_, i) => {
-    const angle = (Math.PI / 5) * i - Math.PI / 2, radius = i % 2 ? r * 0.4 : r;
-    return [radius * Math.cos(angle), radius * Math.sin(angle)];
-  })),
+  square: (path, r) => polygon(path, [r, r, r, r], -Math.PI / 4),
+  triangle: (path, r) => polygon(path, [r, r, r]),
+  star: (path, r) => polygon(path, Array.from({ length: 10 }, (_, corner) => (corner % 2 ? 0.45 * r : r))),
 };
 const PLACES = ["top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right"];
 const ARROWS = "↖↑↗←•→↙↓↘";
@@ -109,14 +110,19 @@ const ARROWS = "↖↑↗←•→↙↓↘";
 const canvas = $("canvas");
 const figures = []; // {shape, colour, x, y, r}
 
-function corners(path, points) {
-  points.forEach(([x, y], index) => (index ? path.lineTo(x, y) : path.moveTo(x, y)));
+function polygon(path, radii, start = -Math.PI / 2) {
+  radii.forEach((radius, corner) => {
+    const angle = start + (2 * Math.PI * corner) / radii.length;
+    path.lineTo(radius * Math.cos(angle), radius * Math.sin(angle));
+  });
   path.closePath();
 }
 
 function choice(name) {
   return document.querySelector(`input[name=${name}]:checked`).value;
 }
+
+const radius = () => $("size").value * canvas.width;
 
 function whereIs({ x, y }) {
   const third = (value) => Math.min(2, Math.floor((3 * value) / canvas.width));
@@ -125,7 +131,7 @@ function whereIs({ x, y }) {
 
 function redraw(said = "") {
   const pen = canvas.getContext("2d");
-  pen.fillStyle = COLOURS[$("background").value];
+  pen.fillStyle = GROUNDS[$("background").value];
   pen.fillRect(0, 0, canvas.width, canvas.height);
   for (const { shape, colour, x, y, r } of figures) {
     pen.save();
@@ -142,7 +148,7 @@ function redraw(said = "") {
   $("drawn").textContent = said;
 }
 
-function place(x, y, r = $("size").value / 2) {
+function place(x, y, r = radius()) {
   const figure = { shape: choice("shape"), colour: choice("colour"), x, y, r };
   figures.push(figure);
   redraw(`A ${figure.colour} ${figure.shape} is placed, ${whereIs(figure)}.`);
@@ -196,14 +202,15 @@ function radios(name, values) {
 function setUpDrawing() {
   radios("shape", Object.keys(SHAPES));
   radios("colour", Object.keys(COLOURS));
-  for (const colour of ["white", ...Object.keys(COLOURS).filter((name) => name !== "white")]) {
-    $("background").append(make("option", { textContent: colour }));
-  }
+  $("background").append(...Object.keys(GROUNDS).map((name) => make("option", { textContent: name })));
   const grid = make("div");
   PLACES.forEach((name, index) => {
     const button = make("button", { type: "button", textContent: ARROWS[index] });
     button.setAttribute("aria-label", `Place it ${name}`);
-    const at = (third) => ((2 * third + 1) * canvas.width) / 6;
+    const at = (column) => { // whole, where it can be
+      const edge = Math.min(radius() + 4, canvas.width / 2);
+      return Math.min(Math.max((0.24 + 0.26 * column) * canvas.width, edge), canvas.width - edge);
+    };
     button.addEventListener("click", () => place(at(index % 3), at(Math.floor(index / 3))));
     grid.append(button);
   });

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.testclient import TestClient
-from PIL import Image
+from PIL import Image, ImageChops
 
 from serve_app.page import FILES, FOLDER, add_page
 from serve_app.transfer import free_ports
@@ -186,7 +186,7 @@ def test_drawn_picture_and_file_are_asked_about_and_the_answer_is_shown_as_text(
     assert picture_of(lime).size == (40, 20)
     drawn = picture_of(drawing)
     assert drawn.size == (224, 224)
-    red, blue, white = (drawn.getpixel(at) for at in ((37, 37), (187, 187), (112, 112)))
+    red, blue, white = (drawn.getpixel(at) for at in ((54, 54), (170, 170), (112, 112)))
     assert red[0] > 200 > 100 > red[1] and blue[2] > 180 > 120 > blue[0] and white == (255, 255, 255)
 
 
@@ -201,10 +201,25 @@ def test_every_figure_fills_its_middle(browser: Any, replay: Any) -> None:
     pictures = [picture_of(part) for part in content(replay)[:-1]]
     assert len(pictures) == 4
     for drawn in pictures:
-        assert drawn.getpixel((112, 112)) == (0, 0, 0)
+        assert drawn.getpixel((112, 112)) == (32, 32, 32)
         assert drawn.getpixel((2, 2))[2] < 60  # yellow
-        assert 900 < sum(pixel == (0, 0, 0) for pixel in drawn.getdata()) <= 3600
+        assert 1500 < sum(pixel == (32, 32, 32) for pixel in drawn.getdata()) < 4700
     assert len({drawn.tobytes() for drawn in pictures}) == 4
+
+
+def test_drawings_are_as_the_demo_model_has_seen_them(browser: Any, replay: Any) -> None:
+    drawing = pytest.importorskip("serve_app.demo.drawing")
+    shapes = [(str(colour), shape) for colour, shape in zip(drawing.COLOURS, 2 * drawing.SHAPES, strict=True)]
+    with page_at(browser, replay.url) as page:
+        for colour, shape in shapes:
+            draw(page, (colour, shape, "middle"))
+            page.click("#add")
+        page.click("#send")
+        answered(page)
+    for (colour, shape), part in zip(shapes, content(replay), strict=False):
+        expected = drawing.draw([drawing.Figure(colour, shape, 0.5, 0.5, 0.17)])
+        differs = ImageChops.difference(picture_of(part), expected).convert("L").point(lambda value: 255 * (value > 64))
+        assert sum(differs.histogram()[1:]) < 300, (colour, shape)  # of its edge
 
 
 def test_figure_is_placed_where_one_clicks_and_as_large_as_one_drags(browser: Any, replay: Any) -> None:
