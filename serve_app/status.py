@@ -44,8 +44,8 @@ class Status:
     async def tell(self) -> list[dict[str, Any]]:
         """One object per stage in the order of the data, the ingress first.
 
-        Of the ingress it knows this replica alone, of a stage each replica that answers in time: ``load`` of
-        ``EngineReplica``.
+        Of the ingress it knows this replica alone; of a stage what each replica answers (``load`` of ``EngineReplica``),
+        or nothing where one hangs: a broadcast has no answer then.
         """
         async with self._asking:
             if self._clock() - self._told[0] >= CACHE_S:

@@ -37,6 +37,8 @@ class Replay:
     """A server with our page, whose API says what a test tells it to."""
 
     def __init__(self) -> None:
+        (self.port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{self.port}/"
         self.key = ""
         self.asked: list[dict[str, Any]] = []
         self.events = [chunk(role="assistant"), *(chunk(content=text) for text in ANSWER), "data: [DONE]\n\n"]
@@ -110,9 +112,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def replay() -> Iterator[Replay]:
     replay = Replay()
-    (replay.port,) = free_ports(1)  # type: ignore[attr-defined]
-    replay.url = f"http://127.0.0.1:{replay.port}/"  # type: ignore[attr-defined]
-    config = uvicorn.Config(replay.app, port=replay.port, log_level="warning", timeout_graceful_shutdown=1)  # type: ignore[attr-defined]
+    config = uvicorn.Config(replay.app, port=replay.port, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -167,7 +167,7 @@ def test_one_key_turns_the_page_off(make_api: Any, there: bool) -> None:
 
 
 def test_drawn_picture_and_file_are_asked_about_and_the_answer_is_shown_as_text(
-    browser: Any, replay: Any, tmp_path: Path
+    browser: Any, replay: Replay, tmp_path: Path
 ) -> None:
     Image.new("RGB", (40, 20), "lime").save(tmp_path / "lime.png")
     with page_at(browser, replay.url) as page:
@@ -190,7 +190,7 @@ def test_drawn_picture_and_file_are_asked_about_and_the_answer_is_shown_as_text(
     assert red[0] > 200 > 100 > red[1] and blue[2] > 180 > 120 > blue[0] and white == (255, 255, 255)
 
 
-def test_every_figure_fills_its_middle(browser: Any, replay: Any) -> None:
+def test_every_figure_fills_its_middle(browser: Any, replay: Replay) -> None:
     with page_at(browser, replay.url) as page:
         for shape in ("circle", "square", "triangle", "star"):
             draw(page, ("black", shape, "middle"))
@@ -207,7 +207,7 @@ def test_every_figure_fills_its_middle(browser: Any, replay: Any) -> None:
     assert len({drawn.tobytes() for drawn in pictures}) == 4
 
 
-def test_drawings_are_as_the_demo_model_has_seen_them(browser: Any, replay: Any) -> None:
+def test_drawings_are_as_the_demo_model_has_seen_them(browser: Any, replay: Replay) -> None:
     drawing = pytest.importorskip("serve_app.demo.drawing")
     shapes = [(str(colour), shape) for colour, shape in zip(drawing.COLOURS, 2 * drawing.SHAPES, strict=True)]
     with page_at(browser, replay.url) as page:
@@ -222,7 +222,7 @@ def test_drawings_are_as_the_demo_model_has_seen_them(browser: Any, replay: Any)
         assert sum(differs.histogram()[1:]) < 300, (colour, shape)  # of its edge
 
 
-def test_figure_is_placed_where_one_clicks_and_as_large_as_one_drags(browser: Any, replay: Any) -> None:
+def test_figure_is_placed_where_one_clicks_and_as_large_as_one_drags(browser: Any, replay: Replay) -> None:
     with page_at(browser, replay.url) as page:
         page.locator("#draw summary").click()
         page.locator("#canvas").scroll_into_view_if_needed()
@@ -239,7 +239,7 @@ def test_figure_is_placed_where_one_clicks_and_as_large_as_one_drags(browser: An
     assert drawn.getpixel((150, 95)) != (255, 255, 255) == drawn.getpixel((150, 105))
 
 
-def test_removed_picture_is_not_sent(browser: Any, replay: Any) -> None:
+def test_removed_picture_is_not_sent(browser: Any, replay: Replay) -> None:
     with page_at(browser, replay.url) as page:
         for colour in ("red", "green"):
             draw(page, (colour, "star", "middle"))
@@ -251,7 +251,7 @@ def test_removed_picture_is_not_sent(browser: Any, replay: Any) -> None:
     assert picture_of(content(replay)[0]).getpixel((112, 112))[1] > 150
 
 
-def test_dropped_file_that_is_no_media_is_named(browser: Any, replay: Any) -> None:
+def test_dropped_file_that_is_no_media_is_named(browser: Any, replay: Replay) -> None:
     with page_at(browser, replay.url) as page:
         page.evaluate(
             """() => {
@@ -263,7 +263,7 @@ def test_dropped_file_that_is_no_media_is_named(browser: Any, replay: Any) -> No
         assert page.text_content("#problem") == "notes.txt is no image, audio or video."
 
 
-def test_answer_streams_and_can_be_stopped(browser: Any, replay: Any) -> None:
+def test_answer_streams_and_can_be_stopped(browser: Any, replay: Replay) -> None:
     replay.events.pop()
     replay.goes_on = asyncio.Event()
     with page_at(browser, replay.url) as page:
@@ -276,7 +276,7 @@ def test_answer_streams_and_can_be_stopped(browser: Any, replay: Any) -> None:
         assert page.is_enabled("#send") and not page.is_visible("#stop")
 
 
-def test_thoughts_of_a_reasoning_model_are_apart(browser: Any, replay: Any) -> None:
+def test_thoughts_of_a_reasoning_model_are_apart(browser: Any, replay: Replay) -> None:
     replay.events.insert(1, chunk(reasoning="Let me look."))
     with page_at(browser, replay.url) as page:
         page.click("#send")
@@ -291,7 +291,7 @@ def refuse(status: int, message: str) -> Response:
     return JSONResponse({"error": {"message": message, "type": "x", "code": status}}, status)
 
 
-def test_refusal_is_a_sentence(browser: Any, replay: Any) -> None:
+def test_refusal_is_a_sentence(browser: Any, replay: Replay) -> None:
     replay.refusal = refuse(503, "The decode stage is gone")
     with page_at(browser, replay.url, refused=True) as page:
         page.click("#send")
@@ -312,7 +312,7 @@ def test_refusal_is_a_sentence(browser: Any, replay: Any) -> None:
     ],
 )
 def test_stream_that_breaks_off_says_so_and_keeps_what_came(
-    browser: Any, replay: Any, last: str, sentence: str
+    browser: Any, replay: Replay, last: str, sentence: str
 ) -> None:
     replay.events = [chunk(content="Half"), last]
     with page_at(browser, replay.url) as page:
@@ -321,7 +321,7 @@ def test_stream_that_breaks_off_says_so_and_keeps_what_came(
         assert page.text_content("#problem") == sentence
 
 
-def test_key_is_asked_for_and_kept_in_the_field_alone(browser: Any, replay: Any) -> None:
+def test_key_is_asked_for_and_kept_in_the_field_alone(browser: Any, replay: Replay) -> None:
     replay.key = "secret"
     with page_at(browser, replay.url, refused=True) as page:
         page.wait_for_selector("#key", state="visible")
@@ -341,7 +341,7 @@ def test_key_is_asked_for_and_kept_in_the_field_alone(browser: Any, replay: Any)
 # ---- waterfall and stages
 
 
-def test_waterfall_has_every_step_with_its_replica_one_after_the_other(browser: Any, replay: Any) -> None:
+def test_waterfall_has_every_step_with_its_replica_one_after_the_other(browser: Any, replay: Replay) -> None:
     with page_at(browser, replay.url) as page:
         page.click("#send")
         answered(page)
@@ -370,7 +370,7 @@ def test_waterfall_has_every_step_with_its_replica_one_after_the_other(browser: 
     assert widths[3] == pytest.approx(2 * widths[2], rel=0.1) and widths[3] == pytest.approx(2 * widths[5], rel=0.1)
 
 
-def test_stages_are_shown_with_their_load_and_scaling_as_it_happens(browser: Any, replay: Any) -> None:
+def test_stages_are_shown_with_their_load_and_scaling_as_it_happens(browser: Any, replay: Replay) -> None:
     with page_at(browser, replay.url) as page:
         names = page.locator("#stages b").all_text_contents()
         assert names == ["ingress", "encoder", "prefill", "decode"]
@@ -389,7 +389,7 @@ def test_stages_are_shown_with_their_load_and_scaling_as_it_happens(browser: Any
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_fits_its_window(browser: Any, replay: Any, scheme: Any) -> None:
+def test_page_fits_its_window(browser: Any, replay: Replay, scheme: Any) -> None:
     with page_at(browser, replay.url, color_scheme=scheme) as page:
         draw(page, ("red", "star", "middle"))
         page.click("#send")
@@ -404,7 +404,7 @@ def test_page_fits_its_window(browser: Any, replay: Any, scheme: Any) -> None:
         assert (min(brightness) > 200) if scheme == "light" else (max(brightness) < 60)
 
 
-def test_every_control_has_a_name_and_is_reached_by_tab(browser: Any, replay: Any) -> None:
+def test_every_control_has_a_name_and_is_reached_by_tab(browser: Any, replay: Replay) -> None:
     with page_at(browser, replay.url) as page:
         page.locator("#draw").evaluate("details => { details.open = true }")
         page.click("h1")
