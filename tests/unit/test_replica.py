@@ -120,7 +120,7 @@ def test_decode_tells_the_time_of_the_transfer_where_nothing_else_was_waited_for
         text="a", token_ids=[1], logprobs=None, cumulative_logprob=None, finish_reason=None, stop_reason=None
     )
     stats = SimpleNamespace(queued_ts=1.0, scheduled_ts=1.25)
-    output = SimpleNamespace(outputs=[choice], num_cached_tokens=0, prompt_logprobs=None, metrics=stats)
+    output = SimpleNamespace(outputs=[choice], num_cached_tokens=0, prompt_logprobs=None, metrics=stats, finished=False)
 
     class Engine(FakeEngine):
         async def generate(self, request: Any) -> AsyncGenerator[Any]:
@@ -129,7 +129,7 @@ def test_decode_tells_the_time_of_the_transfer_where_nothing_else_was_waited_for
 
     engine = Engine()
     engine.slots = slots
-    decode: Any = replica("Decode", engine)
+    decode: Any = replica("Decode", engine, _interval_s=0.0)
     request: Any = SimpleNamespace(params=SimpleNamespace(extra_args=extra))
 
     async def main() -> list[Any]:
