@@ -1,14 +1,10 @@
 """The page in a real Chromium, in front of real engines."""
 
-import io
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from tests.browser import answered, chromium, draw, page_at
 from tests.integration.servers import Server
@@ -24,16 +20,9 @@ def replicas(server: Server) -> set[str]:
     return {load["replica"] for stage in server.get("/status").json() for load in stage["loads"]}
 
 
-def keep(page: Any, name: str) -> None:
-    """For the README: ``EPD_SCREENSHOTS=docs``."""
-    if folder := os.environ.get("EPD_SCREENSHOTS"):
-        shot = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-        shot.quantize(64).save(Path(folder) / name, optimize=True)
-
-
-@pytest.mark.parametrize(("width", "scheme", "picture"), [(1180, "light", "page.png"), (380, "dark", "page-phone.png")])
+@pytest.mark.parametrize(("width", "scheme"), [(1180, "light"), (380, "dark")])
 def test_page_draws_asks_and_shows_the_answer_of_the_api_with_its_steps(
-    epd: Server, browser: Any, width: int, scheme: Any, picture: str
+    epd: Server, browser: Any, width: int, scheme: Any
 ) -> None:
     with page_at(browser, epd.url + "/", width=width, color_scheme=scheme) as page:
         sent: list[str] = []
@@ -51,7 +40,6 @@ def test_page_draws_asks_and_shows_the_answer_of_the_api_with_its_steps(
         )
         stages = page.locator("#stages b").all_text_contents()
         page.wait_for_selector(".replicas .worked")
-        keep(page, picture)
     (body,) = map(json.loads, sent)
     assert len(body["messages"][0]["content"]) == 3
     answer = epd.post("/v1/chat/completions", body | {"stream": False}).json()
