@@ -11,13 +11,18 @@ from tests.browser import answered, chromium, draw, page_at
 
 DOCS = Path(__file__).parents[1] / "docs"
 
+Figure = tuple[str, str]
+"""Colour and shape."""
 
-def shoot(browser: Any, url: str, name: str, width: int, scheme: str) -> None:
+
+def shoot(browser: Any, url: str, name: str, width: int, scheme: str, first: Figure, second: Figure) -> None:
     with page_at(browser, url, width=width, color_scheme=scheme) as page:
-        draw(page, ("red", "circle", "top left"), ("blue", "square", "bottom right"))
+        page.locator("#draw summary").click()
+        page.select_option("#size", "large")
+        draw(page, (*first, "middle"))
         page.click("#add")
-        draw(page, ("yellow", "triangle", "top left"), ("green", "star", "bottom right"))
-        page.fill("#question", "Which picture has the red circle?")
+        draw(page, (*second, "middle"))
+        page.fill("#question", f"Which picture has the {' '.join(first)}?")
         page.fill("#max-tokens", "24")
         page.click("#send")
         answered(page)
@@ -29,5 +34,6 @@ def shoot(browser: Any, url: str, name: str, width: int, scheme: str) -> None:
 if __name__ == "__main__":
     url = (sys.argv[1:] or ["http://127.0.0.1:8000"])[0].rstrip("/") + "/"
     with chromium() as browser:
-        shoot(browser, url, "page.png", 1180, "light")
-        shoot(browser, url, "page-phone.png", 380, "dark")
+        # Not the same pictures twice: what an engine remembers takes no time.
+        shoot(browser, url, "page.png", 1180, "light", ("red", "circle"), ("blue", "star"))
+        shoot(browser, url, "page-phone.png", 380, "dark", ("orange", "square"), ("green", "triangle"))
