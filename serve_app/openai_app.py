@@ -367,6 +367,9 @@ STAGE_OF = {
 }
 """Whose replicas work on a step; of a transfer those that receive."""
 
+ITEMS_TOLD = 32
+"""Of a request, in a header: many HTTP clients take no more than 8 KiB of them."""
+
 
 class _HeldReply:
     """``send`` of one response: holds the start of an event stream, and what follows, until the trace is decided."""
@@ -442,12 +445,10 @@ class _HeldReply:
 
     def _items(self) -> list[str]:
         """``encode`` item by item, where there are several: all at the same time, so no steps that add up."""
-        items = sorted(self._trace.by_item.items())
-        return (
-            [f'encode.{index + 1};dur={seconds * 1000:.2f};desc="{replica}"' for index, (seconds, replica) in items]
-            if len(items) > 1
-            else []
-        )
+        items = sorted(self._trace.by_item.items())[:ITEMS_TOLD]
+        if len(items) == 1:
+            return []
+        return [f'encode.{index + 1};dur={seconds * 1000:.2f};desc="{replica}"' for index, (seconds, replica) in items]
 
     async def _replace(self) -> None:
         """Answer with the failure's own status instead of the stream that had not begun."""

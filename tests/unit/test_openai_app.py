@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
+from serve_app.openai_app import ITEMS_TOLD
 from tests.unit.asgi import JSON, Client, app_of, body, start, the_trace
 
 
@@ -175,3 +176,15 @@ def test_several_items_are_told_one_by_one_beside_the_steps(items: int, told: li
     timing = asyncio.run(Client().ask(app_of(steps))).headers["server-timing"]
     assert timing.startswith("encode;dur=30.0")
     assert re.findall(r'encode\.(\d);dur=([\d.]+);desc="(\w+)"', timing) == told
+
+
+def test_header_of_many_items_is_one_that_clients_take() -> None:
+    async def steps(send: Send) -> None:
+        for index in range(1000):
+            the_trace().encoded(index, 100.0, "replica0")
+        the_trace().took("encode", 100.0)
+        await send(start(JSON))
+        await send(body(b"{}", more=False))
+
+    timing = asyncio.run(Client().ask(app_of(steps))).headers["server-timing"]
+    assert timing.count("encode.") == ITEMS_TOLD and len(timing) < 2048
