@@ -21,6 +21,7 @@ serve: setup ## Serve (CONFIG=serve_config.yaml)
 
 .PHONY: test
 test: setup ## Run the tests (ARGS="-k name -x")
+	@bash scripts/chromium.sh
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(ARGS)
 
 .PHONY: chaos

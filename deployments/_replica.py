@@ -64,6 +64,10 @@ class EngineReplica:
             "gpus": self._gpus,
         }
 
+    async def load(self) -> dict[str, Any]:
+        """For those who look: the same, and whose it is."""
+        return {"replica": self.replica, **await self.record_autoscaling_stats()}
+
     async def metrics(self) -> tuple[str, str, str]:
         """Stage, replica and metrics in Prometheus' text format."""
         return self.stage, self.replica, self.engine.metrics() + page(await self.record_autoscaling_stats())

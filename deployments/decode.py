@@ -9,7 +9,7 @@ from ray import serve
 
 from deployments._replica import EngineReplica
 from serve_app.config import EPDConfig, Stage
-from serve_app.handoff import Chunk, StageRequest
+from serve_app.handoff import Chunk, StageRequest, pulls_blocks
 
 
 @serve.deployment(name="Decode")
@@ -28,11 +28,14 @@ class Decode(EngineReplica):
 
         began, first = time.perf_counter(), True
         with self.work.call(1):
+            # With all places taken, the wait for one cannot be told from the transfer.
+            pulls = pulls_blocks(request.params) and self.work.under_way <= self.engine.slots
             async with aclosing(coalesced(self.engine.generate(request), self._interval_s)) as outputs:
                 async for output in outputs:
                     ran_s = time.perf_counter() - began - queue_s(output) if first else None
+                    kv_s = queue_s(output) if first and pulls else None
                     first = False
-                    yield to_chunk(output, ran_s), self.replica
+                    yield to_chunk(output, ran_s, kv_s), self.replica
 
     async def release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
         """Give back the blocks of a prefill whose request will not be decoded."""

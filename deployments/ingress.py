@@ -12,6 +12,7 @@ from serve_app.config import EPDConfig, Stage
 from serve_app.errors import EPDError
 from serve_app.roles import ingress_args, model_path, replica_env
 from serve_app.routing import StageHandle
+from serve_app.status import Status
 
 HEALTH_CACHE_S = 1.0
 
@@ -22,7 +23,8 @@ class Ingress:
     def __init__(self, config: EPDConfig, **handles: DeploymentHandle[Any]) -> None:
         self._config = config
         self._stages = {Stage(name): StageHandle(Stage(name), handle) for name, handle in handles.items()}
-        self._app_name = serve.get_replica_context().app_name
+        context = serve.get_replica_context()
+        self._app_name, self._replica = context.app_name, context.replica_id.unique_id
         self._health: tuple[float, dict[str, str]] = (-HEALTH_CACHE_S, {})
         self._probing = asyncio.Lock()
         for key, value in replica_env(config, None).items():
@@ -36,7 +38,8 @@ class Ingress:
 
         args = ingress_args(self._config, model_path(self._config))
         client = EPDClient(self._config, openai_app.ingress_vllm_config(args), self._stages)
-        app = await openai_app.make_app(self._config, openai_app.server_args(self._config, args), client, self._probe)
+        status = Status(self._stages, self._probe, self._census, lambda: {"replica": self._replica, **client.load})
+        app = await openai_app.make_app(self._config, openai_app.server_args(self._config, args), client, status)
         await self._stages_ready()
         return app
 
@@ -55,9 +58,19 @@ class Ingress:
                 self._health = (time.monotonic(), states)
             return states
 
-    async def _state(self, stage: Stage) -> str:
+    async def _census(self) -> dict[str, dict[str, int]]:
+        return {
+            name.lower(): {state: count for state, count in deployment.replica_states.items() if count}
+            for name, deployment in (await self._deployments()).items()
+        }
+
+    async def _deployments(self) -> dict[str, Any]:
         status = await asyncio.to_thread(serve.status)
-        deployment = status.applications[self._app_name].deployments.get(stage.capitalize())
+        deployments: dict[str, Any] = status.applications[self._app_name].deployments
+        return deployments
+
+    async def _state(self, stage: Stage) -> str:
+        deployment = (await self._deployments()).get(stage.capitalize())
         if deployment is None:
             return "not deployed"
         if deployment.replica_states.get("RUNNING", 0) == 0:

@@ -7,7 +7,7 @@ from ray import serve
 from deployments._replica import EngineReplica
 from serve_app.config import Stage
 from serve_app.errors import HandoffLost
-from serve_app.handoff import PrefillReply, StageRequest
+from serve_app.handoff import READ_S, PrefillReply, StageRequest
 
 
 @serve.deployment(name="Prefill")
@@ -25,8 +25,9 @@ class Prefill(EngineReplica):
         if output.kv_transfer_params is None:
             raise HandoffLost(self.stage, "ended without KV blocks to hand over")
         ran_s = time.perf_counter() - began - queue_s(output)
+        ec_s = (output.ec_transfer_params or {}).get(READ_S, 0.0)
         return PrefillReply(
-            output.kv_transfer_params, output.prompt_logprobs, output.num_cached_tokens, self.replica, ran_s
+            output.kv_transfer_params, output.prompt_logprobs, output.num_cached_tokens, self.replica, ran_s, ec_s
         )
 
     def holds(self) -> bool:

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,7 +26,7 @@ Try, in another terminal:
   python -m serve_app status
   python -m serve_app ask --timing "What is in this image?" picture.png
 
-  {url}/docs      all routes
+{page}  {url}/docs      all routes
   {url}/health    state per stage
 Ctrl-C ends everything.
 ────────────────────────────────────────────────────────────────────────────────
@@ -37,10 +38,18 @@ PICTURE = """\
 """
 
 
+PAGE = "  {url}/          ask, draw pictures, and watch the stages\n"
+
+
+def arguments_of(config: Path) -> dict[str, Any]:
+    """``args:`` of the application of a Serve config."""
+    applications = (yaml.safe_load(config.read_text()) or {}).get("applications") or [{}]
+    return applications[0].get("args") or {}
+
+
 def picture_part(config: Path) -> str:
     """The line of the example that shows a picture; empty where the config lets no local file be read."""
-    applications = (yaml.safe_load(config.read_text()) or {}).get("applications") or [{}]
-    folder = ((applications[0].get("args") or {}).get("media") or {}).get("allowed_local_path")
+    folder = (arguments_of(config).get("media") or {}).get("allowed_local_path")
     path = Path(folder or "", "shapes.png").absolute()
     return PICTURE.format(path=path) if folder and path.is_file() else ""
 
@@ -72,8 +81,9 @@ def wait_ready(config: Path, began: float) -> int:
     listed = models.get("data")
     model = listed[0]["id"] if isinstance(listed, list) and listed else "?"
     stages = ", ".join(stage for stage in health if stage != "ingress")
+    page = PAGE.format(url=url) if arguments_of(config).get("page", True) else ""
     example = READY.format(
-        seconds=time.time() - began, url=url, model=model, stages=stages, picture=picture_part(config)
+        seconds=time.time() - began, url=url, model=model, stages=stages, picture=picture_part(config), page=page
     )
     print(example, flush=True)
     return 0

@@ -15,11 +15,10 @@ from openai import APIConnectionError, APIStatusError, OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from serve_app import workload
 from serve_app.config import Stage
 
 BAR_WIDTH = 40
-UNITS = {Stage.ENCODER: "media tokens", Stage.PREFILL: "prompt tokens", Stage.DECODE: "sequences"}
+LABELS = {"ec_transfer": "EC transfer", "kv_transfer": "KV transfer"}
 
 
 class Unusable(Exception):
@@ -73,22 +72,27 @@ def ask(url: str, question: str, files: Iterable[Path], max_tokens: int, timing:
 
 def waterfall(headers: Mapping[str, str], first_token_s: float, stream_s: float) -> Table:
     """Steps of a request one after the other, from its header ``server-timing``, and the stream as the client saw it.
+    Several items have a row each, which begin together.
 
     From a server without that header there is the wait for the first token alone.
     """
-    told = re.findall(r'(\w+);dur=([\d.]+)(?:;desc="([^"]*)")?', headers.get("server-timing", ""))
-    steps = [(name.replace("_", " "), float(ms) / 1000, replicas) for name, ms, replicas in told]
-    steps = steps or [("first token", first_token_s, "")]
-    steps.append(("tokens after the first", stream_s, ""))
+    told = re.findall(r'([\w.]+);dur=([\d.]+)(?:;desc="([^"]*)")?', headers.get("server-timing", ""))
+    timed = [(name, float(ms) / 1000, replicas) for name, ms, replicas in told]
+    items = [each for each in timed if "." in each[0]]  # of a step, all at the same time
+    steps = [each for each in timed if "." not in each[0]] or [("first_token", first_token_s, "")]
+    steps.append(("tokens_after_the_first", stream_s, ""))
     total = sum(seconds for _, seconds, _ in steps) or 1.0
     table = Table("step", "ms", "", "replica", box=None)
     table.columns[1].justify = "right"
     before = 0.0
-    for name, seconds, replicas in steps:
+    for step in steps:
+        own = [item for item in items if item[0].startswith(f"{step[0]}.")]
         start = round(BAR_WIDTH * before / total)
-        before += seconds
-        width = max(round(BAR_WIDTH * before / total) - start, 1)
-        table.add_row(name, f"{seconds * 1000:.1f}", " " * start + "█" * width, replicas)
+        for name, seconds, replicas in own or [step]:
+            width = max(round(BAR_WIDTH * (before + seconds) / total) - start, 1)
+            label = re.sub(r"[_.]", " ", name)
+            table.add_row(LABELS.get(name, label), f"{seconds * 1000:.2f}", " " * start + "█" * width, replicas)
+        before += step[1]
     if rungs := headers.get("x-epd-rungs"):
         table.caption = f"failed and done otherwise: {rungs}"
     return table
@@ -99,41 +103,40 @@ def waterfall(headers: Mapping[str, str], first_token_s: float, stream_s: float)
 
 def status(url: str, out: Console) -> bool:
     """Print stages, replicas, queues and health as a table; whether all stages can serve."""
-    health = requests.get(f"{url}/health", timeout=30)
     try:
-        states: dict[str, str] = health.json()
-    except ValueError:
-        raise Unusable(f"{url} is no server of this kind: `/health` does not tell the stages.") from None
-    signals = requests.get(f"{url}/metrics", timeout=30).text
-    out.print(status_table(states, workload.read(signals)))
-    return health.status_code == 200
+        stages: list[dict[str, Any]] = requests.get(f"{url}/status", timeout=30).json()
+        table = status_table(stages)
+    except (ValueError, TypeError, KeyError):
+        raise Unusable(f"{url} is no server of this kind: `/status` does not tell the stages.") from None
+    out.print(table)
+    return all(stage["state"] == "healthy" for stage in stages)
 
 
-def status_table(states: Mapping[str, str], signals: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+def status_table(stages: Iterable[Mapping[str, Any]]) -> Table:
     table = Table("stage", "health", "replica", "calls", "work", "done per s", "wait s", "KV in use", box=None)
     for column in table.columns[3:]:
         column.justify = "right"
-    for of, state in states.items():
-        stage: str = of
-        colour = "green" if state == "healthy" else "red"
-        shown = f"[{colour}]{state}[/]"
-        of_stage = signals.get(stage, {})
-        if not of_stage:
-            table.add_row(stage, shown, "" if stage == "ingress" else "none")
-        for replica, values in of_stage.items():
-            rate, work = values.get("rate", 0.0), values.get("outstanding", 0.0)
-            table.add_row(
-                stage,
-                shown,
-                replica,
-                f"{values.get('calls', 0):.0f}",
-                f"{work:.0f} {UNITS[Stage(of)]}",
-                f"{rate:.1f}" if rate else "?",
-                f"{work / rate:.2f}" if rate else "?",
-                "" if of == Stage.ENCODER else f"{values.get('kv_use', 0):.0%}",
-            )
-            stage = shown = ""
+    for stage in stages:
+        colour = "green" if stage["state"] == "healthy" else "red"
+        name, shown = stage["stage"], f"[{colour}]{stage['state']}[/]"
+        others = {state: count for state, count in stage["replicas"].items() if state != "RUNNING"}
+        rows = [load_cells(load, stage) for load in stage["loads"]] or [["none"]]
+        rows += [[f"{count} {state.lower()}"] for state, count in others.items()]
+        for cells in rows:
+            table.add_row(name, shown, *cells)
+            name = shown = ""
     return table
+
+
+def load_cells(load: Mapping[str, Any], stage: Mapping[str, Any]) -> list[str]:
+    rate, work = load.get("rate", 0.0), load["outstanding"]
+    return [
+        load["replica"],
+        f"{load['calls']:.0f}",
+        f"{work:.0f} {stage['unit']}",
+        *([f"{rate:.1f}" if rate else "?", f"{work / rate:.2f}" if rate else "?"] if "rate" in load else ["", ""]),
+        f"{load['kv_use']:.0%}" if stage["stage"] in (Stage.PREFILL, Stage.DECODE) else "",
+    ]
 
 
 def api_key() -> str | None:

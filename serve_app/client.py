@@ -85,6 +85,11 @@ class EPDClient(EngineClient):
             self._encoders.features = processor.features
             FromMedia(processor, self._encode_media, config.ec.salt_by_tenant)
 
+    @property
+    def load(self) -> dict[str, float]:
+        """What is under way at this ingress replica."""
+        return {"calls": float(self._admission.requests), "outstanding": float(self._admission.requests)}
+
     # ---- the pipeline
 
     async def generate(
@@ -252,6 +257,7 @@ class EPDClient(EngineClient):
                     record.saw(Stage.DECODE, replica)
                     if chunk.ran_s is not None:
                         record.called(Stage.DECODE, time.perf_counter() - began, chunk.ran_s)
+                        record.moved("kv_transfer", chunk.kv_s)
                     if not pulled:
                         span.set(replica=replica, first_token_ran_s=chunk.ran_s)
                         span.event("first token")
@@ -279,6 +285,7 @@ class EPDClient(EngineClient):
         record.saw(Stage.PREFILL, reply.replica)
         took = time.perf_counter() - began
         record.took("prefill", took)
+        record.moved("ec_transfer", reply.ec_s)
         record.called(Stage.PREFILL, took, reply.ran_s)
         return reply
 

@@ -443,6 +443,7 @@ class EPDConfig(Strict):
     api: dict[str, Any] = Field(
         {}, description="Arguments of vLLM's API server by name: chat_template, tool_call_parser, api_key and so on."
     )
+    page: bool = Field(True, description="Serve a page at `/` to try the model on and to watch the stages.")
     request_timeout_s: float = Field(
         600.0, gt=0, description="A request without a first token by then is answered 504."
     )

@@ -15,6 +15,8 @@ tokens of that step (``Scheduler.update_from_output``). In the order in which vL
 3. ``update_state_after_alloc``: the bytes go to the workers with this step. For a spoiled request zeros go, so that the step
    itself survives; vLLM is told to drop the request's output, and it fails at the end of the step.
 
+A consumer's answer is ``{READ_S: seconds}``, what reading the files of that request took.
+
 What the engine's own encoder cache holds needs no file on a consumer. On an encoder it does: others are about to look for
 it. So an encoder also *loads* an item that it finds in the folder, and writes again what it has and the folder has lost.
 
@@ -35,6 +37,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from serve_app.ec_metrics import BYTES, FOLDER_BYTES, SharedFolderPromMetrics, SharedFolderStats
 from serve_app.ec_store import BrokenItem, Evictor, FolderStore, OpenItem, Shape
+from serve_app.handoff import READ_S
 
 logger = init_logger("vllm." + __name__)
 
@@ -105,6 +108,7 @@ class SharedFolderECConnector(ECConnectorBase):
         self._step = StepMetadata()
         self._pins: dict[str, Pin] = {}
         self._pinned_by: dict[str, set[str]] = {}
+        self._read_s: dict[str, float] = {}
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._max_files = 4096 if files == resource.RLIM_INFINITY else min(4096, files // 4)
         self._held: dict[str, Held] = {}
@@ -232,11 +236,12 @@ class SharedFolderECConnector(ECConnectorBase):
         return lost
 
     def request_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
-        """An encoder's reply: its items, without those whose file is not there."""
+        """An encoder's reply: its items, without those whose file is not there. A consumer's: what reading took."""
         for identifier in self._pinned_by.pop(request.request_id, ()):
             self._unpin(identifier, request.request_id)
+        read_s = self._read_s.pop(request.request_id, None)
         if not self.is_producer:
-            return False, None
+            return False, {READ_S: read_s} if read_s else None
         items = collect_ec_item_metadata(request.mm_features, self._metadata_resolver)
         there = {feature.identifier for feature in request.mm_features if self._is_published(feature)}
         return False, {identifier: item for identifier, item in items.items() if identifier in there} or None
@@ -311,7 +316,9 @@ class SharedFolderECConnector(ECConnectorBase):
                     return False
                 began = time.perf_counter()
                 pin.data = file.read()
-                self._stats.loaded_in(time.perf_counter() - began)
+                took = time.perf_counter() - began
+                self._stats.loaded_in(took)
+                self._read_s[request.request_id] = self._read_s.get(request.request_id, 0.0) + took
             except BrokenItem as error:
                 self._broken(feature.identifier, error)
                 return False

@@ -197,6 +197,7 @@ class EncodeStage:
             began = self.clock()
             try:
                 reply = self._remembered(job.key) if self.shareable else None
+                ran_s = 0.0
                 if reply is not None:
                     record.remembered_items += 1
                 else:
@@ -204,8 +205,10 @@ class EncodeStage:
                         traced = replace(job, call=handoff.traced(job.call, span.headers))
                         reply = await (self._shared(traced) if self.shareable else self._call(traced))
                         span.set(replica=reply.replica, ran_s=reply.ran_s)
-                    record.called(Stage.ENCODER, self.clock() - began, reply.ran_s)
+                    ran_s = reply.ran_s
+                    record.called(Stage.ENCODER, self.clock() - began, ran_s)
                 record.saw(Stage.ENCODER, reply.replica)
+                record.encoded(job.index, min(ran_s, self.clock() - began), reply.replica)
                 return reply
             except StageError as error:
                 logger.warning(f"request={record.request_id} item={job.index} attempt={attempt + 1}: {error}")

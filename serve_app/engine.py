@@ -235,7 +235,7 @@ async def coalesced(outputs: AsyncGenerator[RequestOutput], interval_s: float) -
                 held, due = None, now + interval_s
 
 
-def to_chunk(output: RequestOutput, ran_s: float | None = None) -> Chunk:
+def to_chunk(output: RequestOutput, ran_s: float | None = None, kv_s: float | None = None) -> Chunk:
     """The only choice of an output, without the prompt that every ``RequestOutput`` repeats."""
     (choice,) = output.outputs
     return Chunk(
@@ -248,4 +248,5 @@ def to_chunk(output: RequestOutput, ran_s: float | None = None) -> Chunk:
         num_cached_tokens=output.num_cached_tokens,
         prompt_logprobs=output.prompt_logprobs,
         ran_s=ran_s,
+        kv_s=kv_s,
     )

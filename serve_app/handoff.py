@@ -24,6 +24,9 @@ REMOTE_DECODE = {
 }
 """``kv_transfer_params`` of a prefill request: hold the blocks until a decode engine has pulled them."""
 
+READ_S = "read_s"
+"""In the ``ec_transfer_params`` that a consumer's engine answers with: seconds to read the embeddings of the request."""
+
 
 class Media(msgspec.Struct, frozen=True):
     """One image, video or audio as the client sent it: what an encoder decodes, transforms and encodes by itself."""
@@ -160,6 +163,8 @@ class PrefillReply(msgspec.Struct, frozen=True):
     num_cached_tokens: int | None
     replica: str
     ran_s: float = 0.0
+    ec_s: float = 0.0
+    """Of these, what reading embeddings took. 0 where none was read, or the connector does not tell."""
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -175,6 +180,9 @@ class Chunk(msgspec.Struct, frozen=True):
     prompt_logprobs: Any | None = None
     ran_s: float | None = None
     """With the first chunk: seconds in the replica up to it, less those in its engine's queue."""
+    kv_s: float | None = None
+    """With the first chunk: seconds until the KV blocks of its prefill were there, where these can be told from the wait for
+    a place in the engine."""
 
 
 def salted(prompt: Prompt, salt: str | None) -> Prompt:
@@ -307,6 +315,11 @@ def decode_params(
         decode.prompt_logprobs = None
     decode.extra_args = _extra(params, kv_transfer_params=kv_transfer_params, ec_transfer_params=ec_transfer_params)
     return decode
+
+
+def pulls_blocks(params: Any) -> bool:
+    """Whether a decode request waits for the KV blocks of a prefill."""
+    return bool(params.extra_args) and "kv_transfer_params" in params.extra_args
 
 
 def _extra(params: Any, **transfer: dict[str, Any] | None) -> dict[str, Any] | None:

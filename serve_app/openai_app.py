@@ -42,6 +42,8 @@ from serve_app.errors import ConfigError, EPDError
 from serve_app.ingress_metrics import IngressMetrics
 from serve_app.media_fetch import Fetcher
 from serve_app.metrics import merge_metrics
+from serve_app.page import add_page
+from serve_app.status import Status
 from serve_app.trace import Trace
 from serve_app.tracing import Tracing, tracing
 
@@ -111,11 +113,7 @@ def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
     return vllm_config
 
 
-Probe = Callable[[], Awaitable[dict[str, str]]]
-"""State per stage; ``healthy`` where it can serve."""
-
-
-async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe: Probe) -> ASGIApp:
+async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, status: Status) -> ASGIApp:
     """The ASGI app of an ingress replica."""
     folder = config.media.allowed_local_path
     if folder is not None and not folder.is_dir():
@@ -127,7 +125,9 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, probe:
     await init_app_state(client, app.state, args, ("generate",))
     drop = REPLACED | NOT_HERE.keys()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
-    _add_routes(app, client, probe)
+    _add_routes(app, client, status)
+    if config.page:
+        add_page(app)
     return PipelineMiddleware(app, config.media.max_body_bytes, client.metrics, tracing(config.tracing))
 
 
@@ -175,15 +175,20 @@ def _then_close(lifespan: Callable[[Any], AbstractAsyncContextManager[Any]], fet
     return life
 
 
-def _add_routes(app: FastAPI, client: EPDClient, probe: Probe) -> None:
+def _add_routes(app: FastAPI, client: EPDClient, status: Status) -> None:
     @app.get("/health")
     @app.get("/ping")
     @app.post("/ping")
     async def health() -> JSONResponse:
         """200 only when every stage can serve."""
-        stages = await probe()
+        stages = await status.probe()
         ok = all(state == "healthy" for state in stages.values())
         return JSONResponse({"ingress": "healthy", **stages}, status_code=200 if ok else 503)
+
+    @app.get("/status")
+    async def tell_status() -> JSONResponse:
+        """Every stage with its replicas and their work."""
+        return JSONResponse(await status.tell(), headers={"cache-control": "no-store"})
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
@@ -353,7 +358,17 @@ class PipelineMiddleware:
         return limited
 
 
-STAGE_OF = {"encode": "encoder", "prefill": "prefill", "first_token": "decode"}
+STAGE_OF = {
+    "encode": "encoder",
+    "ec_transfer": "prefill",
+    "prefill": "prefill",
+    "kv_transfer": "decode",
+    "first_token": "decode",
+}
+"""Whose replicas work on a step; of a transfer those that receive."""
+
+ITEMS_TOLD = 32
+"""Of a request, in a header: many HTTP clients take no more than 8 KiB of them."""
 
 
 class _HeldReply:
@@ -415,7 +430,8 @@ class _HeldReply:
         known: the start of a stream is held until its first token."""
         if times := self._trace.stage_times():
             headers["server-timing"] = ", ".join(
-                f"{name};dur={seconds * 1000:.1f}" + self._who(name) for name, seconds in times.items()
+                [f"{name};dur={seconds * 1000:.2f}" + self._who(name) for name, seconds in times.items()]
+                + self._items()
             )
         if self._trace.rungs:
             headers["x-epd-rungs"] = ",".join(self._trace.rungs)
@@ -426,6 +442,13 @@ class _HeldReply:
         """The replicas that worked on a step, as the header writes it."""
         names = self._trace.replicas.get(STAGE_OF.get(step, ""))
         return f';desc="{" ".join(names)}"' if names else ""
+
+    def _items(self) -> list[str]:
+        """``encode`` item by item, where there are several: all at the same time, so no steps that add up."""
+        items = sorted(self._trace.by_item.items())[:ITEMS_TOLD]
+        if len(items) == 1:
+            return []
+        return [f'encode.{index + 1};dur={seconds * 1000:.2f};desc="{replica}"' for index, (seconds, replica) in items]
 
     async def _replace(self) -> None:
         """Answer with the failure's own status instead of the stream that had not begun."""

@@ -36,7 +36,9 @@ class Trace:
     first_token: float | None = None
     last_token: float | None = None
     longest: dict[str, float] = field(default_factory=dict)
-    """Seconds by step (``queue``, ``encode``, ``prefill``): the longest of what runs at the same time or again."""
+    """Seconds by step (``encode``, ``prefill``, …): the longest of what runs at the same time or again."""
+    by_item: dict[int, tuple[float, str]] = field(default_factory=dict)
+    """Seconds that an encoder worked on an item, 0 where its answer was remembered, and which replica gave it."""
     calls: list[Call] = field(default_factory=list)
     items: Counter[str] = field(default_factory=Counter)
     """Media items by modality."""
@@ -77,6 +79,14 @@ class Trace:
     def took(self, step: str, seconds: float) -> None:
         self.longest[step] = max(self.longest.get(step, 0.0), seconds)
 
+    def moved(self, step: str, seconds: float | None) -> None:
+        """What embeddings or KV blocks took on their way; nothing where none were, or nobody can tell."""
+        if seconds:
+            self.took(step, seconds)
+
+    def encoded(self, item: int, ran_s: float, replica: str) -> None:
+        self.by_item[item] = (ran_s, replica)
+
     def called(self, stage: str, took_s: float, ran_s: float) -> None:
         """A call of a stage answered; its replica worked on it for ``ran_s``, the rest it waited."""
         self.calls.append(Call(stage, max(took_s - ran_s, 0.0), ran_s))
@@ -102,20 +112,24 @@ class Trace:
         return (self.last_token - self.first_token) * max(self.choices, 1) / more
 
     def stage_times(self) -> dict[str, float]:
-        """Seconds of what has happened so far, one after the other: render, queue, encode, prefill, first token.
+        """Seconds of what has happened so far, one after the other: render, queue, encode, EC transfer, prefill, KV
+        transfer, first token.
 
-        ``queue`` is what calls of the stages waited, in queues and on the way; the stages' own times are without it. Items
-        that go as media are encoded while the prompt is rendered, which ``render`` does not count.
+        ``queue`` is what calls of the stages waited, in queues and on the way; the other steps are without it. Items that
+        go as media are encoded while the prompt is rendered, which ``render`` does not count. Prefill reads embeddings
+        within its call. Decode's engine pulls KV blocks before it schedules a request, in its queue as vLLM counts.
         """
         waits = {stage: self.longest.get(f"{stage} queue", 0.0) for stage in ("encoder", "prefill", "decode")}
+        ec, kv = (self.longest.get(step, 0.0) for step in ("ec_transfer", "kv_transfer"))
         times: dict[str, float] = {}
         if self.rendered is not None:
             times["render"] = max(self.rendered - self.began - self.encoded_in_render, 0.0)
         if any(waits.values()):
-            times["queue"] = sum(waits.values())
-        for step, wait in (("encode", waits["encoder"]), ("prefill", waits["prefill"])):
+            times["queue"] = max(sum(waits.values()) - kv, 0.0)
+        less = {"encode": waits["encoder"], "ec_transfer": 0.0, "prefill": waits["prefill"] + ec, "kv_transfer": 0.0}
+        for step, counted in less.items():
             if step in self.longest:
-                times[step] = max(self.longest[step] - wait, 0.0)
+                times[step] = max(self.longest[step] - counted, 0.0)
         if self.first_token is not None:
             times["first_token"] = max(self.first_token - self.began - sum(times.values()), 0.0)
         return times

@@ -95,6 +95,10 @@ class Meter:
             self._sample = Sample()
 
     @property
+    def under_way(self) -> int:
+        return len(self._calls)
+
+    @property
     def outstanding(self) -> float:
         asked, done = sum(call.asked for call in self._ended), sum(call.done or 0.0 for call in self._ended)
         share = done / asked if asked else 1.0  # cache hits, and guesses that were too high

@@ -5,6 +5,7 @@ from typing import Any
 
 from serve_app.config import Stage
 from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
+from serve_app.status import Status
 
 
 class FakeClock:
@@ -63,6 +64,18 @@ class FakeStage:
         self._log.append(method)
         if errors := self._fails.get(method):
             raise errors.pop(0)
+
+
+def fake_status(stages: Mapping[Stage, Any], states: dict[str, str] | None = None) -> Status:
+    """Of one replica each that runs, and an ingress with nothing to do."""
+
+    async def probe() -> dict[str, str]:
+        return dict.fromkeys(stages, "healthy") if states is None else states
+
+    async def census() -> dict[str, dict[str, int]]:
+        return {stage: {"RUNNING": 1} for stage in ("ingress", *stages)}
+
+    return Status(stages, probe, census, lambda: {"replica": "ingress-0", "calls": 0.0, "outstanding": 0.0})
 
 
 class FakePipeline:

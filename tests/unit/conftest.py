@@ -12,7 +12,7 @@ import pytest
 from serve_app.config import EPDConfig, MediaConfig, Stage
 from serve_app.handoff import EncodeReply, MediaRequest
 from serve_app.placement import Cluster, resolve
-from tests.fakes import FakeStage
+from tests.fakes import FakeStage, fake_status
 
 
 @pytest.fixture(scope="session")
@@ -84,15 +84,12 @@ def make_api(make_client: Callable[..., Any], demo_folder: Path) -> Iterator[Cal
     from serve_app.openai_app import make_app, server_args
     from serve_app.roles import ingress_args
 
-    async def probe() -> dict[str, str]:
-        return {}
-
     with ExitStack() as stack:
 
         def make(stages: Mapping[Stage, Any], **config: Any) -> TestClient:
             resolved = resolve(EPDConfig(**config), Cluster(0, 2)).config
             args = server_args(resolved, ingress_args(resolved, str(demo_folder)))
-            app = asyncio.run(make_app(resolved, args, make_client(stages, **config), probe))
+            app = asyncio.run(make_app(resolved, args, make_client(stages, **config), fake_status(stages)))
             return stack.enter_context(TestClient(app, raise_server_exceptions=False))
 
         yield make

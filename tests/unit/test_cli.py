@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from serve_app import cli, workload
-from serve_app.workload import page
+from serve_app import cli
 
 
 def shown(table: Table) -> list[str]:
@@ -42,6 +41,20 @@ def test_waterfall_has_the_steps_one_after_the_other_with_their_replicas() -> No
     assert lines[2].count("█") == pytest.approx(cli.BAR_WIDTH * 30 / 80, abs=1)
 
 
+def test_waterfall_has_a_row_per_item_and_names_transfers() -> None:
+    told = 'encode;dur=30.0;desc="e1 e2", ec_transfer;dur=10.0, kv_transfer;dur=40.0, encode.1;dur=10.0;desc="e1", '
+    lines = shown(cli.waterfall({"server-timing": told + 'encode.2;dur=30.0;desc="e2"'}, 0.08, 0.0))
+    first, second, ec, kv, _ = lines[1:]
+    assert [line[1:12].strip() for line in (first, second, ec, kv)] == [
+        "encode 1",
+        "encode 2",
+        "EC transfer",
+        "KV transfer",
+    ]
+    assert first.index("█") == second.index("█") and first.count("█") < second.count("█") < kv.count("█")
+    assert ec.index("█") > second.rindex("█")
+
+
 def test_waterfall_of_another_server_has_what_the_client_saw() -> None:
     lines = shown(cli.waterfall({}, first_token_s=0.06, stream_s=0.02))
     assert [line.split()[0] for line in lines[1:]] == ["first", "tokens"]
@@ -51,17 +64,27 @@ def test_waterfall_tells_of_the_failure_ladder() -> None:
     assert "decode-again" in "\n".join(shown(cli.waterfall({"x-epd-rungs": "decode-again"}, 1, 1)))
 
 
-def test_status_shows_every_replica_its_wait_and_stages_that_have_none() -> None:
-    text = "".join(
-        line if line.startswith("#") else line.replace(" ", f'{{stage="prefill",replica="{name}"}} ')
-        for name, stats in (("p1", {"rate": 100.0, "outstanding": 250.0, "kv_use": 0.5}), ("p2", {"rate": 0.0}))
-        for line in page(stats).splitlines(keepends=True)
+def test_status_shows_every_replica_its_wait_and_those_that_come_and_go() -> None:
+    p1 = {"replica": "p1", "calls": 3.0, "outstanding": 250.0, "rate": 100.0, "kv_use": 0.5}
+    p2 = {"replica": "p2", "calls": 0.0, "outstanding": 0.0, "rate": 0.0, "kv_use": 0.0}
+    gone = {"state": "no replica (UPDATING)", "unit": "media tokens", "loads": []}
+    lines = shown(
+        cli.status_table(
+            [
+                {"stage": "encoder", "replicas": {"STARTING": 1}} | gone,
+                {
+                    "stage": "prefill",
+                    "state": "healthy",
+                    "replicas": {"RUNNING": 2, "STOPPING": 1},
+                    "unit": "prompt tokens",
+                    "loads": [p1, p2],
+                },
+            ]
+        )
     )
-    states = {"ingress": "healthy", "encoder": "no replica (UPDATING)", "prefill": "healthy"}
-    lines = shown(cli.status_table(states, workload.read(text)))
-    assert "none" in lines[2] and "no replica (UPDATING)" in lines[2]
+    assert "none" in lines[1] and "no replica (UPDATING)" in lines[1] and "1 starting" in lines[2]
     assert "p1" in lines[3] and "250 prompt tokens" in lines[3] and "2.50" in lines[3] and "50%" in lines[3]
-    assert "p2" in lines[4] and "?" in lines[4]
+    assert "p2" in lines[4] and "?" in lines[4] and "1 stopping" in lines[5]
 
 
 def test_no_server_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

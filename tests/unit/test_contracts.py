@@ -269,3 +269,14 @@ def test_prefill_that_reaches_its_length_is_what_nixl_hands_over() -> None:
     assert not missing, f"serve_app/handoff.py REMOTE_DECODE: {missing} unknown to NixlConnector"
     assert "FINISHED_LENGTH_CAPPED" in source, "serve_app/handoff.py prefill_params: which prefills are handed over"
     assert "kv_lease_duration" in source, "serve_app/transfer.py kv_transfer_config"
+
+
+def test_pull_of_blocks_ends_before_a_request_counts_as_scheduled() -> None:
+    """Decode tells the KV transfer from these two times."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler.schedule)
+    begun = source.index("request.status = RequestStatus.WAITING_FOR_REMOTE_KVS")
+    scheduled = source.index("EngineCoreEventType.SCHEDULED", begun)
+    assert "continue" in source[begun:scheduled], "deployments/decode.py: kv_s"
+    assert "EngineCoreEventType.QUEUED" in inspect.getsource(Scheduler.add_request)

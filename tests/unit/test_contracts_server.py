@@ -164,6 +164,12 @@ def test_every_route_that_tells_health_speaks_for_the_stages(vllm_routes: set[st
     assert {"/health", "/ping"} & vllm_routes <= REPLACED
 
 
+def test_routes_of_ours_are_none_of_vllms(vllm_routes: set[str]) -> None:
+    from serve_app.page import FILES
+
+    assert not {*FILES, "/status"} & vllm_routes, "serve_app/openai_app.py REPLACED"
+
+
 def test_media_connectors_are_made_by_name_with_these_arguments() -> None:
     from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
     from vllm.renderers import chat_utils

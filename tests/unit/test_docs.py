@@ -207,7 +207,8 @@ def test_python_in_the_text_compiles() -> None:
 
 
 def test_the_log_line_is_the_one_that_is_written() -> None:
-    record = Trace("an-id", rendered=1.0, longest={"encode": 2.0, "encoder queue": 1.0, "prefill": 3.0})
+    steps = ("encode", "encoder queue", "ec_transfer", "prefill", "kv_transfer")
+    record = Trace("an-id", rendered=1.0, longest=dict.fromkeys(steps, 1.0))
     for stage in Stage:
         record.saw(stage, "a-replica")
     record.token(1)
@@ -228,7 +229,7 @@ def test_the_line_of_the_start_is_the_one_that_is_written() -> None:
 
 def test_the_ready_line_is_the_one_that_is_written() -> None:
     url, stages = "http://127.0.0.1:8000", "encoder, prefill, decode"
-    written = READY.format(seconds=0, url=url, model="demo", stages=stages, picture="")
+    written = READY.format(seconds=0, url=url, model="demo", stages=stages, picture="", page="")
     (line,) = re.findall(r"^EPD is ready after .*$", README, re.MULTILINE)
 
     assert line.replace("NN", "0") in written.splitlines()

@@ -22,6 +22,7 @@ from serve_app.config import EPDConfig, Stage
 from serve_app.ec_connector import DTYPE_NAMES, Load, SharedFolderECConnector
 from serve_app.ec_metrics import SharedFolderStats
 from serve_app.ec_store import FolderStore, Shape
+from serve_app.handoff import READ_S
 from serve_app.transfer import ec_transfer_config
 from tests.unit.ec_engine import GRID, LENGTH, PIXELS, Engine, embedding, feature
 
@@ -108,6 +109,16 @@ def test_encoded_once_and_loaded_by_every_consumer(make: MakeEngine, encoder: En
         assert consumer.ask("r", feature("A", GRID), feature("B", GRID), feature("A", GRID)) == "length"
         assert consumer.tokens["r"] == [consumer.answer("A", "B", "A")]
         assert consumer.counts == {"loaded": 2, "bytes.loaded": 2 * size_bytes}
+
+
+def test_consumer_answers_with_the_time_that_reading_took_for_a_request(encoder: Engine, prefill: Engine) -> None:
+    publish(encoder, "A", "B")
+    for name, items in (("both", "AB"), ("one, read before", "A"), ("text", "")):
+        prefill.ask(name, *(feature(item, GRID) for item in items))
+    assert set(prefill.replies["both"]) == {READ_S}
+    assert 0 < prefill.replies["both"][READ_S] < 5
+    assert prefill.replies["one, read before"] is prefill.replies["text"] is None
+    assert not prefill.connector._read_s
 
 
 def test_encoder_loads_what_another_has_encoded(make: MakeEngine, encoder: Engine) -> None:

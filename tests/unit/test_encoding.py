@@ -325,6 +325,7 @@ def test_encoded_item_is_not_sent_again_until_its_time_is_over() -> None:
         assert with_pixels(result) == []
         assert record.replicas == {"encoder": ["encoder-0"]}
         assert (record.remembered_items, len(record.calls)) == (1, 1)
+        assert record.by_item == {0: (0.0, "encoder-0"), 1: (0.0, "encoder-0")}
         bench.clock.now += 0.1
         await bench.encode("a", "b")
         assert bench.asked == ["a", "b", "a"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from http import HTTPStatus
 
 import pytest
@@ -9,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
+from serve_app.openai_app import ITEMS_TOLD
 from tests.unit.asgi import JSON, Client, app_of, body, start, the_trace
 
 
@@ -160,3 +162,29 @@ def test_request_without_an_id_gets_one_of_its_own() -> None:
     first, second = (asyncio.run(Client().ask(echo_id)) for _ in range(2))
     assert first.body and second.body
     assert first.body != second.body
+
+
+@pytest.mark.parametrize(("items", "told"), [(1, []), (2, [("1", "10.00", "e0"), ("2", "20.00", "e1")])])
+def test_several_items_are_told_one_by_one_beside_the_steps(items: int, told: list[tuple[str, str, str]]) -> None:
+    async def steps(send: Send) -> None:
+        for index in range(items):
+            the_trace().encoded(index, (index + 1) / 100, f"e{index}")
+        the_trace().took("encode", 0.03)
+        await send(start(JSON))
+        await send(body(b"{}", more=False))
+
+    timing = asyncio.run(Client().ask(app_of(steps))).headers["server-timing"]
+    assert timing.startswith("encode;dur=30.0")
+    assert re.findall(r'encode\.(\d);dur=([\d.]+);desc="(\w+)"', timing) == told
+
+
+def test_header_of_many_items_is_one_that_clients_take() -> None:
+    async def steps(send: Send) -> None:
+        for index in range(1000):
+            the_trace().encoded(index, 100.0, "replica0")
+        the_trace().took("encode", 100.0)
+        await send(start(JSON))
+        await send(body(b"{}", more=False))
+
+    timing = asyncio.run(Client().ask(app_of(steps))).headers["server-timing"]
+    assert timing.count("encode.") == ITEMS_TOLD and len(timing) < 2048

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from serve_app.config import EPDConfig, Stage
 from serve_app.errors import BadRequest, StageUnavailable
 from serve_app.openai_app import NOT_HERE, _add_routes, make_app, server_args
-from tests.fakes import FakeStage
+from tests.fakes import FakeStage, fake_status
 
 
 class Ingress:
@@ -20,11 +20,8 @@ class Ingress:
         self.stages = {Stage(name): FakeStage(Stage(name), **self._methods(each)) for name, each in replies.items()}
         self.states = dict.fromkeys(replies, "healthy")
         app = FastAPI()
-        _add_routes(app, self, self.probe)  # type: ignore[arg-type]
+        _add_routes(app, self, fake_status(self.stages, self.states))  # type: ignore[arg-type]
         self.http = TestClient(app, raise_server_exceptions=False)
-
-    async def probe(self) -> dict[str, str]:
-        return self.states
 
     def _methods(self, replies: list[Any] | Exception) -> dict[str, Any]:
         async def answer(*args: Any) -> list[Any]:
@@ -131,15 +128,15 @@ def test_key_comes_from_the_config_or_from_the_environment(
     if environment is not None:
         monkeypatch.setenv("VLLM_API_KEY", environment)
 
-    async def probe() -> dict[str, str]:
-        return {"decode": "healthy"}
-
     config = EPDConfig(api=api)
     http = TestClient(
-        asyncio.run(make_app(config, server_args(config, {"model": str(demo_folder)}), make_client({}), probe))
+        asyncio.run(
+            make_app(config, server_args(config, {"model": str(demo_folder)}), make_client({}), fake_status({}))
+        )
     )
     for key in ("from-a-secret", "configured", "another", ""):
         headers = {"authorization": f"Bearer {key}"} if key else {}
         status = http.get("/v1/models", headers=headers).status_code
         assert status == (200 if key in accepted else 401), key
-    assert http.get("/health").status_code == 200  # for probes, which have no key
+    for path in ("/health", "/status", "/"):  # for probes, and for the page, which asks for the key
+        assert http.get(path).status_code == 200

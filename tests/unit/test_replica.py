@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from deployments._replica import EngineReplica
 from deployments.decode import Decode
 from deployments.encoder import Encoder
 from deployments.prefill import Prefill
+from serve_app.handoff import READ_S
 from serve_app.workload import HELP, Meter
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'EngineReplica.__del__' was never awaited")  # Serve awaits it
@@ -89,7 +91,11 @@ def test_the_reports_are_on_the_metrics_page() -> None:
 
 def test_prefill_takes_cache_hits_off_its_work() -> None:
     output = SimpleNamespace(
-        num_cached_tokens=60, kv_transfer_params={"a": 1}, prompt_logprobs=None, metrics=None, request_id="r"
+        num_cached_tokens=60,
+        kv_transfer_params={"a": 1},
+        ec_transfer_params={READ_S: 0.5},
+        prompt_logprobs=None,
+        metrics=None,
     )
 
     class Engine(FakeEngine):
@@ -98,5 +104,35 @@ def test_prefill_takes_cache_hits_off_its_work() -> None:
 
     prefill: Any = replica("Prefill", Engine())
     request: Any = SimpleNamespace(prompt=SimpleNamespace(token_ids=[0] * 100))
-    asyncio.run(prefill.prefill(request))
+    reply = asyncio.run(prefill.prefill(request))
     assert prefill.work.stats()["done"] == 40
+    assert reply.ec_s == 0.5
+
+
+@pytest.mark.parametrize(
+    ("extra", "slots", "kv_s"),
+    [({"kv_transfer_params": {}}, 1, 0.25), ({"kv_transfer_params": {}}, 0, None), (None, 1, None)],
+)
+def test_decode_tells_the_time_of_the_transfer_where_nothing_else_was_waited_for(
+    extra: Any, slots: int, kv_s: float | None
+) -> None:
+    choice = SimpleNamespace(
+        text="a", token_ids=[1], logprobs=None, cumulative_logprob=None, finish_reason=None, stop_reason=None
+    )
+    stats = SimpleNamespace(queued_ts=1.0, scheduled_ts=1.25)
+    output = SimpleNamespace(outputs=[choice], num_cached_tokens=0, prompt_logprobs=None, metrics=stats, finished=False)
+
+    class Engine(FakeEngine):
+        async def generate(self, request: Any) -> AsyncGenerator[Any]:
+            yield output
+            yield output
+
+    engine = Engine()
+    engine.slots = slots
+    decode: Any = replica("Decode", engine, _interval_s=0.0)
+    request: Any = SimpleNamespace(params=SimpleNamespace(extra_args=extra))
+
+    async def main() -> list[Any]:
+        return [chunk async for chunk, _ in decode.generate(request)]
+
+    assert [chunk.kv_s for chunk in asyncio.run(main())] == [kv_s, None]

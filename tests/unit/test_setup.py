@@ -195,3 +195,31 @@ def test_named_python_is_used(checkout: Checkout) -> None:
     checkout.add_program("python3.11", "#!/bin/bash\nexit 1\n")
     checkout.add_program("mine", FAKE_PYTHON)
     assert checkout.setup(PYTHON=str(checkout.bin / "mine")).returncode == 0
+
+
+# ---- scripts/chromium.sh
+
+
+@pytest.mark.parametrize(
+    ("programs", "said", "asked"),
+    [
+        ({"chromium": "", "id": "echo 0"}, "", []),
+        ({"id": "echo 1000", "apt-get": ""}, "install the package chromium", []),
+        ({"id": "echo 0"}, "install the package chromium", []),
+        ({"id": "echo 0", "apt-get": ""}, "installing Chromium", ["update", "install"]),
+        ({"id": "echo 0", "apt-get": "echo no network; exit 100"}, "no network", ["update"]),
+    ],
+)
+def test_chromium_is_installed_where_root_may_and_its_lack_is_a_sentence(
+    tmp_path: Path, programs: dict[str, str], said: str, asked: list[str]
+) -> None:
+    for name, does in programs.items():
+        (tmp_path / name).write_text(f'#!/bin/bash\n[[ {name} = apt-get ]] && echo "$1" >>"{tmp_path}/asked"\n{does}\n')
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", ROOT / "scripts/chromium.sh"], env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert (said in done.stdout) if said else (done.stdout == "")
+    file = tmp_path / "asked"
+    assert (file.read_text().split() if file.exists() else []) == asked

@@ -49,6 +49,33 @@ def test_stage_times_are_steps_whose_sum_is_the_time_to_the_first_token() -> Non
     assert sum(times.values()) == 12
 
 
+def test_transfers_are_steps_of_their_own_within_the_same_sum() -> None:
+    record = Trace("r", began=100.0, rendered=101.0, first_token=112.0)
+    record.took("prefill", 4.0)
+    record.called("prefill", 4.0, 3.0)
+    record.moved("ec_transfer", 0.5)
+    record.called("decode", 3.0, 1.5)  # vLLM counts the pull as waiting
+    record.moved("kv_transfer", 1.25)
+    times = record.stage_times()
+    assert times == {
+        "render": 1,
+        "queue": 1.25,
+        "ec_transfer": 0.5,
+        "prefill": 2.5,
+        "kv_transfer": 1.25,
+        "first_token": 5.5,
+    }
+    assert list(times)[2:] == ["ec_transfer", "prefill", "kv_transfer", "first_token"]
+    assert sum(times.values()) == 12
+
+
+@pytest.mark.parametrize("seconds", [0.0, None])
+def test_transfer_that_was_none_is_no_step(seconds: float | None) -> None:
+    record = Trace("r", began=100.0, rendered=101.0, first_token=110.0)
+    record.moved("kv_transfer", seconds)
+    assert "kv_transfer" not in record.stage_times()
+
+
 def test_of_what_runs_at_the_same_time_the_longest_counts() -> None:
     record = Trace("r", began=0.0, rendered=1.0)
     for seconds in (2.0, 5.0, 3.0):

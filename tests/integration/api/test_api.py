@@ -124,7 +124,7 @@ def test_response_says_where_the_time_to_the_first_token_went(epd: Server) -> No
     for streaming in (False, True):
         answer = epd.post(path, body | {"stream": streaming, "messages": chat(image(5001 + streaming))[1]["messages"]})
         steps = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"]))
-        assert list(steps) == ["render", "queue", "encode", "prefill", "first_token"]
+        assert list(steps) == ["render", "queue", "encode", "ec_transfer", "prefill", "kv_transfer", "first_token"]
         assert re.findall(r'(\w+);dur=[\d.]+;desc="\w+"', answer.headers["server-timing"]) == list(steps)[2:]
         assert float(steps["encode"]) > 0 and float(steps["prefill"]) > 0
 
