@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from openai import APIConnectionError, APIStatusError, OpenAI
+from openai import APIConnectionError, APIError, APIStatusError, OpenAI
 from rich.console import Console
 from rich.table import Table
 
@@ -48,6 +48,7 @@ def ask(url: str, question: str, files: Iterable[Path], max_tokens: int, timing:
     """Stream the answer to ``out``; with ``timing`` the steps of the request below it."""
     client: Any = OpenAI(base_url=f"{url}/v1", api_key=api_key() or "none", max_retries=0)
     messages = [{"role": "user", "content": content(question, files)}]
+    response = None
     try:
         model = next(iter(client.models.list())).id
         began = time.perf_counter()
@@ -64,7 +65,10 @@ def ask(url: str, question: str, files: Iterable[Path], max_tokens: int, timing:
         body = error.body if isinstance(error.body, dict) else {}
         raise Unusable(f"The server answers {error.status_code}: {body.get('message') or error.message}") from None
     except APIConnectionError:
-        raise Unusable(no_server(url)) from None
+        broke = "\nThe connection broke in the middle of the answer. Ask again."
+        raise Unusable(broke if response else no_server(url)) from None
+    except APIError as error:  # an event of the stream
+        raise Unusable(f"\nThe answer ends early: {error.message}") from None
     if timing:
         ended = time.perf_counter()
         out.print(waterfall(response.headers, first - began, ended - first))

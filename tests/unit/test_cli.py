@@ -1,6 +1,8 @@
 """serve_app.cli: a question becomes parts of a message; what a server tells becomes a table."""
 
 import io
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,47 @@ def test_status_shows_every_replica_its_wait_and_those_that_come_and_go() -> Non
     assert "none" in lines[1] and "no replica (UPDATING)" in lines[1] and "1 starting" in lines[2]
     assert "p1" in lines[3] and "250 prompt tokens" in lines[3] and "2.50" in lines[3] and "50%" in lines[3]
     assert "p2" in lines[4] and "?" in lines[4] and "1 stopping" in lines[5]
+
+
+CHUNK = (
+    b'data: {"id": "1", "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": "half"}}]}\n\n'
+)
+FAILED = b'data: {"error": {"message": "The decode stage lost the replica", "code": 503}}\n\n'
+
+
+class HalfAnAnswer(BaseHTTPRequestHandler):
+    end = b""
+
+    def do_GET(self) -> None:
+        body = b'{"object": "list", "data": [{"id": "demo", "object": "model", "created": 1, "owned_by": "x"}]}'
+        self.answer("application/json", len(body), body)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.answer("text/event-stream", len(CHUNK + FAILED), CHUNK + self.end)
+
+    def answer(self, kind: str, length: int, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("end", "words"), [(FAILED, "ends early: The decode stage lost the replica"), (b"", "The connection broke")]
+)
+def test_answer_that_ends_early_is_shown_with_the_reason(end: bytes, words: str) -> None:
+    out = Console(file=io.StringIO(), width=160)
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HalfAnAnswer,), {"end": end})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(cli.Unusable, match=words):
+            cli.ask(f"http://127.0.0.1:{server.server_port}", "who?", [], 16, False, out)
+        server.shutdown()
+    assert out.file.getvalue() == "half"  # type: ignore[attr-defined]
 
 
 def test_no_server_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
