@@ -34,6 +34,7 @@ class IngressMetrics:
         self._output_tokens = Counter("epd_output_tokens", "Tokens that were sent.")
         self._rungs = Counter("epd_rungs", "Rungs of the failure ladder that ran.", ("rung",))
         self._outstanding = Gauge("epd_outstanding", "What admission has under way, by what it limits.", ("of",))
+        self._told: dict[str, int] = {}
 
     def finished(self, record: Trace, status: int | str) -> None:
         """A request has ended, with an HTTP status or ``cancelled``."""
@@ -62,5 +63,9 @@ class IngressMetrics:
             self._per_token.observe(per_token)
 
     def outstanding(self, admission: Admission) -> None:
+        """Only what has changed: telling Ray costs 0.1 ms."""
         for name in ("requests", "items", "media_bytes", "embed_bytes"):
-            self._outstanding.set(getattr(admission, name), {"of": name})
+            value = getattr(admission, name)
+            if self._told.get(name) != value:
+                self._told[name] = value
+                self._outstanding.set(value, {"of": name})
