@@ -1,9 +1,11 @@
 """What the engine replicas of all stages share: start, health, metrics, profile, shutdown."""
 
 import asyncio
+import logging
 import os
 import shutil
 import tempfile
+import time
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from serve_app.workload import Meter, page
 if TYPE_CHECKING:
     from serve_app.engine import StageEngine
 
+
+logger = logging.getLogger("ray.serve")
 
 DRAIN_POLL_S = 0.1
 
@@ -45,11 +49,15 @@ class EngineReplica:
         if config.encoder is not None and config.ec.uses_folder:
             storage_path(config).mkdir(parents=True, exist_ok=True)
 
+        began = time.perf_counter()
         # Only now: vLLM reads its environment when it is imported.
         from serve_app.engine import StageEngine
 
+        imported = time.perf_counter()
         args = engine_args(config, self.stage, model_path(config))
         self.engine = StageEngine(self.stage, args, config.metrics.engines_in_ray)
+        engine_s = time.perf_counter() - imported
+        logger.info(f"start-up {self.stage}: import={imported - began:.1f}s engine={engine_s:.1f}s")
         self.work = Meter()
         self._gpus = config.stages[self.stage].gpus_per_replica or 0.0
 

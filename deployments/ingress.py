@@ -1,6 +1,7 @@
 """Ingress replicas: vLLM's OpenAI app in front of the stages. They have no engine and need no GPU."""
 
 import asyncio
+import logging
 import os
 import time
 from typing import Any
@@ -13,6 +14,8 @@ from serve_app.errors import EPDError
 from serve_app.roles import ingress_args, model_path, replica_env
 from serve_app.routing import StageHandle
 from serve_app.status import Status
+
+logger = logging.getLogger("ray.serve")
 
 HEALTH_CACHE_S = 1.0
 
@@ -32,15 +35,25 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Build the app while the stages load, and take requests only when every stage can serve."""
+        began = time.perf_counter()
         # Only now: vLLM reads its environment when it is imported.
         from serve_app import openai_app
         from serve_app.client import EPDClient
+        from serve_app.warm_up import warm_up
 
         args = ingress_args(self._config, model_path(self._config))
         client = EPDClient(self._config, openai_app.ingress_vllm_config(args), self._stages)
         status = Status(self._stages, self._probe, self._census, lambda: {"replica": self._replica, **client.load})
-        app = await openai_app.make_app(self._config, openai_app.server_args(self._config, args), client, status)
+        server_args = openai_app.server_args(self._config, args)
+        app = await openai_app.make_app(self._config, server_args, client, status)
+        built = time.perf_counter()
         await self._stages_ready()
+        ready = time.perf_counter()
+        encoders = (await self._census()).get("encoder", {}).get("RUNNING", 0)  # none: scaled to zero, not to be woken
+        key = next(iter(server_args.api_key or ()), os.environ.get("VLLM_API_KEY"))
+        await warm_up(app, self._config.model_name, key, with_image=bool(encoders) and "image" in client.from_media)
+        times = {"app": built - began, "stages": ready - built, "warm_up": time.perf_counter() - ready}
+        logger.info("start-up ingress: " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in times.items()))
         return app
 
     async def _stages_ready(self) -> None:

@@ -1,0 +1,46 @@
+"""The first request of an ingress replica is its own: what is done once is done before a client waits for it.
+
+Imports, tokenizer, processors, connections to the replicas, NIXL's handshake of the prefill and the decode replica that it
+meets. Others are met later, one by one.
+"""
+
+import asyncio
+import base64
+import io
+import logging
+
+import httpx
+from PIL import Image
+from starlette.types import ASGIApp
+
+logger = logging.getLogger("ray.serve")
+
+TIMEOUT_S = 60.0
+REQUEST_ID = "warm-up"
+
+
+async def warm_up(app: ASGIApp, model: str, api_key: str | None, with_image: bool) -> None:
+    """Ask the app for two tokens. Whatever comes of it, a failure too, the replica serves: it is told in the log."""
+    content: list[dict[str, object]] = [{"type": "text", "text": "Hello"}]
+    if with_image:
+        content.insert(0, {"type": "image_url", "image_url": {"url": picture()}})
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 2, "stream": True}
+    headers = {"x-request-id": REQUEST_ID} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
+    try:
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            asyncio.timeout(TIMEOUT_S),
+            httpx.AsyncClient(transport=transport, base_url="http://ingress") as client,
+        ):
+            answer = await client.post("/v1/chat/completions", json=body, headers=headers)
+        if answer.status_code != 200:
+            logger.warning(f"The request to warm up was answered {answer.status_code}: {answer.text[:300]}")
+    except Exception as error:  # Starlette raises what it has answered
+        logger.warning(f"The request to warm up failed: {type(error).__name__}: {error}")
+
+
+def picture() -> str:
+    """A data URL."""
+    out = io.BytesIO()
+    Image.new("RGB", (224, 224), "grey").save(out, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
