@@ -71,6 +71,22 @@ def draw(
     return picture.reduce(_OVERSAMPLING)
 
 
+def draw_named(names: Sequence[str]) -> Image.Image:
+    """Draw one to four figures, each named like "red circle", on white. ValueError where one is not known."""
+    if not 1 <= len(names) <= 4:
+        raise ValueError("one to four figures")
+    figures = []
+    for index, name in enumerate(names):
+        colour, _, shape = name.partition(" ")
+        if colour not in COLOURS or shape not in SHAPES:
+            raise ValueError(f'"{name}" is not one of {", ".join(COLOURS)} with one of {", ".join(SHAPES)}')
+        where = (
+            {} if len(names) == 1 else {"x": 0.27 + 0.46 * (index % 2), "y": 0.27 + 0.46 * (index // 2), "radius": 0.17}
+        )
+        figures.append(Figure(colour, shape, **where))
+    return draw(figures)
+
+
 def random_figures(random: np.random.Generator, count: int) -> list[Figure]:
     """`count` figures of any colour and shape, nowhere touching each other or the edge."""
     smallest, largest = (0.15, 0.4) if count == 1 else (0.11, 0.2)
