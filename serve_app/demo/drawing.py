@@ -89,7 +89,7 @@ def draw_named(names: Sequence[str]) -> Image.Image:
 
 def random_figures(random: np.random.Generator, count: int) -> list[Figure]:
     """`count` figures of any colour and shape, nowhere touching each other or the edge."""
-    smallest, largest = (0.15, 0.4) if count == 1 else (0.11, 0.2)
+    smallest, largest = {1: (0.15, 0.4), 2: (0.11, 0.26)}.get(count, (0.11, 0.2))
     figures: list[Figure] = []
     while len(figures) < count:
         radius = random.uniform(smallest, largest)

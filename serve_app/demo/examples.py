@@ -15,7 +15,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 NUMBERS = ("One", "Two", "Three", "Four")
 PLACES = ("first", "second")
 
-WHAT = ("What is in this image?", "What is in the picture?", "What do you see?", "Describe this image.")
+WHAT = ("What is in this picture?", "What is in this image?", "What do you see?", "Describe this image.")
 COLOUR = ("Which colour is it?", "What colour is the figure?")
 SHAPE = ("Which shape is it?", "What shape is the figure?")
 COUNT = ("How many figures are there?", "How many figures do you see?", "How many?")
