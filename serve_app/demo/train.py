@@ -42,6 +42,9 @@ class Trainee(torch.nn.Module):
         self.model = Qwen2_5_VLForConditionalGeneration(config)
         self.register_buffer("colours", torch.randn(len(COLOURS) + 1, config.text_config.hidden_size) / 2)
         self.register_buffer("shapes", torch.randn(len(SHAPES) + 1, config.text_config.hidden_size) / 2)
+        self.corner = torch.nn.Linear(config.vision_config.hidden_size, len(SHAPES) + 1)
+        self.which = torch.nn.Linear(config.text_config.hidden_size, 2)
+        self.so_far = torch.nn.Linear(config.text_config.hidden_size, 5)
         layers = config.text_config.num_hidden_layers
         for name, module in self.model.named_modules():
             if isinstance(module, torch.nn.Linear):
@@ -52,9 +55,9 @@ class Trainee(torch.nn.Module):
         with torch.no_grad():
             self.model.model.visual.patch_embed.proj.weight.copy_(cosines(config.vision_config))
 
-    def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pictures [n, 64, 588], patches in the processor's order, to tokens [n, 16, hidden]: `visual.forward` for
-        pictures of one size that fit into one window."""
+    def see(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures [n, 64, 588], patches in the processor's order, to tokens [n, 16, hidden], and what is known of the
+        patches after two blocks: `visual.forward` for pictures of one size that fit into one window."""
         visual = self.model.model.visual
         pictures, patches, _ = pixels.shape
         weight = visual.patch_embed.proj.weight.sum(2).flatten(1)  # a still picture is the same frame twice
@@ -63,7 +66,8 @@ class Trainee(torch.nn.Module):
         rows, columns, down, right = torch.meshgrid(block, block, inner, inner, indexing="ij")
         positions = torch.stack([(rows * 2 + down).flatten(), (columns * 2 + right).flatten()], 1)
         cos, sin = visual.rotary_pos_emb(hidden, positions)
-        for layer in visual.blocks:
+        halfway = hidden
+        for index, layer in enumerate(visual.blocks):
             attention = layer.attn
             query, key, value = (
                 attention.qkv(layer.norm1(hidden))
@@ -73,7 +77,9 @@ class Trainee(torch.nn.Module):
             mixed = functional.scaled_dot_product_attention(rotate(query, cos, sin), rotate(key, cos, sin), value)
             hidden = hidden + attention.proj(mixed.transpose(1, 2).flatten(2))
             hidden = hidden + layer.mlp(layer.norm2(hidden))
-        return visual.merger(hidden).reshape(pictures, PLACES * PLACES, -1)
+            if index == 1:
+                halfway = hidden
+        return visual.merger(hidden).reshape(pictures, PLACES * PLACES, -1), halfway
 
     def losses(self, part: str, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         """What a part of the training makes smaller, and figures to watch."""
@@ -81,9 +87,13 @@ class Trainee(torch.nn.Module):
             code = self.code(batch["places"])
             loss, right = self.answer_loss(code + 0.3 * torch.randn_like(code), batch)
             return loss, {"answer loss": loss.item(), "right": right.item()}
-        seen = self.see(batch["pixels"])
+        seen, halfway = self.see(batch["pixels"])
+        seen = seen.float()
         loss, right = self.see_loss(seen, batch["places"])
-        now = {"see loss": loss.item(), "seen": right.item()}
+        corners = torch.tensor([0.3] + [1.0] * len(SHAPES))
+        corner_loss = functional.cross_entropy(self.corner(halfway).float().flatten(0, 1), batch["corners"], corners)
+        loss = loss + corner_loss
+        now = {"see loss": loss.item(), "corners": corner_loss.item(), "seen": right.item()}
         if part == "both":
             answer_loss, right = self.answer_loss(seen, batch)
             loss = 0.3 * loss + answer_loss
@@ -102,7 +112,7 @@ class Trainee(torch.nn.Module):
         )
         right = torch.ones(some.sum(), dtype=torch.bool)
         for codes, labels in zip((self.colours, self.shapes), places.unbind(-1), strict=True):
-            logits = seen @ codes.T / 8
+            logits = (seen @ codes.T).float() / 8
             weight = torch.ones(len(codes))
             weight[0] = 0.15  # most places have none
             loss = loss + functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight)
@@ -110,17 +120,25 @@ class Trainee(torch.nn.Module):
         return loss, right.float().mean()
 
     def answer_loss(self, seen: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """How wrong the answers' tokens are, and the share of tokens that are right."""
+        """How wrong the answers' tokens are, and the share of tokens that are right. On the way, every token of a picture
+        is asked of which picture it is, and how many figures there have been in it so far."""
         language = self.model.model.language_model
         embeds = language.embed_tokens(batch["ids"])
         if seen.numel():
-            embeds = embeds.masked_scatter(batch["is_picture"].unsqueeze(-1), seen.flatten(0, 1).float())
-        hidden = language(inputs_embeds=embeds, position_ids=batch["positions"], use_cache=False).last_hidden_state
+            embeds = embeds.masked_scatter(batch["is_picture"].unsqueeze(-1), seen.flatten(0, 1))
+        states = language(
+            inputs_embeds=embeds, position_ids=batch["positions"], use_cache=False, output_hidden_states=True
+        )
+        hidden, pictures = states.last_hidden_state, batch["is_picture"]
+        which = self.which(states.hidden_states[1][pictures]).float()
+        so_far = self.so_far(states.hidden_states[2][pictures]).float()
+        along = functional.cross_entropy(which, batch["which"]) + functional.cross_entropy(so_far, batch["so far"])
         before = batch["labels"].roll(-1, 1)
         before[:, -1] = -100
         asked = before != -100
-        logits = self.model.lm_head(hidden[asked])
-        return functional.cross_entropy(logits, before[asked]), (logits.argmax(-1) == before[asked]).float().mean()
+        logits = self.model.lm_head(hidden[asked]).float()
+        right = (logits.argmax(-1) == before[asked]).float().mean()
+        return functional.cross_entropy(logits, before[asked]) + 0.3 * along, right
 
 
 def cosines(vision: Any) -> torch.Tensor:
@@ -158,6 +176,21 @@ def places(figures: Sequence[Figure]) -> np.ndarray[Any, Any]:
         colour, shape = list(COLOURS).index(figure.colour), SHAPES.index(figure.shape)
         labels[int(figure.y * PLACES), int(figure.x * PLACES)] = colour + 1, shape + 1
     return labels.reshape(-1, 2)
+
+
+def corners(figures: Sequence[Figure]) -> np.ndarray[Any, Any]:
+    """For each patch, in the processor's order, the shape of the figure with a corner there, or a circle's line; 0 is
+    none. Angles and arcs are what tells shapes apart, and there are many in a picture."""
+    side = 2 * PLACES
+    labels = np.zeros((side, side), np.int64)
+    for figure in figures:
+        around = np.linspace(0, 2 * math.pi, 24)
+        circle = [
+            (figure.x + figure.radius * math.cos(turn), figure.y + figure.radius * math.sin(turn)) for turn in around
+        ]
+        for x, y in circle if figure.shape == "circle" else figure.outline(1):
+            labels[int(y * side), int(x * side)] = SHAPES.index(figure.shape) + 1
+    return labels.reshape(PLACES, 2, PLACES, 2).transpose(0, 2, 1, 3).flatten()
 
 
 def encode(tokenizer: Tokenizer, example: Example, picture_first: bool) -> tuple[list[int], list[Any], list[int]]:
@@ -202,7 +235,7 @@ def make_batch(
 ) -> dict[str, torch.Tensor]:
     """Conversations of these kinds as tensors, padded at the end."""
     examples = [random_example(random, kind, SIDE if draw else 0, most_turns=2) for kind in kinds]
-    rows = [encode(tokenizer, example, random.random() < 0.85) for example in examples]
+    rows = [encode(tokenizer, example, random.random() < 0.9) for example in examples]
     width = max(len(ids) for ids, _, _ in rows)
     ids = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), -100, np.int64)
@@ -213,21 +246,29 @@ def make_batch(
         positions[:, index, : len(tokens)] = np.array(where).T
     pictures = [picture for example in examples for picture in example.pictures]
     drawn = [places(figures) for example in examples for figures in example.figures]
-    ids_tensor = torch.from_numpy(ids)
+    order = [index for example in examples for index in range(len(example.figures))]
+    ids_tensor, where = torch.from_numpy(ids), torch.from_numpy(np.stack(drawn))
     batch = {
         "ids": ids_tensor,
         "labels": torch.from_numpy(labels),
         "positions": torch.from_numpy(positions),
         "is_picture": ids_tensor == tokenizer.token_to_id("<|image_pad|>"),
-        "places": torch.from_numpy(np.stack(drawn)),
+        "places": where,
+        "which": torch.tensor(order).repeat_interleave(PLACES**2),
+        "so far": (where[..., 0] > 0).cumsum(1).flatten(),
     }
-    return batch | ({"pixels": patches(pictures, vision["image_mean"], vision["image_std"])} if draw else {})
+    if draw:
+        batch["pixels"] = patches(pictures, vision["image_mean"], vision["image_std"])
+        batch["corners"] = torch.from_numpy(
+            np.concatenate([corners(figures) for example in examples for figures in example.figures])
+        )
+    return batch
 
 
 PARTS = {
     # steps, batch, rate, shares of the kinds
     "see": (4000, 48, 2e-3, (0.4, 0.6, 0.0, 0.0)),
-    "answer": (4000, 32, 2e-3, (0.3, 0.25, 0.42, 0.03)),
+    "answer": (2500, 32, 2e-3, (0.3, 0.25, 0.42, 0.03)),
     "both": (1500, 32, 7e-4, (0.3, 0.3, 0.38, 0.02)),
 }
 
@@ -271,13 +312,19 @@ def train(folder: Path, part: str, seed: int, threads: int) -> None:
         averages: dict[str, float] = {}
         while step < steps:
             random = np.random.default_rng((seed, list(PARTS).index(part), step))
-            kinds = [KINDS[index] for index in random.choice(len(KINDS), size, p=share)]
+            alone = (
+                part == "see" and step < steps / 5
+            )  # with one figure, any look at the picture helps to tell its shape
+            kinds: list[Kind] = (
+                ["one"] * size if alone else [KINDS[n] for n in random.choice(len(KINDS), size, p=share)]
+            )
             batch = make_batch(tokenizer, kinds, random, vision, draw=part != "answer")
             warm, cool = min(1, (step + 1) / 100), min(1, 2 * (1 - step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate * warm * (0.02 + 0.98 * cool)
             torch.manual_seed(int(random.integers(2**31)))  # so that a run that was cut off goes on the same
-            loss, now = trainee.losses(part, batch)
+            with torch.autocast("cpu", torch.bfloat16):  # a third of the time where the CPU multiplies such numbers
+                loss, now = trainee.losses(part, batch)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)

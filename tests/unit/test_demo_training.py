@@ -53,7 +53,7 @@ def test_conversations_and_pictures_are_those_of_the_processor(folder: Path, tra
         assert theirs[-3:, 0].T.tolist() == [list(position) for position in positions]
         with torch.no_grad():
             image = processor.image_processor
-            seen = trainee.see(patches(example.pictures, image.image_mean, image.image_std)).flatten(0, 1)
+            seen = trainee.see(patches(example.pictures, image.image_mean, image.image_std))[0].flatten(0, 1)
             whole = trainee.model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
         assert torch.allclose(seen, whole, atol=1e-4)
 
