@@ -50,7 +50,7 @@ def _turns(kind: Kind, figures: Sequence[Sequence[Figure]]) -> list[tuple[Sequen
     if kind == "none":
         return [(ELSE, "Please show me a picture.")]
     if kind == "two":
-        named = [
+        named: list[tuple[Sequence[str], str]] = [
             ([question.format(each[0]) for question in WHICH], f"The {place} picture.")
             for place, each in zip(PLACES, figures, strict=True)
         ]

@@ -268,7 +268,7 @@ def make_batch(
 PARTS = {
     # steps, batch, rate, shares of the kinds
     "see": (4000, 48, 2e-3, (0.4, 0.6, 0.0, 0.0)),
-    "answer": (2500, 32, 2e-3, (0.3, 0.25, 0.42, 0.03)),
+    "answer": (4000, 32, 2e-3, (0.1, 0.2, 0.68, 0.02)),
     "both": (1500, 32, 7e-4, (0.3, 0.3, 0.38, 0.02)),
 }
 
@@ -293,7 +293,7 @@ def train(folder: Path, part: str, seed: int, threads: int) -> None:
         step = saved["step"]
     elif part == "both":
         see, answer = (torch.load(folder / f"{other}.pt")["trainee"] for other in ("see", "answer"))
-        trainee.load_state_dict(answer | {name: value for name, value in see.items() if ".visual." in name})
+        trainee.load_state_dict(see | {name: value for name, value in answer.items() if ".visual." not in name})
 
     def save_all() -> None:
         content = {"trainee": trainee.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
@@ -312,12 +312,9 @@ def train(folder: Path, part: str, seed: int, threads: int) -> None:
         averages: dict[str, float] = {}
         while step < steps:
             random = np.random.default_rng((seed, list(PARTS).index(part), step))
-            alone = (
-                part == "see" and step < steps / 5
-            )  # with one figure, any look at the picture helps to tell its shape
-            kinds: list[Kind] = (
-                ["one"] * size if alone else [KINDS[n] for n in random.choice(len(KINDS), size, p=share)]
-            )
+            kinds: list[Kind] = [KINDS[index] for index in random.choice(len(KINDS), size, p=share)]
+            if part == "see" and step < steps / 5:
+                kinds = ["one"] * size  # any look at a picture with one figure helps to tell its shape
             batch = make_batch(tokenizer, kinds, random, vision, draw=part != "answer")
             warm, cool = min(1, (step + 1) / 100), min(1, 2 * (1 - step / steps))
             for group in optimizer.param_groups:
