@@ -15,8 +15,8 @@ from tests.integration.answers import events, gather
 from tests.integration.cases import CHAT, text
 from tests.integration.servers import Server, serve_run
 
-ASKED: dict[Kind, tuple[int, float]] = {"one": (60, 0.98), "two": (40, 0.95), "count": (30, 0.9)}
-"""Questions of each kind, and the share that has to be right."""
+ASKED: dict[Kind, tuple[int, float]] = {"one": (60, 0.65), "two": (40, 0.25), "count": (30, 0.45)}
+"""Questions of each kind, and the share that has to be right: a little less than CARD.md says of many more questions."""
 
 
 @pytest.fixture(scope="module")
