@@ -238,7 +238,7 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         document = {
             "command": "python -m benchmarks.autoscale",
-            "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo"},
+            "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo-random"},
             "versions": {name: version(name) for name in ("ray", "nixl")} | {"python": platform.python_version()},
             "workers": WORKERS,
             "images": {"per request": IMAGES, "size": IMAGE_SIZE},

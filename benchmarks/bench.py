@@ -48,7 +48,7 @@ def visit(name: str, round_: int, cells: list[load.Cell]) -> dict[str, Any]:
     """One system in one round: started, warmed up, idle, under load, ended."""
     found: dict[str, Any] = {"system": name, "round": round_, "runs": []}
     seeds = seeds_of(round_)
-    model = str(ensure_demo_model())
+    model = str(ensure_demo_model(name="demo-random"))
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder, SYSTEMS[name](Path(folder)) as server:
@@ -74,7 +74,7 @@ def seeds_of(round_: int) -> Iterator[int]:
 def head(options: argparse.Namespace, cells: list[load.Cell]) -> dict[str, Any]:
     return {
         "command": "python -m benchmarks.bench" + " --quick" * options.quick + f" --rounds {options.rounds}",
-        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo"},
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo-random"},
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "workload": {"image_size": load.IMAGE_SIZE, "text_tokens": load.TEXT_TOKENS, "cells": len(cells)},
         "seeds": "1000 × round + number of the run, the same for every system",

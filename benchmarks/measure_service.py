@@ -219,7 +219,7 @@ def main() -> None:
         runs = measure_all(options.seconds)
         document = {
             "command": "python -m benchmarks.measure_service",
-            "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo"},
+            "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo-random"},
             "versions": {name: version(name) for name in ("ray", "nixl")} | {"python": platform.python_version()},
             "seed": "requests are numbered; the gaps of the Poisson process come from seed 1",
         }

@@ -1,5 +1,5 @@
 """What is compared: ours, the reference's way, and engines by themselves. All with the engine arguments of
-``serve_app.roles`` on the demo model, on the CPU, on loopback.
+``serve_app.roles`` on the demo model of random weights, on the CPU, on loopback.
 
 One engine more is 2 to 4 GB, so only one system runs at a time.
 """

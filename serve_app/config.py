@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from yarl import URL
 
 DEMO_MODEL = "demo"
-"""Name of the built-in model (see ``serve_app.demo``): tiny, random weights, made locally, no download."""
+BUILT_IN_MODELS = (DEMO_MODEL, "demo-random")
+"""Tiny models that need no download (see ``serve_app.demo``): one that sees, one of random weights for tests and load."""
 
 GPU_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 """Model when none is named and the cluster has GPUs: the reference's default."""
@@ -423,7 +424,7 @@ class EPDConfig(Strict):
     """One application: encode → prefill → decode around one model."""
 
     model: str | None = Field(
-        None, description=f"Model name or folder, or `{DEMO_MODEL}`. None: chosen by accelerator."
+        None, description="Model name or folder, or `demo` or `demo-random`. None: chosen by accelerator."
     )
     served_model_name: str | None = Field(None, description="Name in the API. None: the model's.")
     accelerator: Accelerator = Accelerator.AUTO

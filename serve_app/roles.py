@@ -6,7 +6,7 @@ the role, defaults of the device.
 
 from typing import Any
 
-from serve_app.config import DEMO_MODEL, Accelerator, EPDConfig, Stage
+from serve_app.config import BUILT_IN_MODELS, Accelerator, EPDConfig, Stage
 from serve_app.transfer import ec_transfer_config, kv_transfer_config
 from serve_app.vllm_plugin import STILL_NIXL_ENV
 
@@ -74,7 +74,7 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str) -> dict[str, A
     args: dict[str, Any] = {}
     if config.accelerator is Accelerator.CPU:
         args |= CPU_DEFAULTS
-    if config.model == DEMO_MODEL:
+    if config.model in BUILT_IN_MODELS:
         args |= DEMO_DEFAULTS
     if stage is Stage.ENCODER:
         args |= ENCODER_DEFAULTS
@@ -131,7 +131,7 @@ def replica_env(config: EPDConfig, stage: Stage | None) -> dict[str, str]:
             env["VLLM_CPU_KVCACHE_SPACE"] = "1"
     if stage is not None and config.encoder is not None and config.ec.uses_nixl:
         env |= NIXL_EC_ENV
-    if config.model == DEMO_MODEL:
+    if config.model in BUILT_IN_MODELS:
         env["HF_HUB_OFFLINE"] = "1"
     if config.tracing.endpoint is not None:
         env["OTEL_SERVICE_NAME"] = f"epd-{stage or 'ingress'}"
@@ -139,10 +139,10 @@ def replica_env(config: EPDConfig, stage: Stage | None) -> dict[str, str]:
 
 
 def model_path(config: EPDConfig) -> str:
-    """Folder or name of the model; makes the built-in one where it is asked for and not there yet."""
-    if config.model == DEMO_MODEL:
+    """Folder or name of the model; makes a built-in one where it is asked for and not there yet."""
+    assert config.model is not None  # resolved
+    if config.model in BUILT_IN_MODELS:
         from serve_app.demo import ensure_demo_model
 
-        return str(ensure_demo_model())
-    assert config.model is not None  # resolved
+        return str(ensure_demo_model(name=config.model))
     return config.model

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from serve_app.demo.build import text_config, write_json, write_model
+from serve_app.demo.build import text_config, write_json, write_model, write_weights
 from serve_app.demo.cache import build_once, version_of
 from serve_app.demo.template import chat_template
 from serve_app.demo.tokenizer import train_tokenizer
@@ -48,7 +48,8 @@ def _build_audio_model(folder: Path) -> None:
     weights = _audio_weights(AUDIO_CONFIG, text["hidden_size"])
     weights |= text_weights(text, speakable_tokens(tokenizer, also=["<|im_end|>"]), prefix="language_model.")
     template = chat_template({"audio": "<|audio_bos|><|AUDIO|><|audio_eos|>"})
-    write_model(folder, config, tokenizer, template, weights)
+    write_model(folder, config, tokenizer, template)
+    write_weights(folder, weights)
     features = {
         "processor_class": "Qwen2AudioProcessor",
         "feature_extractor_type": "WhisperFeatureExtractor",

@@ -1,10 +1,11 @@
-"""The recipe of the demo model: a Qwen2.5-VL in every respect but its size and its wits.
+"""The recipes of the built-in models: Qwen2.5-VL in every respect but the size.
 
 Written as plain JSON and arrays, without torch or transformers: it takes a tenth of a second instead of ten, and
 gives the same bytes with every version of them. The weights have the names of Qwen's own checkpoints.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,38 @@ def preprocessor_config(max_tokens: int) -> dict[str, Any]:
     }
 
 
+TRAINED = Path(__file__).with_name("weights.safetensors")
+"""What `serve_app.demo.train` has learnt, in bfloat16."""
+
+
 def build_demo_model(folder: Path) -> None:
-    """Write the whole model into `folder`, which exists and is empty."""
+    """Write the model that sees into `folder`, which exists and is empty."""
+    write_demo_files(folder)
+    shutil.copyfile(TRAINED, folder / "model.safetensors")
+
+
+def write_demo_files(folder: Path) -> None:
+    """Everything of the model that sees but its weights. It sees every picture as about 16 tokens, a square as 4 x 4."""
+    vision = VISION_CONFIG | {"depth": 3, "hidden_size": 128, "intermediate_size": 256}
+    vision |= {"window_size": 224, "fullatt_block_indexes": [2]}  # the whole picture is one window
+    write_qwen(folder, vision, layers=3)
+    # A little below 15 and above 16 tokens, so that rounding does not decide.
+    pixels = {"min_pixels": 15 * PIXELS_PER_TOKEN, "max_pixels": 33 * PIXELS_PER_TOKEN // 2}
+    image = preprocessor_config(16) | pixels | {"image_processor_type": "Qwen2VLImageProcessor"}
+    write_json(folder / "preprocessor_config.json", image)
+
+
+def build_random_model(folder: Path) -> None:
+    """Write the model of random weights into `folder`, which exists and is empty."""
+    text, tokenizer = write_qwen(folder, VISION_CONFIG, layers=2)
+    weights = vision_weights(VISION_CONFIG) | text_weights(text, speakable_tokens(tokenizer, also=["<|im_end|>"]))
+    write_weights(folder, weights)
+
+
+def write_qwen(folder: Path, vision: Mapping[str, Any], layers: int) -> tuple[dict[str, Any], Tokenizer]:
+    """Everything but the weights; return the language model's configuration and the tokenizer."""
     tokenizer = train_tokenizer(MEDIA_TOKENS)
-    text = text_config("qwen2_5_vl_text", tokenizer)
+    text = text_config("qwen2_5_vl_text", tokenizer) | {"num_hidden_layers": layers}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -89,25 +118,28 @@ def build_demo_model(folder: Path) -> None:
         "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
         "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
         "text_config": text,
-        "vision_config": VISION_CONFIG,
+        "vision_config": vision,
     }
     media = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
-    weights = vision_weights(VISION_CONFIG) | text_weights(text, speakable_tokens(tokenizer, also=["<|im_end|>"]))
-    write_model(folder, config, tokenizer, chat_template(media), weights)
+    write_model(folder, config, tokenizer, chat_template(media))
     image = preprocessor_config(256) | {"image_processor_type": "Qwen2VLImageProcessor"}
     video = preprocessor_config(64) | {"video_processor_type": "Qwen2VLVideoProcessor", "cap_pixels_per_frame": False}
     write_json(folder / "preprocessor_config.json", image)
     write_json(folder / "video_preprocessor_config.json", video)
+    return text, tokenizer
 
 
-def write_model(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, template: str, weights: Weights) -> None:
-    """Write what every model has: configuration, weights, tokenizer, chat template, defaults for generation."""
+def write_model(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> None:
+    """Write what every model has but its weights: configuration, tokenizer, chat template, defaults for generation."""
     write_json(folder / "config.json", config)
     write_tokenizer(folder, tokenizer, CONTEXT)
     (folder / "chat_template.jinja").write_text(template)
-    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     ends = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
     write_json(folder / "generation_config.json", {"eos_token_id": ends, "pad_token_id": ends[1]})
+
+
+def write_weights(folder: Path, weights: Weights) -> None:
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -26,6 +26,9 @@ from serve_app.transfer import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 API = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+MODEL = {"model": "demo-random", "served_model_name": "demo"}
+"""Unless a test names another: the model whose answers depend on every token and pixel, in the place of the default."""
+
 START_TIMEOUT_S = 420
 APP = "serve_app.app:build_app"
 RAY_ENV = {
@@ -177,7 +180,7 @@ def serve_config(
         "name": "epd",
         "route_prefix": "/",
         "import_path": import_path,
-        "args": args,
+        "args": MODEL | args,
         "deployments": [{"name": name} | options for name, options in (deployments or {}).items()],
     }
     config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]} | more
@@ -253,7 +256,7 @@ def vllm_server(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
 
 
 def cpu_config(args: dict[str, Any]) -> EPDConfig:
-    return resolve(EPDConfig.model_validate(args | {"accelerator": "cpu"}), Cluster(0, 64)).config
+    return resolve(EPDConfig.model_validate(MODEL | args | {"accelerator": "cpu"}), Cluster(0, 64)).config
 
 
 def api_server(log: Path, engine: dict[str, Any], env: dict[str, str]) -> contextlib.AbstractContextManager[Server]:

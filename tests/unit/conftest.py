@@ -19,7 +19,7 @@ from tests.fakes import FakeStage, fake_status
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from serve_app.demo import ensure_demo_model
 
-    return ensure_demo_model(tmp_path_factory.mktemp("models"))
+    return ensure_demo_model(tmp_path_factory.mktemp("models"), "demo-random")
 
 
 @pytest.fixture(scope="session")

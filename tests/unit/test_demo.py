@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +11,23 @@ from typing import Any
 
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from safetensors.numpy import load_file
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from serve_app.demo import ensure_demo_model
 from serve_app.demo.cache import build_once
 from tests.models import ensure_audio_model
 
-BUILD = "import sys; from pathlib import Path; from {module} import {name} as make; print(make(Path(sys.argv[1])))"
+BUILD = (
+    "import sys; from pathlib import Path; from {module} import {name} as make; print(make(Path(sys.argv[1]){more}))"
+)
+DEMO, RANDOM = ("serve_app.demo", "ensure_demo_model", ""), ("serve_app.demo", "ensure_demo_model", ", 'demo-random'")
+AUDIO = ("tests.models", "ensure_audio_model", "")
 
 
-def in_new_process(module: str, name: str, root: Path) -> Path:
-    command = [sys.executable, "-c", BUILD.format(module=module, name=name), str(root)]
+def in_new_process(recipe: tuple[str, str, str], root: Path) -> Path:
+    module, name, more = recipe
+    command = [sys.executable, "-c", BUILD.format(module=module, name=name, more=more), str(root)]
     repository = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
     return Path(done.stdout.strip())
@@ -31,9 +37,9 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_demo_model(tmp_path_factory.mktemp("cache"))
+@pytest.fixture(scope="module", params=["demo", "demo-random"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_demo_model(tmp_path_factory.mktemp("cache"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +55,16 @@ def render(folder: Path, messages: list[dict[str, Any]], **options: Any) -> str:
     return template.render(messages=messages, **({"add_generation_prompt": True} | options))
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [("serve_app.demo", "ensure_demo_model"), ("tests.models", "ensure_audio_model")]
-)
-def test_two_builds_give_the_same_bytes(module: str, name: str, tmp_path: Path) -> None:
-    first, second = (in_new_process(module, name, tmp_path / root) for root in ("a", "b"))
+@pytest.mark.parametrize("recipe", [DEMO, RANDOM, AUDIO])
+def test_two_builds_give_the_same_bytes(recipe: tuple[str, str, str], tmp_path: Path) -> None:
+    first, second = (in_new_process(recipe, tmp_path / root) for root in ("a", "b"))
     assert first.name == second.name
     assert digests(first) == digests(second)
 
 
 def test_processes_may_race_to_build(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        runs = [pool.submit(in_new_process, "serve_app.demo", "ensure_demo_model", tmp_path) for _ in range(4)]
+        runs = [pool.submit(in_new_process, DEMO, tmp_path) for _ in range(4)]
     made = {run.result() for run in runs}
     assert list(tmp_path.iterdir()) == list(made)  # one folder, and no scratch folder left
 
@@ -87,7 +91,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
 
 def test_the_second_call_builds_nothing(model: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in model.iterdir()}
-    assert ensure_demo_model(model.parent) == model
+    assert ensure_demo_model(model.parent, model.name.rpartition("-")[0]) == model
     assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
 
 
@@ -104,11 +108,18 @@ def test_importing_loads_nothing_heavy() -> None:
 
 def test_weights_fit_the_config(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    weights = load_file(model / "model.safetensors")
-    assert {str(array.dtype) for array in weights.values()} == {"float32"}
-    assert 300_000 < sum(array.size for array in weights.values()) < 1_000_000
-    text = config["text_config"]
-    assert weights["lm_head.weight"].shape == (text["vocab_size"], text["hidden_size"])
+    with safe_open(model / "model.safetensors", "np") as weights:
+        parts = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+        sizes = {name: math.prod(part.get_shape()) for name, part in parts.items()}
+        precisions = {part.get_dtype() for part in parts.values()}
+        head = parts["lm_head.weight"].get_shape()
+    few, many, precision = (500_000, 1_000_000, "F32") if "random" in model.name else (1_000_000, 3_000_000, "BF16")
+    assert precisions == {precision}
+    assert few < sum(sizes.values()) < many
+    text, vision = config["text_config"], config["vision_config"]
+    assert head == [text["vocab_size"], text["hidden_size"]]
+    assert sum(".norm1." in name for name in parts) == vision["depth"]
+    assert sum(".input_layernorm." in name for name in parts) == text["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("text", ["What is shown?\n\n", "it's 12:30 — naïve 日本語 😀", ' {"a": [1, 2]}\t', "a  b   c"])
