@@ -16,15 +16,15 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks import cpu
+from benchmarks import cpu, load
 from benchmarks.systems import ours
 from tests.integration.media import image_url
 from tests.integration.servers import Server
 
 RESULT = Path(__file__).parent / "results" / "orchestration.json"
-AT_A_TIME = 8
-IMAGE = (224, 224)
-TEXT = " ".join(["word"] * 64)
+AT_A_TIME = load.TARGET.at_a_time or 1
+IMAGE = (load.IMAGE_SIZE, load.IMAGE_SIZE)
+TEXT = " ".join(["word"] * load.TEXT_TOKENS)
 TOPOLOGIES: dict[str, dict[str, Any]] = {
     "E+P+D": {},
     "E+PD": {"prefill": None},
@@ -34,18 +34,19 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Cell:
-    images: int
-    tokens: int
-    stream: bool
+class Cell(load.Cell):
+    at_a_time: int | None = AT_A_TIME
+    stream: bool = True
 
     @property
     def name(self) -> str:
-        return f"{self.images or 'no'} images, {self.tokens} tokens{', streamed' * self.stream}"
+        return self.kind + ", streamed" * self.stream
 
 
-CELLS = [Cell(images, tokens, stream) for images in (0, 1, 2, 4) for tokens in (16, 64) for stream in (True, False)]
-HOPS = [Cell(0, 16, True), Cell(1, 16, True), Cell(2, 16, True)]
+HOPS = [Cell(images, 16) for images in (0, 1, 2)]
+CELLS = [
+    Cell(images, tokens, stream=stream) for images in (0, 1, 2, 4) for tokens in (16, 64) for stream in (True, False)
+]
 
 
 def body(cell: Cell, number: int) -> dict[str, Any]:
@@ -132,7 +133,8 @@ def main() -> None:
     if not options.quick:
         for topology in list(TOPOLOGIES)[1:]:
             runs += visit(topology, HOPS, options.requests)
-    RESULT.write_text(json.dumps({"command": "python -m benchmarks.orchestration", "runs": runs}, indent=1) + "\n")
+    command = "python -m benchmarks.orchestration" + " --quick" * options.quick
+    RESULT.write_text(json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tests.integration.servers import Server
 RESULT = Path(__file__).parent / "results" / "startup.json"
 LINE = re.compile(r"start-up (\w+): ((?:\w+=[\d.]+s ?)+)")
 ASKED = 10
-CELL = Cell(images=1, tokens=4, stream=True)
+CELL = Cell(images=1, tokens=4)
 
 
 def phases(log: str) -> dict[str, dict[str, float]]:

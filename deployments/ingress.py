@@ -67,7 +67,9 @@ class Ingress:
         async with self._probing:
             asked, states = self._health
             if time.monotonic() - asked >= HEALTH_CACHE_S:
-                states = dict(zip(self._stages, await asyncio.gather(*map(self._state, self._stages)), strict=True))
+                deployments = await self._deployments()
+                asking = (self._state(stage, deployments.get(stage.capitalize())) for stage in self._stages)
+                states = dict(zip(self._stages, await asyncio.gather(*asking), strict=True))
                 self._health = (time.monotonic(), states)
             return states
 
@@ -82,8 +84,7 @@ class Ingress:
         deployments: dict[str, Any] = status.applications[self._app_name].deployments
         return deployments
 
-    async def _state(self, stage: Stage) -> str:
-        deployment = (await self._deployments()).get(stage.capitalize())
+    async def _state(self, stage: Stage, deployment: Any) -> str:
         if deployment is None:
             return "not deployed"
         if deployment.replica_states.get("RUNNING", 0) == 0:

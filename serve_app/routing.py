@@ -107,12 +107,13 @@ class StageHandle:
             finished = True
         except (Exception, asyncio.CancelledError) as error:
             if stream is not None and stream.lost:
-                finished = True
-                raise StageUnavailable(self.stage, "lost the replica that worked on the request") from error
-            if isinstance(error, asyncio.CancelledError):
+                failure: Exception = RayActorError()
+            elif isinstance(error, Exception):
+                failure = error
+            else:
                 raise
             finished = True
-            raise to_stage_error(self.stage, error) from error
+            raise to_stage_error(self.stage, failure) from error
         finally:
             if stream is not None:
                 self._streams.discard(stream)

@@ -5,13 +5,12 @@ meets. Others are met later, one by one.
 """
 
 import asyncio
-import base64
-import io
 import logging
 
 import httpx
 from PIL import Image
 from starlette.types import ASGIApp
+from vllm.multimodal.utils import encode_image_url
 
 logger = logging.getLogger("ray.serve")
 
@@ -23,7 +22,8 @@ async def warm_up(app: ASGIApp, model: str, api_key: str | None, with_image: boo
     """Ask the app for two tokens. Whatever comes of it, a failure too, the replica serves: it is told in the log."""
     content: list[dict[str, object]] = [{"type": "text", "text": "Hello"}]
     if with_image:
-        content.insert(0, {"type": "image_url", "image_url": {"url": picture()}})
+        picture = encode_image_url(Image.new("RGB", (224, 224), "grey"))
+        content.insert(0, {"type": "image_url", "image_url": {"url": picture}})
     body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 2, "stream": True}
     headers = {"x-request-id": REQUEST_ID} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
     try:
@@ -37,10 +37,3 @@ async def warm_up(app: ASGIApp, model: str, api_key: str | None, with_image: boo
             logger.warning(f"The request to warm up was answered {answer.status_code}: {answer.text[:300]}")
     except Exception as error:  # Starlette raises what it has answered
         logger.warning(f"The request to warm up failed: {type(error).__name__}: {error}")
-
-
-def picture() -> str:
-    """A data URL."""
-    out = io.BytesIO()
-    Image.new("RGB", (224, 224), "grey").save(out, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"

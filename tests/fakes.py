@@ -168,17 +168,19 @@ class FakeBroadcast:
 
 
 class FakeHandle:
-    """A ``DeploymentHandle``: ``answer(method, *args, streaming=)`` makes the response of a call. ``tells``: with
-    ``by_reference_`` too."""
+    """A ``DeploymentHandle``: ``answer(method, *args, streaming=)`` makes the response of a call. ``used``: the options of
+    each call, of handles made from this one too."""
 
-    def __init__(self, answer: Callable[..., Any], tells: bool = False, **how: bool) -> None:
+    def __init__(self, answer: Callable[..., Any]) -> None:
         self._answer = answer
-        self._tells = tells
-        self._how = {"stream": False, "_by_reference": True} | how
+        self._options = {"stream": False, "_by_reference": True}
+        self.used: list[dict[str, bool]] = []
 
-    def options(self, **how: bool) -> "FakeHandle":
-        assert how.keys() <= self._how.keys()
-        return FakeHandle(self._answer, self._tells, **(self._how | how))
+    def options(self, **options: bool) -> "FakeHandle":
+        assert options.keys() <= self._options.keys()
+        other = FakeHandle(self._answer)
+        other._options, other.used = self._options | options, self.used
+        return other
 
     def broadcast(self, method: str, *args: Any) -> Any:
         return self._answer(method, *args)
@@ -194,6 +196,6 @@ class _Method:
         self._handle, self._method = handle, method
 
     def remote(self, *args: Any) -> Any:
-        how = self._handle._how
-        more = {"by_reference_": how["_by_reference"]} if self._handle._tells else {}
-        return self._handle._answer(self._method, *args, streaming=how["stream"], **more)
+        handle = self._handle
+        handle.used.append(handle._options)
+        return handle._answer(self._method, *args, streaming=handle._options["stream"])

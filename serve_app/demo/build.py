@@ -89,21 +89,21 @@ def write_demo_files(folder: Path) -> None:
     """Everything of the model that sees but its weights. It sees every picture as about 16 tokens, a square as 4 x 4."""
     vision = VISION_CONFIG | {"depth": 3, "hidden_size": 128, "intermediate_size": 256}
     vision |= {"window_size": 224, "fullatt_block_indexes": [2]}  # the whole picture is one window
-    write_qwen(folder, vision, layers=3)
     # A little below 15 and above 16 tokens, so that rounding does not decide.
     pixels = {"min_pixels": 15 * PIXELS_PER_TOKEN, "max_pixels": 33 * PIXELS_PER_TOKEN // 2}
-    image = preprocessor_config(16) | pixels | {"image_processor_type": "Qwen2VLImageProcessor"}
-    write_json(folder / "preprocessor_config.json", image)
+    write_qwen(folder, vision, preprocessor_config(16) | pixels, layers=3)
 
 
 def build_random_model(folder: Path) -> None:
     """Write the model of random weights into `folder`, which exists and is empty."""
-    text, tokenizer = write_qwen(folder, VISION_CONFIG, layers=2)
+    text, tokenizer = write_qwen(folder, VISION_CONFIG, preprocessor_config(256), layers=2)
     weights = vision_weights(VISION_CONFIG) | text_weights(text, speakable_tokens(tokenizer, also=["<|im_end|>"]))
     write_weights(folder, weights)
 
 
-def write_qwen(folder: Path, vision: Mapping[str, Any], layers: int) -> tuple[dict[str, Any], Tokenizer]:
+def write_qwen(
+    folder: Path, vision: Mapping[str, Any], image: Mapping[str, Any], layers: int
+) -> tuple[dict[str, Any], Tokenizer]:
     """Everything but the weights; return the language model's configuration and the tokenizer."""
     tokenizer = train_tokenizer(MEDIA_TOKENS)
     text = text_config("qwen2_5_vl_text", tokenizer) | {"num_hidden_layers": layers}
@@ -122,9 +122,8 @@ def write_qwen(folder: Path, vision: Mapping[str, Any], layers: int) -> tuple[di
     }
     media = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
     write_model(folder, config, tokenizer, chat_template(media))
-    image = preprocessor_config(256) | {"image_processor_type": "Qwen2VLImageProcessor"}
     video = preprocessor_config(64) | {"video_processor_type": "Qwen2VLVideoProcessor", "cap_pixels_per_frame": False}
-    write_json(folder / "preprocessor_config.json", image)
+    write_json(folder / "preprocessor_config.json", {**image, "image_processor_type": "Qwen2VLImageProcessor"})
     write_json(folder / "video_preprocessor_config.json", video)
     return text, tokenizer
 

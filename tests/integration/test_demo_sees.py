@@ -1,7 +1,5 @@
 """The demo model sees: through the served system, streamed, it is right as often as by itself, and says the same."""
 
-import base64
-import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +11,7 @@ from serve_app.demo.examples import Kind
 from serve_app.demo.measure import Plain, Question, held_out
 from tests.integration.answers import events, gather
 from tests.integration.cases import CHAT, text
+from tests.integration.media import data_url, png
 from tests.integration.servers import Server, serve_run
 
 ASKED: dict[Kind, tuple[int, float]] = {"one": (60, 0.65), "two": (40, 0.25), "count": (30, 0.45)}
@@ -31,10 +30,7 @@ def plain() -> Plain:
 
 
 def drawn(picture: Any) -> dict[str, Any]:
-    png = io.BytesIO()
-    picture.save(png, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
+    return {"type": "image_url", "image_url": {"url": data_url("image/png", png(picture))}}
 
 
 def streamed(server: Server, question: Question) -> str:

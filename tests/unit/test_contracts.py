@@ -103,6 +103,7 @@ IMPORTS = [
     ("serve_app/routing.py", "ray.serve.handle:DeploymentResponse.cancel"),
     ("serve_app/routing.py", "ray.serve.handle:DeploymentResponseGenerator.cancel"),
     ("serve_app/vllm_plugin.py", "nixl._api:nixl_agent_config"),
+    ("serve_app/warm_up.py", "vllm.multimodal.utils:encode_image_url"),
 ]
 
 

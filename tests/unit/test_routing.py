@@ -217,19 +217,15 @@ def picture(size: int) -> MediaRequest:
 )
 def test_large_calls_go_through_the_object_store(light: bool, arguments: list[Any]) -> None:
     """Ray's gRPC takes 4 MiB, in either direction."""
-    by_reference: list[bool] = []
-
-    def answer(method: str, *args: Any, streaming: bool, by_reference_: bool) -> FakeResponse:
-        by_reference.append(by_reference_)
-        return FakeResponse(numbers() if streaming else value(1))
+    fake = FakeHandle(lambda *args, streaming: FakeResponse(numbers() if streaming else value(1)))
 
     async def main() -> None:
-        stage = StageHandle(Stage.DECODE, FakeHandle(answer, tells=True))  # type: ignore[arg-type]
+        stage = StageHandle(Stage.DECODE, fake)  # type: ignore[arg-type]
         await stage.call("prefill", *arguments)
         assert [n async for n, _ in stage.stream("generate", *arguments)] == [1, 2]
 
     asyncio.run(main())
-    assert by_reference == [not light] * 2
+    assert [options["_by_reference"] for options in fake.used] == [not light] * 2
 
 
 def test_streams_use_a_streaming_handle() -> None:
