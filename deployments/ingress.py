@@ -51,7 +51,8 @@ class Ingress:
         ready = time.perf_counter()
         encoders = (await self._census()).get("encoder", {}).get("RUNNING", 0)  # none: scaled to zero, not to be woken
         key = next(iter(server_args.api_key or ()), os.environ.get("VLLM_API_KEY"))
-        await warm_up(app, self._config.model_name, key, with_image=bool(encoders) and "image" in client.from_media)
+        with_image = bool(encoders) and "image" in client.from_media
+        await warm_up(app, self._config.model_name, key, with_image, self._config.kv.min_prompt_tokens)
         times = {"app": built - began, "stages": ready - built, "warm_up": time.perf_counter() - ready}
         logger.info("start-up ingress: " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in times.items()))
         return app

@@ -30,7 +30,7 @@ from serve_app.engine import from_engine_input
 from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout
 from serve_app.from_media import FromMedia, ItemProcessor, declared_fields
 from serve_app.guard import GuardedInputProcessor, check_params, guard_renderer
-from serve_app.handoff import Chunk, Media, PrefillReply, StageRequest
+from serve_app.handoff import Chunk, Media, PrefillReply, Prompt, StageRequest
 from serve_app.ingress_metrics import IngressMetrics
 from serve_app.outputs import assemble, merge, with_prefill
 from serve_app.retry import Retries
@@ -184,20 +184,23 @@ class EPDClient(EngineClient):
         while True:
             attempt += 1
             begun = False
+            prefill = self._prefills(request.prompt)
             # An answer that came while the prompt was rendered serves all choices, or the first alone.
             first = attempt == 1 and (index == 0 or self._config.ec.shareable)
             encoded = Encoded(request.prompt, None)
             try:
                 work = self._encode(request, record, first, without_encoders=lost >= 2)
                 encoded = await deadline.within(Stage.ENCODER, work)
-                async with aclosing(self._attempt(request, encoded, index, deadline, record)) as chunks:
+                if not prefill and Stage.PREFILL in self.stages:
+                    record.rung("prefill-at-decode(short)")
+                async with aclosing(self._attempt(request, encoded, index, prefill, deadline, record)) as chunks:
                     async for chunk in chunks:
                         begun = True
                         yield chunk
                 return
             except StageError as error:
                 if isinstance(error, HandoffLost) and error.stage is Stage.DECODE:
-                    undecoded += Stage.PREFILL in self.stages or not encoded.hashes
+                    undecoded += prefill or not encoded.hashes
                 if undecoded == 2 and request.params.structured_outputs is not None:
                     raise BadRequest(
                         "The structure asked for cannot be decoded: its grammar does not compile, or leaves no token "
@@ -220,10 +223,18 @@ class EPDClient(EngineClient):
         return await first_failure(self._encoders.encode(request, record, first))
 
     async def _attempt(
-        self, request: StageRequest, encoded: Encoded, index: int, deadline: Deadline, record: Trace
+        self,
+        request: StageRequest,
+        encoded: Encoded,
+        index: int,
+        prefill: bool,
+        deadline: Deadline,
+        record: Trace,
     ) -> AsyncGenerator[Chunk]:
-        """One prefill and one decode."""
-        prefilled = await deadline.within(Stage.PREFILL, self._prefill(request, encoded, record))
+        """One prefill, where decode does not do it too, and one decode."""
+        prefilled = None
+        if prefill:
+            prefilled = await deadline.within(Stage.PREFILL, self._prefill(request, encoded, record))
         kv = prefilled.kv_transfer_params if prefilled else None
         params = handoff.decode_params(request.params, kv, encoded.ec_transfer_params, index)
         decode = StageRequest(request.request_id, encoded.prompt, params, request.options)
@@ -265,15 +276,16 @@ class EPDClient(EngineClient):
                     pulled = True
                     yield chunk
 
-    async def _prefill(self, request: StageRequest, encoded: Encoded, record: Trace) -> PrefillReply | None:
-        prefill = self.stages.get(Stage.PREFILL)
-        if prefill is None:
-            return None
+    def _prefills(self, prompt: Prompt) -> bool:
+        """Whether prefill computes this prompt, and not decode."""
+        return Stage.PREFILL in self.stages and len(prompt.token_ids) >= self._config.kv.min_prompt_tokens
+
+    async def _prefill(self, request: StageRequest, encoded: Encoded, record: Trace) -> PrefillReply:
         params = handoff.prefill_params(request.params, encoded.ec_transfer_params)
         call = StageRequest(request.request_id, encoded.prompt, params, request.options)
         began = time.perf_counter()
         with record.span.child("prefill", prompt_tokens=len(encoded.prompt.token_ids)) as span:
-            work = prefill.call("prefill", handoff.traced(call, span.headers))
+            work = self.stages[Stage.PREFILL].call("prefill", handoff.traced(call, span.headers))
             # In a context of its own: Serve would cancel it with the request, and so lose a reply that is on its way.
             task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
             try:

@@ -341,6 +341,9 @@ class KVConfig(Strict):
     )
     buffer_device: Literal["cuda", "cpu", "xpu"] | None = Field(None, description="None: the accelerator's own memory.")
     lease_s: int = Field(30, ge=6, description="Seconds that prefill keeps blocks which nobody pulls.")
+    min_prompt_tokens: int = Field(
+        0, ge=0, description="A shorter prompt is prefilled by decode: its hand-off would cost more than its prefill."
+    )
     module_path: str | None = Field(None, description="Python module of a connector that vLLM does not know.")
     extra_config: dict[str, Any] = Field({}, description="`kv_connector_extra_config`, passed on as it is.")
 

@@ -18,9 +18,10 @@ TIMEOUT_S = 60.0
 REQUEST_ID = "warm-up"
 
 
-async def warm_up(app: ASGIApp, model: str, api_key: str | None, with_image: bool) -> None:
-    """Ask the app for two tokens. Whatever comes of it, a failure too, the replica serves: it is told in the log."""
-    content: list[dict[str, object]] = [{"type": "text", "text": "Hello"}]
+async def warm_up(app: ASGIApp, model: str, api_key: str | None, with_image: bool, tokens: int = 1) -> None:
+    """Ask the app for two tokens about at least ``tokens``. Whatever comes of it, a failure too, the replica serves: it is
+    told in the log."""
+    content: list[dict[str, object]] = [{"type": "text", "text": " ".join(["Hello"] * max(tokens, 1))}]
     if with_image:
         picture = encode_image_url(Image.new("RGB", (224, 224), "grey"))
         content.insert(0, {"type": "image_url", "image_url": {"url": picture}})

@@ -91,28 +91,29 @@ def write_demo_files(folder: Path) -> None:
     vision |= {"window_size": 224, "fullatt_block_indexes": [2]}  # the whole picture is one window
     # A little below 15 and above 16 tokens, so that rounding does not decide.
     pixels = {"min_pixels": 15 * PIXELS_PER_TOKEN, "max_pixels": 33 * PIXELS_PER_TOKEN // 2}
-    write_qwen(folder, vision, preprocessor_config(16) | pixels, layers=3)
+    write_qwen(folder, vision, preprocessor_config(16) | pixels, {"num_hidden_layers": 3})
 
 
 def build_random_model(folder: Path) -> None:
     """Write the model of random weights into `folder`, which exists and is empty."""
-    text, tokenizer = write_qwen(folder, VISION_CONFIG, preprocessor_config(256), layers=2)
+    text, tokenizer = write_qwen(folder, VISION_CONFIG, preprocessor_config(256), {})
     weights = vision_weights(VISION_CONFIG) | text_weights(text, speakable_tokens(tokenizer, also=["<|im_end|>"]))
     write_weights(folder, weights)
 
 
 def write_qwen(
-    folder: Path, vision: Mapping[str, Any], image: Mapping[str, Any], layers: int
+    folder: Path, vision: Mapping[str, Any], image: Mapping[str, Any], language: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Tokenizer]:
-    """Everything but the weights; return the language model's configuration and the tokenizer."""
+    """Everything but the weights, with what ``language`` changes of the language model's configuration; return that and
+    the tokenizer."""
     tokenizer = train_tokenizer(MEDIA_TOKENS)
-    text = text_config("qwen2_5_vl_text", tokenizer) | {"num_hidden_layers": layers}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+    text = text_config("qwen2_5_vl_text", tokenizer) | {"rope_parameters": rope, **language}
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
-        "dtype": "float32",
-        "tie_word_embeddings": False,
+        "dtype": text["dtype"],
+        "tie_word_embeddings": text["tie_word_embeddings"],
         "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
         "vision_end_token_id": tokenizer.token_to_id("<|vision_end|>"),
         "image_token_id": tokenizer.token_to_id("<|image_pad|>"),

@@ -1,7 +1,7 @@
 """Audio through encode → prefill → decode, with a tiny Qwen2-Audio: `audio_url` and `input_audio`.
 
 Its application also has what is configured rarely: a reasoning parser (this model's whole answer is reasoning to it),
-prefill that pushes its blocks, and tracing.
+prefill that pushes its blocks and leaves short prompts to decode, and tracing.
 """
 
 import base64
@@ -39,6 +39,8 @@ CASES: dict[str, Case] = {
     "two sounds": chat(audio_url(3), text("and"), input_audio(4), text("Compare.")),
 }
 STREAMED = "two sounds"
+LONG = 60
+"""Tokens of a prompt that prefill is called for: those with two sounds have as many."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,8 @@ def server(
     collector: SpanCollector,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    args = args | {"kv": {"connector": "NixlPushConnector"}, "tracing": {"endpoint": collector.endpoint}}
+    args = args | {"kv": {"connector": "NixlPushConnector", "min_prompt_tokens": LONG}}
+    args = args | {"tracing": {"endpoint": collector.endpoint}}
     with serve_run(tmp_path_factory.mktemp("audio"), args, env=collector.env) as server:
         yield server
 
@@ -134,10 +137,21 @@ def test_another_sound_gives_other_tokens(audio_baseline: dict[str, Any]) -> Non
 
 
 def test_sounds_came_through_the_ec_connector(server: Server) -> None:
-    assert server.post(*CASES["audio_url"]).status_code == 200
+    for name in CASES:
+        assert server.post(*CASES[name]).status_code == 200
     assert server.metric("epd:ec_items_total", stage="encoder", event="encoded") > 0
-    assert server.metric("epd:ec_items_total", stage="prefill", event="loaded") > 0
-    assert server.metric("epd:ec_items_total", stage="prefill", event="encoded") == 0
+    for stage in ("prefill", "decode"):  # of long prompts, of short ones
+        assert server.metric("epd:ec_items_total", stage=stage, event="loaded") > 0
+        assert server.metric("epd:ec_items_total", stage=stage, event="encoded") == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_short_prompts_are_prefilled_by_decode(server: Server, name: str) -> None:
+    response = server.post(*CASES[name])
+    short = response.json()["usage"]["prompt_tokens"] < LONG
+    assert short == (name != "two sounds")
+    assert response.headers.get("x-epd-rungs") == ("prefill-at-decode(short)" if short else None)
+    assert ("prefill" in response.headers["server-timing"]) != short
 
 
 # ---- what can be seen of a request

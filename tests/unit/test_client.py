@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,6 +53,30 @@ def test_text_needs_no_encoder(make_client: Make) -> None:
     assert pipeline.log == ["prefill", "generate"]
     (call,) = pipeline.prefiller.requests("prefill")
     assert "ec_transfer_params" not in call.params.extra_args
+
+
+@pytest.mark.parametrize(("colours", "log"), [((), ["generate"]), (("red", "blue"), ["encode", "prefill", "generate"])])
+def test_short_prompt_is_prefilled_by_decode(make_client: Make, colours: tuple[str, ...], log: list[str]) -> None:
+    pipeline, token = FakePipeline(), trace.current.set(record := Trace("req"))
+    try:
+        generate(partial(make_client, kv={"min_prompt_tokens": 6}), pipeline, *colours)
+    finally:
+        trace.current.reset(token)
+    assert list(dict.fromkeys(pipeline.log)) == log
+    assert record.rungs == ["prefill-at-decode(short)"] * ("prefill" not in log)
+    assert pipeline.released() == []
+
+
+def test_decode_that_prefills_a_short_prompt_gets_its_embeddings(make_client: Make) -> None:
+    pipeline = FakePipeline()
+    generate(partial(make_client, kv={"min_prompt_tokens": 1000}), pipeline, "red")
+    assert pipeline.log == ["encode", "generate"]
+    (decode,) = pipeline.decoder.requests("generate")
+    (item,) = decode.prompt.items
+    assert set(item.data) == {"image_grid_thw"}
+    assert decode.params.extra_args == {
+        "ec_transfer_params": {item.hash: {"item_indices": [0], "metadata": {"of": item.hash}}}
+    }
 
 
 def test_stages_get_what_the_one_before_gave(make_client: Make) -> None:

@@ -1,0 +1,87 @@
+"""E+P+D and E+PD side by side with one engine, all on one GPU.
+
+``python -m benchmarks.gpu`` serves Qwen2.5-VL-3B with random weights (``model.py``), one system after the other in another
+order every round, with the load of ``benchmarks.bench``, and writes ``benchmarks/results/gpu.json`` and
+``benchmarks/gpu/RESULTS.md``. Where there is no GPU it says so and ends.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import load, report
+from benchmarks.bench import head, visits
+from benchmarks.gpu.model import write_qwen_3b
+from benchmarks.systems import System, ours
+from serve_app.config import EPDConfig, Stage
+from serve_app.placement import Cluster, resolve
+from serve_app.roles import engine_args, model_path, replica_env
+from tests.integration.servers import Server, api_server, kill_all
+
+RESULT = Path(__file__).parents[1] / "results" / "gpu.json"
+PAGE = Path(__file__).parent / "RESULTS.md"
+TOPOLOGIES: dict[str, dict[str, Any]] = {"ours E+P+D": {}, "ours E+PD": {"prefill": None}}
+
+
+def config_of(model: Path, topology: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the application: shares of the card are our own defaults for one card."""
+    engine = {"load_format": "dummy", "max_model_len": 8192, "max_num_seqs": 64}
+    return {"model": str(model), "served_model_name": "demo", "accelerator": "cuda", "engine_args": engine} | topology
+
+
+@contextmanager
+def one_engine(folder: Path, model: Path) -> Iterator[Server]:
+    """vLLM's server with the whole card."""
+    args = config_of(model, {"encoder": None, "prefill": None})
+    config = resolve(EPDConfig.model_validate(args), Cluster(1, os.cpu_count() or 1)).config
+    log = folder / "vllm.log"
+    engine = engine_args(config, Stage.DECODE, model_path(config))
+    try:
+        with api_server(log, engine, replica_env(config, Stage.DECODE)) as server:
+            yield server
+    finally:
+        kill_all(str(log))
+
+
+def systems(model: Path) -> dict[str, System]:
+    def disaggregated(topology: dict[str, Any]) -> System:
+        def start(folder: Path) -> AbstractContextManager[Server]:
+            return ours(folder, config_of(model, topology))
+
+        return start
+
+    found = {name: disaggregated(topology) for name, topology in TOPOLOGIES.items()}
+    return found | {report.ONE: lambda folder: one_engine(folder, model)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="all loads, not only the target's and text")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("No GPU here that PyTorch can use, so nothing was measured: run this on a machine with one NVIDIA GPU.")
+        return
+    cells = load.ALL if options.full else load.QUICK
+    command = "python -m benchmarks.gpu" + " --full" * options.full + f" --rounds {options.rounds}"
+    card = f"with one {torch.cuda.get_device_name()}"
+    document = head(command, cells, card, "Qwen2.5-VL-3B, random weights")
+    with tempfile.TemporaryDirectory(prefix="qwen-") as folder:
+        model = Path(folder)
+        write_qwen_3b(model)
+        for document["visits"] in visits(systems(model), options.rounds, cells, str(model)):
+            RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    PAGE.write_text(report.page(document))
+
+
+if __name__ == "__main__":
+    main()
