@@ -27,7 +27,7 @@ from serve_app.admission import Admission, size_of
 from serve_app.config import EPDConfig, Stage
 from serve_app.encoding import Encoded, EncodeStage, Replies
 from serve_app.engine import from_engine_input
-from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout
+from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout, StageUnavailable
 from serve_app.from_media import FromMedia, ItemProcessor, declared_fields
 from serve_app.guard import GuardedInputProcessor, check_params, guard_renderer
 from serve_app.handoff import Chunk, Media, PrefillReply, Prompt, StageRequest
@@ -177,28 +177,31 @@ class EPDClient(EngineClient):
         """Encode, prefill and decode one choice, again from the start while nothing was sent and a retry may help.
 
         Each attempt has hand-offs of its own: ``kv_transfer_params`` are used once. Where embeddings were lost twice, the
-        next attempt does without encoders. An engine ends a request in the same way whether its KV blocks were lost or its
-        grammar cannot be compiled or followed; where that happens again after a prefill of its own, it is the grammar.
+        next attempt does without encoders; where prefill was not there twice, decode prefills. An engine ends a request in
+        the same way whether its KV blocks were lost or its grammar cannot be compiled or followed; where that happens again
+        after a prefill of its own, it is the grammar.
         """
-        attempt = lost = undecoded = 0
+        attempt = lost = undecoded = unprefilled = 0
         while True:
             attempt += 1
             begun = False
-            prefill = self._prefills(request.prompt)
+            at_decode = self._prefill_at_decode(request.prompt, unprefilled)
+            prefill = Stage.PREFILL in self.stages and at_decode is None
             # An answer that came while the prompt was rendered serves all choices, or the first alone.
             first = attempt == 1 and (index == 0 or self._config.ec.shareable)
             encoded = Encoded(request.prompt, None)
             try:
                 work = self._encode(request, record, first, without_encoders=lost >= 2)
                 encoded = await deadline.within(Stage.ENCODER, work)
-                if not prefill and Stage.PREFILL in self.stages:
-                    record.rung("prefill-at-decode(short)")
+                if at_decode is not None:
+                    record.rung(f"prefill-at-decode({at_decode})")
                 async with aclosing(self._attempt(request, encoded, index, prefill, deadline, record)) as chunks:
                     async for chunk in chunks:
                         begun = True
                         yield chunk
                 return
             except StageError as error:
+                unprefilled += isinstance(error, StageUnavailable) and error.stage is Stage.PREFILL
                 if isinstance(error, HandoffLost) and error.stage is Stage.DECODE:
                     undecoded += prefill or not encoded.hashes
                 if undecoded == 2 and request.params.structured_outputs is not None:
@@ -276,9 +279,13 @@ class EPDClient(EngineClient):
                     pulled = True
                     yield chunk
 
-    def _prefills(self, prompt: Prompt) -> bool:
-        """Whether prefill computes this prompt, and not decode."""
-        return Stage.PREFILL in self.stages and len(prompt.token_ids) >= self._config.kv.min_prompt_tokens
+    def _prefill_at_decode(self, prompt: Prompt, failures: int) -> str | None:
+        """Why decode prefills this prompt where there is a prefill stage; None: prefill does it."""
+        if Stage.PREFILL not in self.stages:
+            return None
+        if len(prompt.token_ids) < self._config.kv.min_prompt_tokens:
+            return "short"
+        return "failed" if failures >= 2 else None
 
     async def _prefill(self, request: StageRequest, encoded: Encoded, record: Trace) -> PrefillReply:
         params = handoff.prefill_params(request.params, encoded.ec_transfer_params)

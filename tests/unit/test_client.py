@@ -232,10 +232,8 @@ def test_trace_knows_who_worked_on_the_request_and_how_much(make_client: Make) -
 
 
 def test_trace_of_a_failure_has_its_error_and_is_decided(make_client: Make) -> None:
-    async def prefill(request: StageRequest) -> PrefillReply:
-        raise StageUnavailable(Stage.PREFILL, "is gone")
-
-    record = traced(make_client, FakePipeline(prefill=prefill), "red")
+    gone = StageUnavailable(Stage.DECODE, "is gone")
+    record = traced(make_client, FakePipeline(fails={"generate": [gone] * 9}), "red")
     assert isinstance(record.error, GracefulHTTPError)
     assert record.decided.is_set()
     assert record.first_token is None

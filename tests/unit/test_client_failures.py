@@ -111,7 +111,6 @@ def test_encoder_that_names_another_item_is_not_believed(make_client: Make) -> N
 @pytest.mark.parametrize(
     ("error", "kind", "log"),
     [
-        (PREFILL_GONE, GracefulHTTPError, ["encode", "prefill", "prefill", "prefill"]),
         (PREFILL_LOST, GracefulHTTPError, ["encode", "prefill", "encode", "prefill", "prefill"]),
         (StageTimeout(Stage.PREFILL, "did not answer"), GracefulHTTPError, ["encode", "prefill"]),
         (BadRequest("no such thing"), VLLMValidationError, ["encode", "prefill"]),
@@ -126,6 +125,14 @@ def test_failing_prefill_leaves_nothing_to_release(
         generate(make_client, pipeline, "red")
     assert str(caught.value) == str(error)
     assert pipeline.log == log
+
+
+def test_prefill_and_decode_that_are_both_gone_are_an_error(make_client: Make) -> None:
+    pipeline = FakePipeline(fails={"prefill": [PREFILL_GONE] * 9, "generate": [DECODE_GONE] * 9})
+    with pytest.raises(GracefulHTTPError) as caught:
+        generate(make_client, pipeline, "red")
+    assert str(caught.value) == str(DECODE_GONE)
+    assert pipeline.log == ["encode", "prefill", "prefill", "generate"]
 
 
 @pytest.mark.parametrize(
@@ -244,6 +251,19 @@ def test_lost_prefill_is_made_again_and_the_client_sees_nothing_of_it(make_clien
     assert record.rungs == ["prefill-again"]
     assert record.error is None
     assert " rungs=prefill-again" in record.line(200)
+
+
+@pytest.mark.parametrize("without", [(), (Stage.ENCODER,)])
+def test_prompt_that_prefill_lost_twice_is_prefilled_by_decode(make_client: Make, without: tuple[Stage, ...]) -> None:
+    pipeline = FakePipeline(without, fails={"prefill": [PREFILL_GONE] * 9})
+    outputs, record = traced(make_client, pipeline, "red")
+    assert texts(outputs) == ["a", "b"]
+    assert pipeline.log == ["encode"] * (not without) + ["prefill", "prefill", "generate"]
+    assert record.rungs == ["prefill-again", "prefill-again", "prefill-at-decode(failed)"]
+    (decode,) = pipeline.decoder.requests("generate")
+    assert "kv_transfer_params" not in (decode.params.extra_args or {})
+    assert pixels(decode) == [bool(without)]
+    assert (pipeline.released(), record.error) == ([], None)
 
 
 @pytest.mark.parametrize("error", [DECODE_GONE, DECODE_LOST], ids=lambda error: type(error).__name__)
@@ -403,7 +423,7 @@ def test_deadline_is_for_all_attempts_together(make_client: Make) -> None:
     async def main() -> tuple[float, int]:
         async def prefill(request: StageRequest) -> PrefillReply:
             await asyncio.sleep(0.1)
-            raise PREFILL_GONE
+            raise PREFILL_LOST
 
         pipeline = FakePipeline(prefill=prefill)
         retry = {"attempts": 100, "floor_per_s": 1000, "backoff_s": 0}
