@@ -42,7 +42,6 @@ SLOS = {"routing": SLO(5.0, 0.05), "scale": SLO(5.0, 0.05), "burst": SLO(3.0, 0.
 CARDS = 12
 FULL = 0.7
 """Share of what its cards could do that a stage is loaded with."""
-TARGET_QUEUE_S = 5.0
 PLAIN_TARGET = 2.0
 """Calls per encoder or prefill replica that plain autoscaling aims at: Ray's default."""
 DELAYS = {"upscale_delay_s": 10.0, "downscale_delay_s": 300.0}
@@ -85,13 +84,10 @@ def both(one: Mapping[Stage, float], share: float, other: Mapping[Stage, float])
 def by_work(
     most: int, running: float | None, encoders: int = 1, given_up_s: float = DELAYS["downscale_delay_s"]
 ) -> dict[Stage, AutoscalingConfig]:
-    """Production's policies, as ``serve_config.yaml`` names them; ``running``: sequences per decode replica, by hand."""
+    """Production's policies with their defaults; ``running``: sequences per decode replica, by hand."""
 
     def scaled(policy: str, least: int, **more: Any) -> AutoscalingConfig:
-        named = {
-            "policy_function": f"serve_app.autoscaling:{policy}",
-            "policy_kwargs": {"target_queue_s": TARGET_QUEUE_S} | more,
-        }
+        named = {"policy_function": f"serve_app.autoscaling:{policy}", "policy_kwargs": more}
         delays = DELAYS | {"downscale_delay_s": given_up_s}
         return AutoscalingConfig(min_replicas=least, max_replicas=most, policy=named, **delays)
 
@@ -157,8 +153,8 @@ def scale(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, floa
         "static, equal": Strategy("", dict.fromkeys(Stage, job.size)),
         "static, split for this traffic": Strategy("", split(need, cards)),
         "static, split for text": Strategy("", split(both(alone(times, TEXT), 0.1, need), cards)),
-        "by work (ours)": Strategy("", dict.fromkeys(Stage, few), by_work(cards, running), float(cards)),
-        "by work, decode by its slots": Strategy("", dict.fromkeys(Stage, few), by_work(cards, None), float(cards)),
+        "by work (ours)": Strategy("", dict.fromkeys(Stage, few), by_work(cards, None), float(cards)),
+        "by work, decode by hand": Strategy("", dict.fromkeys(Stage, few), by_work(cards, running), float(cards)),
         "by requests (Ray's)": Strategy("", dict.fromkeys(Stage, few), by_requests(cards, running)),
     }[job.strategy]
     return traffic, strategy, Shape(ingresses=ceil(job.size / 2), cards=cards, two_choices_for_encoders=True), 0.0
@@ -201,16 +197,16 @@ def mixed_strategy(
         "static, equal": Strategy("", dict.fromkeys(Stage, cards // 3)),
         "static, split for the images": Strategy("", split(mixed, cards)),
         "static, split for text": Strategy("", split(text, cards)),
-        "by work (ours)": Strategy("", start, by_work(cards, running, encoders), float(cards)),
-        "by work, decode by its slots": Strategy("", start, by_work(cards, None, encoders), float(cards)),
-        "by work, given up after 60 s": Strategy("", start, by_work(cards, running, encoders, SOON_S), float(cards)),
+        "by work (ours)": Strategy("", start, by_work(cards, None, encoders), float(cards)),
+        "by work, decode by hand": Strategy("", start, by_work(cards, running, encoders), float(cards)),
+        "by work, given up after 60 s": Strategy("", start, by_work(cards, None, encoders, SOON_S), float(cards)),
         "by requests (Ray's)": Strategy("", start, by_requests(cards, running, encoders)),
     }[job.strategy]
 
 
 EXPERIMENTS = {"routing": routing, "scale": scale, "burst": burst, "day": day}
 STATIC = ("static, equal", "static, split for text")
-SCALED = ("by work (ours)", "by work, decode by its slots", "by requests (Ray's)")
+SCALED = ("by work (ours)", "by work, decode by hand", "by requests (Ray's)")
 STRATEGIES = {
     "routing": ("rank", "rank, few ingress replicas", "two choices"),
     "scale": (*STATIC, "static, split for this traffic", *SCALED),

@@ -1,8 +1,9 @@
 """Which encoder replica gets an item: the one that had it before while its load allows, else the one with least work.
 
 Load is counted in embeddings (visual or audio tokens), not in calls: an item of a 4K image is the work of a hundred
-thumbnails. ``rank`` is the rule; ``LeastCostRouter`` is its place in Ray Serve, in each ingress replica, which sees its own
-calls only. The rule is consistent hashing with bounded loads (Mirrokni et al., 2016), with rendezvous hashing.
+thumbnails. ``rank`` and ``tiers`` are the rule; ``LeastCostRouter`` is its place in Ray Serve, in each ingress replica,
+which sees its own calls only. The rule is consistent hashing with bounded loads (Mirrokni et al., 2016), with rendezvous
+hashing.
 """
 
 import hashlib
@@ -33,6 +34,17 @@ def rank(key: str, cost: float, loads: Mapping[str, float], headroom: float) -> 
         by_load.remove(home)
         by_load.insert(0, home)
     return by_load
+
+
+def tiers(order: Sequence[str], loads: Mapping[str, float]) -> list[list[str]]:
+    """The order of ``rank``, its first two together where they have the same load.
+
+    An ingress replica among many has few calls under way, and so knows nothing of most encoders. Of two that it cannot
+    tell apart the one with the shorter queue is to be taken: the power of two choices, for an item always the same two.
+    """
+    equal = len(order) > 1 and loads[order[1]] == loads[order[0]]
+    first = [list(order[:2])] if equal else []
+    return first + [[replica] for replica in order[2 * equal :]]
 
 
 def work_of(request: StageRequest | MediaRequest) -> tuple[str, int]:
@@ -98,9 +110,11 @@ class LeastCostRouter(RequestRouter):
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         call = pending_request.metadata.internal_request_id
         self._loads.answered(call)  # an earlier choice for the same call that a replica rejected
-        order = rank(key, cost, self._loads.of(list(replicas), now), self._headroom)
+        loads = self._loads.of(list(replicas), now)
+        order = rank(key, cost, loads, self._headroom)
         self._loads.chosen(call, order[0], cost, now)
-        return [[replicas[replica]] for replica in order]
+        # Of a tier Ray takes the replica with the shortest queue, of equal ones the first.
+        return [[replicas[replica] for replica in tier] for tier in tiers(order, loads)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._loads.sent(pending_request.metadata.internal_request_id, replica_id.unique_id)

@@ -28,15 +28,21 @@ class Targets(BaseModel):
 
     target_queue_s: float = Field(1.0, gt=0, description="Longest time that new work should wait in this stage.")
     max_utilization: float = Field(
-        0.7, gt=0, le=1, description="Share of their rate that fewer replicas may be used at, before one goes."
+        0.5, gt=0, le=1, description="Share of their rate that fewer replicas may be used at, before one goes."
     )
 
 
 class DecodeTargets(Targets):
+    max_utilization: float = Field(0.7, gt=0, le=1, description="The same share, of ``target_running``.")
     target_running: float | None = Field(
-        None, gt=0, description="Sequences that a replica runs at a time. None: as many as its engine can."
+        None, gt=0, description="Sequences that a replica runs at a time. None: a quarter of those that its engine can."
     )
     target_kv_use: float = Field(0.8, gt=0, le=1, description="Share of its KV cache that a replica uses.")
+
+
+FULL_SLOTS = 0.25
+"""Of an engine's slots, where no number of sequences is named. Not all: sequences are decoded faster where few run, so while
+many replicas share them there are few at a time, and their number says too little of what fewer replicas would hold."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def replicas_for_work(load: Load, current: int, targets: Targets) -> float | Non
 
 def replicas_for_sequences(load: DecodeLoad, current: int, targets: DecodeTargets) -> float | None:
     """Replicas of a decode stage: it is full when its batch or its KV cache is; what is above its batch waits."""
-    full = targets.target_running or load.slots
+    full = targets.target_running or FULL_SLOTS * load.slots
     if not full:
         return None
     sequences = load.calls + load.queued_calls

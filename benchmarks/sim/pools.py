@@ -1,7 +1,8 @@
 """The replicas of a stage: which of them gets a call, and how they come and go.
 
-Encoders are chosen by production's ``rank`` over production's ``Loads``, one per ingress replica, as ``LeastCostRouter``
-does; ``TwoChoices`` is Ray Serve's own rule (``PowerOfTwoChoicesRequestRouter``), for the other stages and to compare.
+Encoders are chosen by production's ``rank`` and ``tiers`` over production's ``Loads``, one per ingress replica, as
+``LeastCostRouter`` does; ``TwoChoices`` is Ray Serve's own rule (``PowerOfTwoChoicesRequestRouter``), for the other stages
+and to compare.
 """
 
 import random
@@ -57,13 +58,14 @@ class LeastCost:
         if not pool.running:
             return None
         now = self._loop.now
-        order = balance.rank(call.key, call.work, self._loads.of(pool.names, now), self._headroom)
-        for name in order:
-            replica = pool.by_name[name]
-            if replica.ongoing < pool.max_ongoing:
+        loads = self._loads.of(pool.names, now)
+        for tier in balance.tiers(balance.rank(call.key, call.work, loads, self._headroom), loads):
+            open_ = [name for name in tier if pool.by_name[name].ongoing < pool.max_ongoing]
+            if open_:
+                name = min(open_, key=lambda name: pool.by_name[name].ongoing)
                 self._loads.chosen(call.key, name, call.work, now)
                 self._loads.sent(call.key, name)
-                return replica
+                return pool.by_name[name]
         return None
 
     def answered(self, call: Call) -> None:

@@ -39,7 +39,7 @@ CASES: dict[str, Case] = {
     "two sounds": chat(audio_url(3), text("and"), input_audio(4), text("Compare.")),
 }
 STREAMED = "two sounds"
-LONG = 60
+LONG = 80
 """Tokens of a prompt that prefill is called for: those with two sounds have as many."""
 
 

@@ -111,7 +111,7 @@ def test_a_stage_without_work_goes_to_zero_and_comes_back_for_one_call() -> None
 
 
 def test_decode_goes_by_sequences_and_cache() -> None:
-    full = {"calls": 48, "mean_work": 1, "rate": 0, "slots": 32, "kv_use": 0.3}
+    full = {"calls": 12, "mean_work": 1, "rate": 0, "slots": 32, "kv_use": 0.3}
     assert decide(context(full, name="Decode", policy=DECODE)) == 2
     assert decide(context({**full, "calls": 3, "kv_use": 0.95}, name="Decode", policy=DECODE)) == 2
     assert decide(context({**full, "calls": 3}, name="Decode", policy=DECODE)) == 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import RequestRouterConfig
 
-from serve_app.balance import FORGET_UNROUTED_S, LeastCostRouter, Loads, rank
+from serve_app.balance import FORGET_UNROUTED_S, LeastCostRouter, Loads, rank, tiers
 from serve_app.config import Stage
 from serve_app.handoff import Item, Prompt, StageRequest
 from serve_app.routing import StageHandle, encoder_routers
@@ -72,6 +72,20 @@ def test_rank_names_every_replica_once_and_bounds_the_first(
     assert loads[order[0]] == min(loads.values()) or loads[order[0]] + cost <= max(headroom * mean, cost) + 1e-6
 
 
+def test_two_replicas_of_which_no_difference_is_known_are_left_to_their_queues() -> None:
+    order = rank("item", 10, idle(), 1.25)
+    assert tiers(order, idle()) == [order[:2], *([replica] for replica in order[2:])]
+    for loaded in order[:2]:
+        assert tiers(order, idle() | {loaded: 1.0}) == [[replica] for replica in order]
+    assert tiers(["a"], idle("a")) == [["a"]]
+
+
+def test_ray_is_given_the_two_together(router: LeastCostRouter) -> None:
+    replicas = [Replica(name) for name in REPLICAS]
+    ranks = asyncio.run(router.choose_replicas(replicas, pending("call", "item", 10)))
+    assert [len(tier) for tier in ranks] == [2, 1, 1]
+
+
 def test_loads_count_from_the_choice_to_the_answer() -> None:
     loads = Loads()
     loads.chosen("call 1", "a", 5, now=0)
@@ -113,7 +127,7 @@ def router() -> LeastCostRouter:
 
 def choose(router: LeastCostRouter, request: Any, replicas: list[Replica]) -> list[str]:
     ranks = asyncio.run(router.choose_replicas(replicas, request))
-    return [replica.replica_id.unique_id for (replica,) in ranks]
+    return [replica.replica_id.unique_id for tier in ranks for replica in tier]
 
 
 def test_items_of_one_request_are_chosen_for_with_each_other_in_mind(router: LeastCostRouter) -> None:

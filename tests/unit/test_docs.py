@@ -123,7 +123,7 @@ def test_the_table_of_targets_has_every_key_with_its_default() -> None:
     assert table
     rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| (`DecodePolicy` only)?", table[0], re.MULTILINE)
 
-    assert {key: default for key, default, _ in rows} == config_keys(DecodeTargets)
+    assert {key: default for key, default, _ in rows} == config_keys(DecodeTargets) | config_keys(Targets)
     assert [key for key, _, only_decode in rows if not only_decode] == list(config_keys(Targets))
 
 

@@ -116,18 +116,23 @@ def test_random_arrivals_do_not_make_replicas_go_up_and_down(arriving: float) ->
 
 
 def test_decode_grows_when_its_batch_or_its_cache_is_full() -> None:
-    targets = DecodeTargets()
+    targets = DecodeTargets(target_running=32)
     assert replicas_for_sequences(replace(QUIET, calls=32), 1, targets) == 1
     assert replicas_for_sequences(replace(QUIET, calls=48), 1, targets) == pytest.approx(
         2.6
     )  # 16 wait, 10 a second end
     assert replicas_for_sequences(replace(QUIET, calls=48, rate=None), 1, targets) == pytest.approx(1.5)
     assert replicas_for_sequences(replace(QUIET, calls=8, kv_use=1.0), 1, targets) == pytest.approx(1 / 0.8)
-    assert replicas_for_sequences(replace(QUIET, calls=24), 1, DecodeTargets(target_running=8)) == pytest.approx(3)
+    assert replicas_for_sequences(replace(QUIET, calls=24), 1, DecodeTargets(target_running=6)) == pytest.approx(4)
+
+
+def test_decode_is_full_with_a_quarter_of_its_slots_where_no_number_is_named() -> None:
+    assert replicas_for_sequences(replace(QUIET, calls=8), 1, DecodeTargets()) == 1
+    assert replicas_for_sequences(replace(QUIET, calls=24), 1, DecodeTargets()) == pytest.approx(3)
 
 
 def test_decode_shrinks_when_the_others_have_room_to_spare() -> None:
-    targets = DecodeTargets()
+    targets = DecodeTargets(target_running=32)
     assert replicas_for_sequences(replace(QUIET, calls=30), 2, targets) == 2
     assert ceil(replicas_for_sequences(replace(QUIET, calls=20), 2, targets) or 0) == 1
     assert replicas_for_sequences(replace(QUIET, calls=20, kv_use=0.6), 2, targets) == 2
