@@ -15,6 +15,7 @@ from serve_app.config import EPDConfig, Stage, StageConfig
 from serve_app.placement import Cluster, resolve
 from serve_app.scaling import DecodeTargets, Targets
 from serve_app.trace import Trace
+from tests.integration.servers import RAY_ENV
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -125,6 +126,12 @@ def test_the_table_of_targets_has_every_key_with_its_default() -> None:
 
     assert {key: default for key, default, _ in rows} == config_keys(DecodeTargets) | config_keys(Targets)
     assert [key for key, _, only_decode in rows if not only_decode] == list(config_keys(Targets))
+
+
+@pytest.mark.parametrize("name", ["Makefile", "k8s/Dockerfile", "README.md"])
+def test_rays_variables_are_those_that_the_tests_run_with(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert [f"{key}={value}" for key, value in RAY_ENV.items() if f"{key}={value}" not in text] == []
 
 
 # ---- from the reference
