@@ -173,10 +173,12 @@ def serve_config(
     args: dict[str, Any],
     deployments: dict[str, dict[str, Any]] | None,
     import_path: str = APP,
+    application: dict[str, Any] | None = None,
     **more: Any,
 ) -> Path:
-    """A Serve config of our application; ``deployments``: Ray's options by name, ``more``: those of Serve itself."""
-    application = {
+    """A Serve config of our application; ``deployments``: Ray's options by name, ``application``: its own besides these,
+    ``more``: those of Serve itself."""
+    application = (application or {}) | {
         "name": "epd",
         "route_prefix": "/",
         "import_path": import_path,
@@ -196,6 +198,7 @@ def serve_run(
     deployments: dict[str, dict[str, Any]] | None = None,
     env: dict[str, str] | None = None,
     import_path: str = APP,
+    application: dict[str, Any] | None = None,
 ) -> Iterator[Server]:
     """Our application by `serve run`, as a user starts it; Ctrl-C at the end, and then no process, temporary file or
     shared memory of it may be left."""
@@ -203,7 +206,7 @@ def serve_run(
     args = {"api": API, "ec": {"storage_path": str(folder / "ec")}} | args
     if args.get("encoder", True) is None:
         del args["ec"]
-    path = serve_config(folder, port, args, deployments, import_path)
+    path = serve_config(folder, port, args, deployments, import_path, application)
     log = folder / "serve.log"
     serve = str(Path(sys.executable).with_name("serve"))
     temp = tempfile.mkdtemp(prefix="epd-")  # a short path: sockets allow 107 bytes

@@ -1,9 +1,15 @@
 """Each stage is scaled by its own work, by real engines and Ray Serve's controller; no request is lost on the way."""
 
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import requests
 
 from benchmarks.autoscale import Driver, Phase, changes, decisions, deployments, look, request, run
 from serve_app.config import Stage
+from tests.integration.cases import chat, text
 from tests.integration.servers import Server, serve_run
 
 PHASES = [
@@ -41,5 +47,39 @@ def test_without_an_encoder_images_are_answered_at_once_and_wake_one_that_goes_a
         assert rungs(2) == {"encode-at-prefill(no encoder)"}
 
 
+def test_stages_together_take_no_more_cards_than_there_are(tmp_path: Path) -> None:
+    """Real controller and replicas, engines that do nothing, cards in Ray's books only. Decode wishes for six of four."""
+    options = deployments()
+    scaling = options["Decode"]["autoscaling_config"]
+    scaling |= {"max_replicas": 6, "downscale_delay_s": 5.0}
+    scaling["policy"]["policy_kwargs"] = {"target_running": 2}
+    args = {"accelerator": "cpu"} | {stage: {"gpus_per_replica": 1} for stage in Stage}
+    env = {"RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": 4, "CPU": 16})}
+    shared = {"autoscaling_policy": {"policy_function": "serve_app.autoscaling:SharedGPUs"}}
+    path, body = chat(text("Hello"), max_tokens=300, ignore_eos=True)  # 3 s
+    ended = threading.Event()
+
+    def ask() -> list[int]:
+        codes = []
+        while not ended.is_set():
+            codes.append(requests.post(server.url + path, json=body, timeout=60).status_code)
+        return codes
+
+    with serve_run(tmp_path, args, options, env, "benchmarks.null_engine:build_app", shared) as server:
+        with ThreadPoolExecutor(12) as pool:
+            asking = [pool.submit(ask) for _ in range(12)]
+            try:
+                server.wait_until(lambda: decodes(server) == 2, "a second replica of decode", 90)
+            finally:
+                ended.set()
+        server.wait_until(lambda: decodes(server) == 1, "decode to give its card back", 90)
+        assert decisions(server) == [("Decode", 1, 2), ("Decode", 2, 1)]
+    assert {code for each in asking for code in each.result()} == {200}
+
+
 def encoders(server: Server) -> int:
     return look(Driver(server), 0.0).replicas[Stage.ENCODER]
+
+
+def decodes(server: Server) -> int:
+    return look(Driver(server), 0.0).replicas[Stage.DECODE]
