@@ -2,13 +2,14 @@
 
 ``python -m benchmarks.bench`` starts one system after the other, in another order every round, puts the same requests to
 each, and writes ``benchmarks/results/bench.json``, ``benchmarks/RESULTS.md`` and plots. ``--quick``: only the load that the
-targets are set for, and text. A full run takes hours.
+targets are set for, and text. A full run takes hours; ``--add`` adds rounds to what is there.
 """
 
 import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -66,15 +67,13 @@ def visit(name: str, start: System, round_: int, cells: list[load.Cell], tokeniz
 
 
 def visits(
-    systems: Mapping[str, System], rounds: int, cells: list[load.Cell], tokenizer: str
-) -> Iterator[list[dict[str, Any]]]:
-    """All visits so far, after each: a run takes hours, and what there is can be kept."""
-    so_far = []
-    for round_ in range(rounds):
+    systems: Mapping[str, System], rounds: range, cells: list[load.Cell], tokenizer: str
+) -> Iterator[dict[str, Any]]:
+    for round_ in rounds:
         for name in order(list(systems), round_):
-            so_far.append(found := visit(name, systems[name], round_, cells, tokenizer))
+            found = visit(name, systems[name], round_, cells, tokenizer)
             print(f"round {round_ + 1}, {name}: {found.get('error') or summary(found)}", flush=True)
-            yield so_far
+            yield found
 
 
 def seeds_of(round_: int) -> Iterator[int]:
@@ -90,6 +89,7 @@ def head(command: str, cells: list[load.Cell], hardware: str, model: str) -> dic
         "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
         "workload": {"image_size": load.IMAGE_SIZE, "text_tokens": load.TEXT_TOKENS, "cells": len(cells)},
         "seeds": "1000 × round + number of the run, the same for every system",
+        "visits": [],
     }
 
 
@@ -104,17 +104,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the target's load and text")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--add", action="store_true", help="keep the rounds of the last run")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM")
     parser.add_argument("--report", action="store_true", help="write the report of the last run again")
     options = parser.parse_args()
     if not options.report:
         cells = load.QUICK if options.quick else load.ALL
-        command = "python -m benchmarks.bench" + " --quick" * options.quick + f" --rounds {options.rounds}"
-        document = head(command, cells, "without a GPU", "demo-random")
+        document = head(" ".join(["python -m benchmarks.bench", *sys.argv[1:]]), cells, "without a GPU", "demo-random")
+        begun = 0
+        if options.add:
+            last = json.loads(RESULT.read_text())
+            document |= {"command": f"{last['command']}; {document['command']}", "visits": last["visits"]}
+            begun = 1 + max(found["round"] for found in last["visits"])
         systems = {name: SYSTEMS[name] for name in options.systems}
         tokenizer = str(ensure_demo_model(name="demo-random"))
-        for document["visits"] in visits(systems, options.rounds, cells, tokenizer):
-            RESULT.write_text(json.dumps(document, indent=1) + "\n")
+        for found in visits(systems, range(begun, begun + options.rounds), cells, tokenizer):
+            document["visits"].append(found)
+            RESULT.write_text(json.dumps(document, indent=1) + "\n")  # each time: what there is can be kept
     report.write(json.loads(RESULT.read_text()))
 
 

@@ -235,7 +235,11 @@ def page(document: Document) -> str:
     parts += [f"## CPU-ms per request\n\n{TARGET.name}\n", cpu_table(document, systems, TARGET)]
     for cell in cells:
         header = ["system", *(metric.title for metric in METRICS), "failed", "answers as one engine's"]
-        parts += [f"## {cell.name}\n", table(header, cell_rows(document, systems, cell))]
+        rounds = len({round_ for system in systems for round_ in runs(document, system, cell)})
+        parts += [
+            f"## {cell.name} ({rounds} round{'s' * (rounds != 1)})\n",
+            table(header, cell_rows(document, systems, cell)),
+        ]
         if rows := ratio_rows(document, systems, cell):
             parts.append(table(["ratio", *(metric.title for metric in COMPARED)], rows))
     errors = [f"- round {each['round'] + 1}, {each['system']}: {each['error']}" for each in visits if "error" in each]
@@ -269,7 +273,7 @@ def plot(document: Document) -> None:
         known = [(cell.at_a_time, spread) for cell, spread in found if spread is not None]
         errors = [[s.median - s.least for _, s in known], [s.most - s.median for _, s in known]]
         axis.errorbar(
-            [n for n, _ in known], [s.median for _, s in known], yerr=errors, marker="o", capsize=3, label=system
+            [n or 0 for n, _ in known], [s.median for _, s in known], yerr=errors, marker="o", capsize=3, label=system
         )
     axis.set(xscale="log", yscale="log", xlabel="requests at a time", ylabel=TTFT[0].title, title=TARGET.kind)
     axis.set_xticks([1, 8, 32], ["1", "8", "32"])

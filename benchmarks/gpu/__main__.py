@@ -78,7 +78,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qwen-") as folder:
         model = Path(folder)
         write_qwen_3b(model)
-        for document["visits"] in visits(systems(model), options.rounds, cells, str(model)):
+        for found in visits(systems(model), range(options.rounds), cells, str(model)):
+            document["visits"].append(found)
             RESULT.write_text(json.dumps(document, indent=1) + "\n")
     PAGE.write_text(report.page(document))
 
