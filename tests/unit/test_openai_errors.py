@@ -82,12 +82,12 @@ def test_unknown_routes_and_methods_have_openais_error(make_api: MakeAPI) -> Non
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_stream_that_fails_before_its_first_token_has_the_failures_status(make_api: MakeAPI, path: str) -> None:
-    gone = StageUnavailable(Stage.PREFILL, "is gone")
-    api = make_api(FakePipeline(fails={"prefill": [gone] * 9}).stages)
+    gone = StageUnavailable(Stage.DECODE, "is gone")
+    api = make_api(FakePipeline(fails={"generate": [gone] * 9}).stages)
     answer = api.post(path, json=BODIES[path] | {"stream": True})
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"
-    assert error_of(path, answer.json())["message"] == "The prefill stage is gone"
+    assert error_of(path, answer.json())["message"] == "The decode stage is gone"
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -139,7 +139,7 @@ def test_failed_call_is_an_error_and_the_rung_that_follows_is_told(make_client: 
 
 
 def test_failure_of_the_request_is_the_error_of_its_span(make_client: Make, spans: Spans) -> None:
-    serve(make_client, FakePipeline(fails={"prefill": [StageUnavailable(Stage.PREFILL, "is gone")] * 9}), spans)
+    serve(make_client, FakePipeline(fails={"generate": [StageUnavailable(Stage.DECODE, "is gone")] * 9}), spans)
     root = spans.one("POST /v1/chat/completions")
     assert root.status.status_code is StatusCode.ERROR and "is gone" in str(root.status.description)
 
