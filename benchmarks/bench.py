@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -66,14 +67,20 @@ def visit(name: str, start: System, round_: int, cells: list[load.Cell], tokeniz
     return found
 
 
-def visits(
-    systems: Mapping[str, System], rounds: range, cells: list[load.Cell], tokenizer: str
-) -> Iterator[dict[str, Any]]:
+def visit_all(
+    document: dict[str, Any],
+    result: Path,
+    systems: Mapping[str, System],
+    rounds: range,
+    cells: list[load.Cell],
+    tokenizer: str,
+) -> None:
+    """Every system in every round, added to the document, which is written each time: what there is can be kept."""
     for round_ in rounds:
         for name in order(list(systems), round_):
-            found = visit(name, systems[name], round_, cells, tokenizer)
+            document["visits"].append(found := visit(name, systems[name], round_, cells, tokenizer))
+            result.write_text(json.dumps(document, indent=1) + "\n")
             print(f"round {round_ + 1}, {name}: {found.get('error') or summary(found)}", flush=True)
-            yield found
 
 
 def seeds_of(round_: int) -> Iterator[int]:
@@ -81,10 +88,10 @@ def seeds_of(round_: int) -> Iterator[int]:
     return iter(range(1000 * round_ + 1, 1000 * (round_ + 1)))
 
 
-def head(command: str, cells: list[load.Cell], hardware: str, model: str) -> dict[str, Any]:
+def head(module: str, cells: list[load.Cell], hardware: str, model: str) -> dict[str, Any]:
     """What a report says of its runs before them. ``hardware``: besides the CPU's cores."""
     return {
-        "command": command,
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "hardware": hardware, "model": model},
         "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
         "workload": {"image_size": load.IMAGE_SIZE, "text_tokens": load.TEXT_TOKENS, "cells": len(cells)},
@@ -110,7 +117,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.report:
         cells = load.QUICK if options.quick else load.ALL
-        document = head(" ".join(["python -m benchmarks.bench", *sys.argv[1:]]), cells, "without a GPU", "demo-random")
+        document = head("benchmarks.bench", cells, "without a GPU", "demo-random")
         begun = 0
         if options.add:
             last = json.loads(RESULT.read_text())
@@ -118,9 +125,7 @@ def main() -> None:
             begun = 1 + max(found["round"] for found in last["visits"])
         systems = {name: SYSTEMS[name] for name in options.systems}
         tokenizer = str(ensure_demo_model(name="demo-random"))
-        for found in visits(systems, range(begun, begun + options.rounds), cells, tokenizer):
-            document["visits"].append(found)
-            RESULT.write_text(json.dumps(document, indent=1) + "\n")  # each time: what there is can be kept
+        visit_all(document, RESULT, systems, range(begun, begun + options.rounds), cells, tokenizer)
     report.write(json.loads(RESULT.read_text()))
 
 

@@ -6,24 +6,21 @@ order every round, with the load of ``benchmarks.bench``, and writes ``benchmark
 """
 
 import argparse
-import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import load, report
-from benchmarks.bench import head, visits
+from benchmarks.bench import head, visit_all
 from benchmarks.gpu.model import write_qwen_3b
 from benchmarks.systems import System, ours
-from serve_app.config import EPDConfig, Stage
+from serve_app.config import EPDConfig
 from serve_app.placement import Cluster, resolve
-from serve_app.roles import engine_args, model_path, replica_env
-from tests.integration.servers import Server, api_server, kill_all
+from tests.integration.servers import Server, engine_server
 
 RESULT = Path(__file__).parents[1] / "results" / "gpu.json"
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -36,18 +33,10 @@ def config_of(model: Path, topology: dict[str, Any]) -> dict[str, Any]:
     return {"model": str(model), "served_model_name": "demo", "accelerator": "cuda", "engine_args": engine} | topology
 
 
-@contextmanager
-def one_engine(folder: Path, model: Path) -> Iterator[Server]:
+def one_engine(folder: Path, model: Path) -> AbstractContextManager[Server]:
     """vLLM's server with the whole card."""
     args = config_of(model, {"encoder": None, "prefill": None})
-    config = resolve(EPDConfig.model_validate(args), Cluster(1, os.cpu_count() or 1)).config
-    log = folder / "vllm.log"
-    engine = engine_args(config, Stage.DECODE, model_path(config))
-    try:
-        with api_server(log, engine, replica_env(config, Stage.DECODE)) as server:
-            yield server
-    finally:
-        kill_all(str(log))
+    return engine_server(folder, resolve(EPDConfig.model_validate(args), Cluster(1, os.cpu_count() or 1)).config)
 
 
 def systems(model: Path) -> dict[str, System]:
@@ -72,15 +61,12 @@ def main() -> None:
         print("No GPU here that PyTorch can use, so nothing was measured: run this on a machine with one NVIDIA GPU.")
         return
     cells = load.ALL if options.full else load.QUICK
-    command = "python -m benchmarks.gpu" + " --full" * options.full + f" --rounds {options.rounds}"
     card = f"with one {torch.cuda.get_device_name()}"
-    document = head(command, cells, card, "Qwen2.5-VL-3B, random weights")
+    document = head("benchmarks.gpu", cells, card, "Qwen2.5-VL-3B, random weights")
     with tempfile.TemporaryDirectory(prefix="qwen-") as folder:
         model = Path(folder)
         write_qwen_3b(model)
-        for found in visits(systems(model), range(options.rounds), cells, str(model)):
-            document["visits"].append(found)
-            RESULT.write_text(json.dumps(document, indent=1) + "\n")
+        visit_all(document, RESULT, systems(model), range(options.rounds), cells, str(model))
     PAGE.write_text(report.page(document))
 
 

@@ -248,7 +248,13 @@ def serve_deploy(
 @contextlib.contextmanager
 def vllm_server(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
     """One `AsyncLLM` behind vLLM's own API server, with the engine arguments of our decode stage."""
-    config = cpu_config(args | {"encoder": None, "prefill": None})
+    with engine_server(folder, cpu_config(args | {"encoder": None, "prefill": None})) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def engine_server(folder: Path, config: EPDConfig) -> Iterator[Server]:
+    """The decode engine of a resolved config behind vLLM's own API server."""
     engine = engine_args(config, Stage.DECODE, model_path(config)) | API
     log = folder / "vllm.log"
     try:

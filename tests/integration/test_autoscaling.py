@@ -39,11 +39,11 @@ def test_without_an_encoder_images_are_answered_at_once_and_wake_one_that_goes_a
         return set(filter(None, answer.headers.get("x-epd-rungs", "").split(",")))
 
     with serve_run(tmp_path, {}, deployments(encoders_at_rest=0)) as server:
-        assert encoders(server) == 0
+        assert replicas(server, Stage.ENCODER) == 0
         assert rungs(0) == {"encode-at-prefill(no encoder)"}
-        server.wait_until(lambda: encoders(server) == 1, "an encoder for the image", 90)
+        server.wait_until(lambda: replicas(server, Stage.ENCODER) == 1, "an encoder for the image", 90)
         server.wait_until(lambda: rungs(1) == set(), "an image that an encoder encodes", 10)
-        server.wait_until(lambda: encoders(server) == 0, "the encoder to go", 90)
+        server.wait_until(lambda: replicas(server, Stage.ENCODER) == 0, "the encoder to go", 90)
         assert rungs(2) == {"encode-at-prefill(no encoder)"}
 
 
@@ -69,17 +69,13 @@ def test_stages_together_take_no_more_cards_than_there_are(tmp_path: Path) -> No
         with ThreadPoolExecutor(12) as pool:
             asking = [pool.submit(ask) for _ in range(12)]
             try:
-                server.wait_until(lambda: decodes(server) == 2, "a second replica of decode", 90)
+                server.wait_until(lambda: replicas(server, Stage.DECODE) == 2, "a second replica of decode", 90)
             finally:
                 ended.set()
-        server.wait_until(lambda: decodes(server) == 1, "decode to give its card back", 90)
+        server.wait_until(lambda: replicas(server, Stage.DECODE) == 1, "decode to give its card back", 90)
         assert decisions(server) == [("Decode", 1, 2), ("Decode", 2, 1)]
     assert {code for each in asking for code in each.result()} == {200}
 
 
-def encoders(server: Server) -> int:
-    return look(Driver(server), 0.0).replicas[Stage.ENCODER]
-
-
-def decodes(server: Server) -> int:
-    return look(Driver(server), 0.0).replicas[Stage.DECODE]
+def replicas(server: Server, stage: Stage) -> int:
+    return look(Driver(server), 0.0).replicas[stage]
