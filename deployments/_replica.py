@@ -4,8 +4,12 @@ import asyncio
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +30,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 DRAIN_POLL_S = 0.1
+
+
+@contextmanager
+def ends_unless_done_in(seconds: float, what: str) -> Iterator[None]:
+    """End this process if the block takes longer: Serve would wait for ever, and starts another when it is gone."""
+
+    def end() -> None:
+        logger.error(f"{what} within {seconds:g} s (`startup_timeout_s`): this replica ends, Ray Serve starts another")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class EngineReplica:
@@ -50,12 +71,13 @@ class EngineReplica:
             storage_path(config).mkdir(parents=True, exist_ok=True)
 
         began = time.perf_counter()
-        # Only now: vLLM reads its environment when it is imported.
-        from serve_app.engine import StageEngine
+        with ends_unless_done_in(config.startup_timeout_s, f"{self.stage} does not start"):
+            # Only now: vLLM reads its environment when it is imported.
+            from serve_app.engine import StageEngine
 
-        imported = time.perf_counter()
-        args = engine_args(config, self.stage, model_path(config))
-        self.engine = StageEngine(self.stage, args, config.metrics.engines_in_ray)
+            imported = time.perf_counter()
+            args = engine_args(config, self.stage, model_path(config))
+            self.engine = StageEngine(self.stage, args, config.metrics.engines_in_ray, config.hang_timeout_s)
         engine_s = time.perf_counter() - imported
         logger.info(f"start-up {self.stage}: import={imported - began:.1f}s engine={engine_s:.1f}s")
         self.work = Meter()

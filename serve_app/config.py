@@ -456,7 +456,16 @@ class EPDConfig(Strict):
         ge=0,
         description="Tokens of an answer that come within this time go on together; the first and the last at once.",
     )
-    startup_timeout_s: float = Field(3600.0, gt=0, description="Time for all stages to load before the start-up fails.")
+    startup_timeout_s: float = Field(
+        3600.0,
+        gt=0,
+        description="Time for all stages to load before the start-up fails, and for a replica to start in.",
+    )
+    hang_timeout_s: float = Field(
+        300.0,
+        gt=0,
+        description="An engine without a sign of life for so long is taken to hang: its replica is replaced.",
+    )
     drain_timeout_s: float = Field(
         300.0, gt=0, description="Time for a replica that goes away to finish what it holds; then it is killed."
     )

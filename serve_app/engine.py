@@ -4,7 +4,9 @@ What leans on vLLM's internals is here, in ``client.py``, ``guard.py``, ``output
 whose names begin with ``ec_`` and ``media``; ``tests/unit/test_contracts*.py`` say what broke when vLLM 0.32.0 is replaced.
 """
 
+import asyncio
 import math
+import multiprocessing
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -18,6 +20,7 @@ from vllm.inputs import mm_input, tokens_input
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -115,8 +118,13 @@ class KVUse(StatLoggerBase):
 class StageEngine:
     """One engine of one stage, in the process of its replica (the engine core is a child process)."""
 
-    def __init__(self, stage: Stage, args: dict[str, Any], metrics_in_ray: bool = False) -> None:
+    def __init__(
+        self, stage: Stage, args: dict[str, Any], metrics_in_ray: bool = False, hang_timeout_s: float = math.inf
+    ) -> None:
         self._stage = stage
+        self._hang_timeout_s = hang_timeout_s
+        self._ping: asyncio.Task[bool] | None = None
+        self._pinged = 0.0
         self._kv_use = KVUse()
         parsed = AsyncEngineArgs(**args)
         to_ray = STAT_LOGGERS if metrics_in_ray and not parsed.disable_log_stats else ()
@@ -164,10 +172,24 @@ class StageEngine:
         await self._llm.notify_kv_transfer_request_rejected(request_id, kv_transfer_params)
 
     async def check_health(self) -> None:
-        """Raises when the engine is dead, so that Serve replaces the replica."""
+        """Raises when the engine is dead or hangs, so that Serve replaces the replica. Does not wait for the engine.
+
+        A question that its core answers between two steps is always under way. A core that does not for ``hang_timeout_s``
+        is killed: what waits for it gets an error, and Serve, which kills the replica, would leave a process that hangs.
+        """
         await self._llm.check_health()
         if self._llm.errored:
             raise self._llm.dead_error
+        if self._ping is None or self._ping.done():
+            self._pinged = time.monotonic()
+            self._ping = asyncio.create_task(self._llm.is_sleeping())
+            self._ping.add_done_callback(
+                lambda ping: ping.cancelled() or ping.exception()
+            )  # of a dead engine: told above
+        elif time.monotonic() - self._pinged > self._hang_timeout_s:
+            for core in multiprocessing.active_children():
+                kill_process_tree(core.pid)
+            raise StageUnavailable(self._stage, f"hangs: no answer for {self._hang_timeout_s:g} s (`hang_timeout_s`)")
 
     @property
     def kv_use(self) -> float:

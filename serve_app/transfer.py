@@ -5,6 +5,8 @@ Both connectors take a replica's own address from environment variables only (``
 each connector, whatever its tensor parallelism, because an engine's scheduler listens and not its workers.
 """
 
+import itertools
+import random
 import shutil
 import socket
 import tempfile
@@ -19,6 +21,10 @@ EC_CLASSES = {
     "ECCPUConnector": ("NixlECConnector", "serve_app.ec_nixl"),
 }
 """Connectors in the config that are classes of ours."""
+
+PORTS = range(20_000, 30_000)
+"""Of the side channels. An engine binds its port seconds after its replica chose it: from here neither the kernel (32768 on)
+nor Ray's workers (to 19999) nor Kubernetes (node ports, 30000 on) give it away meanwhile."""
 
 KV_ROLE = {Stage.PREFILL: "kv_producer", Stage.DECODE: "kv_consumer"}
 
@@ -90,7 +96,7 @@ def kv_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
 
 def side_channel_env(host: str) -> dict[str, str]:
     """Addresses of one replica, for the environment of its engine. ``host``: the IP of its node, as others reach it."""
-    nixl_port, ec_port = free_ports(2)
+    nixl_port, ec_port = free_ports(2, PORTS)
     return {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(nixl_port),
@@ -99,13 +105,20 @@ def side_channel_env(host: str) -> dict[str, str]:
     }
 
 
-def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports that nobody listens on now. All are held until all are found, so that none comes twice."""
-    sockets = [socket.socket() for _ in range(count)]
+def free_ports(count: int, among: range | None = None) -> list[int]:
+    """Distinct TCP ports that nobody listens on now, ``among`` these or of the kernel's choice. All are held until all are
+    found, so that none comes twice."""
+    sockets: list[socket.socket] = []
     try:
-        for sock in sockets:
-            sock.bind(("", 0))
-        return [sock.getsockname()[1] for sock in sockets]
+        for port in itertools.repeat(0) if among is None else random.sample(among, len(among)):
+            sockets.append(socket.socket())
+            try:
+                sockets[-1].bind(("", port))
+            except OSError:
+                sockets.pop().close()
+            if len(sockets) == count:
+                return [sock.getsockname()[1] for sock in sockets]
+        raise OSError(f"no {count} free TCP ports among {among}")
     finally:
         for sock in sockets:
             sock.close()

@@ -25,6 +25,9 @@ engine that is killed leaves the file of PyTorch's process group."""
 STILL_NIXL_ENV = "EPD_STILL_NIXL"
 """Set by replicas on the CPU that move KV blocks with NIXL."""
 
+NIXL_LISTENER = "nixl_handshake_listener"
+"""vLLM's name of the thread that tells others how to pull KV blocks from this engine."""
+
 CLEANING_S = 2.0
 
 _watching = False
@@ -65,13 +68,33 @@ def _die_with_parent() -> None:
         poll.register(pidfd, select.POLLIN)
         while not poll.poll():
             pass
-        # What SIGKILL would leave: the replica's scratch folder and our semaphores.
-        cleaning = threading.Thread(target=util._run_finalizers, args=(0,), daemon=True)  # type: ignore[attr-defined]
-        cleaning.start()
-        cleaning.join(CLEANING_S)  # whatever hangs in there
-        os.kill(os.getpid(), signal.SIGKILL)
+        _die()
 
     threading.Thread(target=wait, name="epd-parent-watch", daemon=True).start()
+    _die_with_nixl_listener()
+
+
+def _die_with_nixl_listener() -> None:
+    """End this engine process when NIXL cannot listen at its port: vLLM would wait for ever, and Serve for the replica.
+
+    A replica that fails to start is started again, with another port.
+    """
+    told = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        told(args)
+        if args.thread is not None and args.thread.name == NIXL_LISTENER:
+            _die()
+
+    threading.excepthook = hook
+
+
+def _die() -> None:
+    """At once, but for what SIGKILL would leave: the replica's scratch folder and our semaphores."""
+    cleaning = threading.Thread(target=util._run_finalizers, args=(0,), daemon=True)  # type: ignore[attr-defined]
+    cleaning.start()
+    cleaning.join(CLEANING_S)  # whatever hangs in there
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _process_group_meets_in(folder: str) -> None:

@@ -178,17 +178,19 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def whole(server: Server) -> bool:
-    """All replicas of all stages serve: every engine shows on the metrics page, and there are two ingresses."""
+def missing(server: Server) -> str:
+    """What does not serve yet. Empty when every engine shows on the metrics page and there are two ingresses."""
     processes = engine_pids(server)
-    if any(len(processes.get(stage, [])) != 2 for stage in STAGES):
-        return False
+    if counts := {stage: len(processes.get(stage, [])) for stage in STAGES if len(processes.get(stage, [])) != 2}:
+        return f"two replicas of each stage, not {counts}; engines: {len(processes.get('EngineCore', []))}"
     try:
         page = server.get("/metrics").text
-    except requests.RequestException:
-        return False
+    except requests.RequestException as error:
+        return f"the metrics page: {type(error).__name__}"
     engines = set(re.findall(r'^vllm:num_requests_running\{.*?replica="(\w+)",stage="(\w+)"', page, re.MULTILINE))
-    return len(engines) == 6 and server.healthy()
+    if len(engines) != 6:
+        return f"six engines on the metrics page, not {sorted(engines)}"
+    return "" if server.healthy() else "/health"
 
 
 def failed(outcomes: list[Outcome]) -> list[Outcome]:
@@ -210,7 +212,7 @@ def wait_idle(server: Server) -> None:
 def test_fault(server: Server, load: Load, baseline: dict[str, Any], table: list[str], name: str) -> None:
     began = FAULTS[name](server, load, baseline)
     server.wait_until(lambda: len(load.begun_since(began)) >= 20, "requests after the fault", 120)
-    server.wait_until(lambda: whole(server), "all replicas to be back", 240, every_s=1.0)
+    server.wait_until(lambda: not missing(server), lambda: missing(server), 240, every_s=1.0)
     back = time.monotonic()
     server.wait_until(lambda: len(load.begun_since(back)) >= 20, "requests after the recovery", 120)
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,15 @@ class Server:
     def mark(self) -> str:
         return str(self.log)
 
-    def wait_until(self, condition: Any, what: str, timeout_s: float = 60, every_s: float = 0.1) -> None:
-        """Await a condition of the server. Fails with the end of its log."""
+    def wait_until(
+        self, condition: Any, what: str | Callable[[], str], timeout_s: float = 60, every_s: float = 0.1
+    ) -> None:
+        """Await a condition of the server. Fails with ``what`` was waited for and the end of the server's log."""
         end = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > end:
-                raise AssertionError(f"waited {timeout_s} s for {what}\n{self.tail()}")
+                awaited = what if isinstance(what, str) else what()
+                raise AssertionError(f"waited {timeout_s} s for {awaited}\n{self.tail()}")
             time.sleep(every_s)
 
     def healthy(self) -> bool:

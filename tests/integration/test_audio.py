@@ -186,9 +186,6 @@ def test_rays_metrics_have_what_stages_and_engines_count(server: Server) -> None
     path, body = CASES["two sounds"]
     assert server.post(path, body).status_code == 200
 
-    def found() -> dict[str, list[dict[str, str]]]:
-        return ray_metrics(server)
-
     wanted = {
         "ray_epd_requests_total",
         "ray_epd_queue_seconds_bucket",
@@ -200,13 +197,21 @@ def test_rays_metrics_have_what_stages_and_engines_count(server: Server) -> None
         "ray_vllm_time_to_first_token_seconds_bucket",
         "ray_serve_autoscaling_target_replicas",
     }
-    server.wait_until(lambda: wanted <= found().keys(), f"Ray to report {wanted}", 90)
-    samples = found()
-    assert {labels["stage"] for labels in samples["ray_epd_queue_seconds_bucket"]} == {"encoder", "prefill", "decode"}
-    assert {labels["deployment"] for labels in samples["ray_epd_requests_total"]} == {"Ingress"}
-    deployments = {labels["deployment"] for labels in samples["ray_vllm_num_requests_running"]}
-    assert deployments == {"Encoder", "Prefill", "Decode"}
-    assert {labels["application"] for labels in samples["ray_vllm_num_requests_running"]} == {"epd"}
+
+    def values(name: str, label: str) -> set[str]:
+        return {labels[label] for labels in ray_metrics(server).get(name, [])}
+
+    server.wait_until(
+        lambda: wanted <= ray_metrics(server).keys(), lambda: f"{wanted - ray_metrics(server).keys()}", 90
+    )
+    # Each process reports in its own time.
+    queues, engines = ("ray_epd_queue_seconds_bucket", "stage"), ("ray_vllm_num_requests_running", "deployment")
+    server.wait_until(lambda: values(*queues) == {"encoder", "prefill", "decode"}, lambda: f"{values(*queues)} all", 90)
+    server.wait_until(
+        lambda: values(*engines) == {"Encoder", "Prefill", "Decode"}, lambda: f"{values(*engines)} all", 90
+    )
+    assert values("ray_epd_requests_total", "deployment") == {"Ingress"}
+    assert values("ray_vllm_num_requests_running", "application") == {"epd"}
 
 
 def test_what_ray_is_told_takes_nothing_from_the_servers_own_page(server: Server) -> None:

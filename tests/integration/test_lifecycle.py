@@ -39,7 +39,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """E+PD with the reference's connector for embeddings."""
     folder = tmp_path_factory.mktemp("lifecycle")
     ec = {"connector": "ECExampleConnector", "storage_path": str(folder / "ec")}
-    with serve_run(folder, {"prefill": None, "ec": ec}) as server:
+    watched = {"Decode": {"health_check_period_s": 1}}
+    with serve_run(folder, {"prefill": None, "ec": ec, "hang_timeout_s": 5}, watched) as server:
         yield server
 
 
@@ -76,6 +77,16 @@ def test_crashed_engine_makes_its_replica_unhealthy_and_serve_replaces_it(server
     assert states["encoder"] == "healthy" and states["decode"] != "healthy"
     answer = server.post(*ASK)
     assert answer.status_code == 503 and "decode" in answer.json()["error"]["message"]
+    server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
+    assert not [process for process in below if process.is_running()]
+
+
+def test_engine_that_hangs_is_killed_with_its_replica_and_replaced(server: Server) -> None:
+    replica, below = replica_tree(server, "Decode")
+    core = max(below, key=lambda process: process.memory_info().rss)
+    core.suspend()
+    answer = server.post(*ASK)
+    assert answer.status_code == 503 and "decode" in answer.json()["error"]["message"], "not only when its time is over"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
     assert not [process for process in below if process.is_running()]
 
@@ -154,10 +165,17 @@ class Cluster:
         claimed: dict[str, float] = json.loads(self.run(sys.executable, "-c", code).rpartition("##")[2])
         return claimed
 
+    def names(self) -> list[str]:
+        """Of the processes of this cluster."""
+        return [(" ".join(process.cmdline()) or process.name()).strip()[:80] for process in marked_processes(self.mark)]
+
     def engines(self) -> list[str]:
         """Names of the engine processes of this cluster."""
-        names = [" ".join(process.cmdline()) or process.name() for process in marked_processes(self.mark)]
-        return [name for name in names if name.startswith("VLLM")]
+        return [name for name in self.names() if name.startswith("VLLM")]
+
+    def status(self) -> str:
+        """Of applications, deployments and replicas."""
+        return self.run(BIN / "serve", "status", "-a", self.dashboard)
 
 
 @contextmanager
@@ -179,11 +197,12 @@ def test_deploy_claims_what_it_uses_and_shutdown_and_ray_stop_leave_nothing(tmp_
     }
     with cluster(tmp_path) as ray:
         server = ray.deploy(tmp_path, args)
-        assert server.post(*ASK).status_code == 200
+        answer = server.post(*ASK)
+        assert answer.status_code == 200 and "x-epd-rungs" not in answer.headers, f"{answer.headers} {ray.status()}"
         claimed = ray.resources()
         assert claimed["GPU"] == pytest.approx(2.25)
         assert claimed["CPU"] == pytest.approx(3.5, abs=0.1)
-        assert len(ray.engines()) == 2
+        assert len(ray.engines()) == 2, f"{ray.names()} {ray.status()}"
 
         ray.run(BIN / "serve", "shutdown", "-y", "-a", ray.dashboard)
         server.wait_until(lambda: not ray.engines(), "all engines to end after `serve shutdown`", 60)

@@ -56,6 +56,8 @@ IMPORTS = [
     ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.from_engine_args"),
     ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.notify_kv_transfer_request_rejected"),
     ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.check_health"),
+    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.is_sleeping"),
+    ("serve_app/engine.py", "vllm.utils.system_utils:kill_process_tree"),
     ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.start_profile"),
     ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.get_num_unfinished_requests"),
     ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.dead_error"),

@@ -1,11 +1,19 @@
-"""serve_app.engine: outputs of an engine are put together while they wait."""
+"""serve_app.engine: outputs of an engine are put together while they wait, and an engine that hangs is found."""
 
 import asyncio
+import contextlib
+import multiprocessing
+import signal
 from collections.abc import AsyncGenerator
+from typing import Any
 
+import pytest
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from serve_app.engine import coalesced, to_chunk
+from serve_app.config import Stage
+from serve_app.engine import StageEngine, coalesced, to_chunk
+from serve_app.errors import StageUnavailable
 from serve_app.handoff import Chunk
 
 WORDS = ["a", "b", "c", "d", "e"]
@@ -69,3 +77,84 @@ def test_closing_early_closes_the_engine_s_stream() -> None:
 
     asyncio.run(main())
     assert closed == [True]
+
+
+# ---- health
+
+
+class FakeLLM:
+    """An ``AsyncLLM`` whose core answers when it is let."""
+
+    def __init__(self) -> None:
+        self.errored, self.dead_error = False, EngineDeadError()
+        self.answers = asyncio.Event()
+        self.asked = 0
+
+    async def check_health(self) -> None: ...
+
+    async def is_sleeping(self) -> bool:
+        self.asked += 1
+        await self.answers.wait()
+        return False
+
+
+def stage_engine(monkeypatch: pytest.MonkeyPatch, llm: FakeLLM, hang_timeout_s: float) -> StageEngine:
+    monkeypatch.setattr("serve_app.engine.AsyncLLM.from_engine_args", lambda *_, **__: llm)
+    return StageEngine(Stage.DECODE, {"model": "m"}, hang_timeout_s=hang_timeout_s)
+
+
+@contextlib.contextmanager
+def core() -> Any:
+    """A child process, as the engine core is one of its replica."""
+    process = multiprocessing.get_context("spawn").Process(target=signal.pause, daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_engine_core_that_hangs_is_killed_and_its_replica_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        llm = FakeLLM()
+        engine = stage_engine(monkeypatch, llm, hang_timeout_s=0.05)
+        with core() as process:
+            await engine.check_health()
+            await asyncio.sleep(0.1)
+            with pytest.raises(StageUnavailable, match="hang_timeout_s"):
+                await engine.check_health()
+            process.join(30)
+            assert process.exitcode == -9
+
+    asyncio.run(main())
+
+
+def test_engine_that_answers_between_its_steps_is_healthy_however_long_it_is_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        llm = FakeLLM()
+        engine = stage_engine(monkeypatch, llm, hang_timeout_s=0.2)
+        with core() as process:
+            for _ in range(4):
+                await engine.check_health()  # at once, though the core is in a long step
+                await engine.check_health()
+                await asyncio.sleep(0.1)
+                llm.answers.set()
+                await asyncio.sleep(0.01)
+                llm.answers.clear()
+            assert llm.asked == 4, "one question at a time"
+            assert process.is_alive()
+
+    asyncio.run(main())
+
+
+def test_dead_engine_is_unhealthy_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        llm = FakeLLM()
+        llm.errored = True
+        with pytest.raises(EngineDeadError):
+            await stage_engine(monkeypatch, llm, hang_timeout_s=60).check_health()
+
+    asyncio.run(main())

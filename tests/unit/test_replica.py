@@ -1,6 +1,9 @@
 """deployments: what the replicas of the stages have in common; no engine is started."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
@@ -73,6 +76,22 @@ def test_encoder_waits_for_what_others_pull_from_it_and_not_for_files() -> None:
 
 def test_replica_whose_engine_never_started_goes_at_once() -> None:
     asyncio.run(leave(object.__new__(CLASSES["Decode"])))
+
+
+STARTS = """
+import threading
+from deployments._replica import ends_unless_done_in
+with ends_unless_done_in(60, "decode does not start"):
+    pass
+with ends_unless_done_in(0.1, "decode does not start"):
+    threading.Event().wait()
+"""
+
+
+def test_replica_that_does_not_start_in_time_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert "decode does not start within 0.1 s (`startup_timeout_s`)" in done.stderr
 
 
 @pytest.mark.parametrize("name", CLASSES)

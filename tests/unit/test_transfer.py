@@ -176,5 +176,16 @@ def test_replica_is_reached_at_its_nodes_address_and_at_ports_of_its_own() -> No
     env = side_channel_env("10.0.0.7")
     assert (env["VLLM_NIXL_SIDE_CHANNEL_HOST"], env["VLLM_EC_SIDE_CHANNEL_HOST"]) == ("10.0.0.7", "10.0.0.7")
     assert env.keys() == SIDE_CHANNEL_ENV  # what a stage's `env:` may not set
-    ports = {env["VLLM_NIXL_SIDE_CHANNEL_PORT"], env["VLLM_EC_SIDE_CHANNEL_PORT"]}
-    assert len(ports) == 2 and all(1024 <= int(port) < 65536 for port in ports)
+    ports = {int(env["VLLM_NIXL_SIDE_CHANNEL_PORT"]), int(env["VLLM_EC_SIDE_CHANNEL_PORT"])}
+    assert len(ports) == 2
+    low, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert all(1024 <= port < low for port in ports), "the kernel may give them to others before the engine listens"
+
+
+def test_ports_that_are_taken_are_left_out() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="no 1 free TCP ports"):
+            free_ports(1, range(port, port + 1))
+    assert free_ports(1, range(port, port + 1)) == [port]

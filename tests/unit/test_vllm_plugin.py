@@ -139,6 +139,49 @@ def test_the_replica_itself_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> N
     assert "epd-parent-watch" not in [thread.name for thread in threading.enumerate()]
 
 
+LISTENING = """
+import multiprocessing, socket, threading
+
+def engine(port):
+    from serve_app import vllm_plugin
+    vllm_plugin.register()
+    import vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler as nixl
+    scheduler = object.__new__(nixl.NixlBaseConnectorScheduler)
+    scheduler._nixl_handshake_listener_t, scheduler._stop_event = None, threading.Event()
+    scheduler.side_channel_host, scheduler.side_channel_port = "127.0.0.1", port
+    scheduler.set_xfer_handshake_metadata({})
+    print("listens", flush=True)
+
+if __name__ == "__main__":
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    if FREE:
+        taken.close()
+    child = multiprocessing.get_context("spawn").Process(target=engine, args=(port,), daemon=True)
+    child.start()
+    child.join(LIMIT_S)
+    print(child.exitcode)
+"""
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_engine_whose_nixl_port_was_taken_meanwhile_ends_instead_of_waiting_for_ever(
+    tmp_path: Path, free: bool
+) -> None:
+    script = tmp_path / "replica.py"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    script.write_text(LISTENING.replace("FREE", str(free)).replace("LIMIT_S", str(LIMIT_S)))
+    env = os.environ | {REPLICA_ENV: "r1", SCRATCH_ENV: str(scratch)}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    if free:
+        assert said == ["listens", "0"]
+    else:
+        assert said == [str(-signal.SIGKILL)] and "Address already in use" in done.stderr
+        assert not scratch.exists()
+
+
 NIXL = """
 import os
 {env}
