@@ -31,7 +31,7 @@ class NullEngine(engine.StageEngine):
     slots = 256
     holds_blocks = False
 
-    def __init__(self, stage: Stage, args: dict[str, Any], metrics_in_ray: bool = False) -> None:
+    def __init__(self, stage: Stage, args: dict[str, Any], *_: Any) -> None:
         self._stage = stage
         self._args = args
 
