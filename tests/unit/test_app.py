@@ -7,6 +7,7 @@ import pytest
 import ray
 from ray._private.state import state
 from ray.serve import Application
+from ray.serve._private import constants
 
 from serve_app import app
 from serve_app.config import DEMO_MODEL, EPDConfig
@@ -67,6 +68,15 @@ def test_ingress_needs_no_gpu_and_stages_claim_what_they_use(build: Build) -> No
         "Decode": 1,
     }
     assert {options["num_cpus"] for options in claims.values()} == {1}
+
+
+def test_ingress_runs_on_one_loop(build: Build) -> None:
+    deployments = build({})
+    assert deployments["Ingress"].ray_actor_options["runtime_env"] == {"env_vars": app.ONE_LOOP}
+    for variable in app.ONE_LOOP:
+        assert getattr(constants, variable) is True, (
+            "serve_app/app.py ONE_LOOP: Ray's default, which engine replicas have"
+        )
 
 
 def test_small_machine_starts_every_deployment(build: Build) -> None:

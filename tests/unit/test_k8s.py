@@ -22,7 +22,7 @@ from ray.core.generated.common_pb2 import LabelSelectorOperator
 from ray.serve._private.application_state import _get_shared_build_app_label_selector
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from serve_app.app import check_vllm_args, parse
+from serve_app.app import ONE_LOOP, check_vllm_args, parse
 from serve_app.config import EPDConfig
 from serve_app.placement import Cluster, actor_options, resolve
 from serve_app.transfer import storage_path
@@ -256,6 +256,13 @@ def test_stages_share_the_folder_of_embeddings(name: str) -> None:
         assert len(stages) == 1, "an emptyDir is one pod's"
         size = backing["emptyDir"]["sizeLimit"]
     assert int(size.removesuffix("Gi")) << 30 > config.ec.bounds["max_bytes"]
+
+
+def test_ingress_keeps_the_environment_that_its_options_here_replace() -> None:
+    (options,) = [
+        d["ray_actor_options"] for d in application("rayservice.yaml")["deployments"] if d["name"] == "Ingress"
+    ]
+    assert options["runtime_env"] == {"env_vars": ONE_LOOP}
 
 
 # ---- secrets
