@@ -80,7 +80,8 @@ class Server:
         while not condition():
             if time.monotonic() > end:
                 awaited = what if isinstance(what, str) else what()
-                raise AssertionError(f"waited {timeout_s} s for {awaited}\n{self.tail()}")
+                free = psutil.virtual_memory().available >> 20
+                raise AssertionError(f"waited {timeout_s} s for {awaited}; {free} MiB of memory free\n{self.tail()}")
             time.sleep(every_s)
 
     def healthy(self) -> bool:
