@@ -194,7 +194,8 @@ Written by `benchmarks/report.py` from `benchmarks/results/bench.json` (`{comman
 One system runs at a time, in another order each round; in a round all get the same requests. Figures are the median over
 the rounds and, in brackets, the smallest and the largest; ratios are taken within a round. CPU-seconds are those of all
 processes of a system, Ray's included. `proxy` is the reference's way (`benchmarks/baselines/proxy.py`); `three engines` are
-as many as E+P+D has, each by itself, behind the same proxy.
+as many as E+P+D has, each by itself, behind the same proxy. That proxy passes streams on in pieces of 1,024 bytes, and
+vLLM's load generator drops white space at the ends of a piece: hence their few failures and other answers.
 """
 
 
