@@ -462,7 +462,7 @@ class EPDConfig(Strict):
         description="Time for all stages to load before the start-up fails, and for a replica to start in.",
     )
     hang_timeout_s: float = Field(
-        300.0,
+        600.0,
         gt=0,
         description="An engine without a sign of life for so long is taken to hang: its replica is replaced.",
     )
