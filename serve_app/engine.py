@@ -183,9 +183,8 @@ class StageEngine:
         if self._ping is None or self._ping.done():
             self._pinged = time.monotonic()
             self._ping = asyncio.create_task(self._llm.is_sleeping())
-            self._ping.add_done_callback(
-                lambda ping: ping.cancelled() or ping.exception()
-            )  # of a dead engine: told above
+            # What it raises when the engine dies is told above.
+            self._ping.add_done_callback(lambda ping: ping.cancelled() or ping.exception())
         elif time.monotonic() - self._pinged > self._hang_timeout_s:
             for core in multiprocessing.active_children():
                 kill_process_tree(core.pid)

@@ -181,7 +181,8 @@ FAULTS: dict[str, Fault] = {
 def missing(server: Server) -> str:
     """What does not serve yet. Empty when every engine shows on the metrics page and there are two ingresses."""
     processes = engine_pids(server)
-    if counts := {stage: len(processes.get(stage, [])) for stage in STAGES if len(processes.get(stage, [])) != 2}:
+    counts = {stage: len(processes.get(stage, [])) for stage in STAGES}
+    if set(counts.values()) != {2}:
         return f"two replicas of each stage, not {counts}; engines: {len(processes.get('EngineCore', []))}"
     try:
         page = server.get("/metrics").text
