@@ -201,7 +201,7 @@ class FolderStore:
             target = self.max_bytes if left <= self.max_bytes else self.max_bytes * 9 // 10
             files = size_bytes = 0
             for used, size, path in items:
-                idle = now - used / 1e9
+                idle = (now - used) / 1e9
                 if idle < self.lease_s or (left <= target and idle <= self.max_age_s):
                     break  # and so are all that come after
                 if self._remove(path, used):
@@ -211,15 +211,15 @@ class FolderStore:
             return Evicted(files, size_bytes, left)
 
     @contextlib.contextmanager
-    def _sole(self) -> Iterator[float | None]:
-        """The folder's time, for the one process that evicts; None for others."""
+    def _sole(self) -> Iterator[int | None]:
+        """The folder's time in ns, for the one process that evicts; None for others."""
         fd = _create(self.root / "lock", exclusive=False)
         try:
             if not _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 yield None
                 return
             os.utime(fd)
-            yield os.fstat(fd).st_mtime
+            yield os.fstat(fd).st_mtime_ns
         finally:
             os.close(fd)
 
@@ -232,11 +232,11 @@ class FolderStore:
                         stat = entry.stat()
                         yield stat.st_mtime_ns, stat.st_size, Path(entry.path)
 
-    def _sweep(self, now: float) -> None:
+    def _sweep(self, now: int) -> None:
         for entry in _entries(self.root / "tmp"):
             with contextlib.suppress(FileNotFoundError):
                 used = entry.stat().st_mtime_ns
-                if now - used / 1e9 >= STALE_TEMPORARY_S:
+                if (now - used) / 1e9 >= STALE_TEMPORARY_S:
                     self._remove(Path(entry.path), used)
 
     def _remove(self, path: Path, used: int) -> bool:

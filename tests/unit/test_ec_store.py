@@ -358,6 +358,20 @@ def test_files_of_dead_writers_go_and_those_of_the_living_stay(store: FolderStor
         assert not path.exists()
 
 
+def test_file_used_at_the_very_time_of_the_pass_is_as_old_as_it_can_be(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the clock of a folder has ticks of some milliseconds. In floats, one time of eight comes out after itself."""
+    store.max_bytes = 0
+    utime, tick = os.utime, 1_764_113_333_000_000_000
+    for ns in range(tick, tick + 10**9, 23_456_789):
+        store.put("A", DATA, SHAPE)
+        utime(store.path("A"), ns=(ns, ns))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "utime", lambda lock, ns=ns: utime(lock, ns=(ns, ns)))
+            assert store.evict() == (1, FILE_BYTES, 0)
+
+
 def test_young_file_in_the_making_stays(store: FolderStore) -> None:
     path = store.root / "tmp" / "young"
     path.parent.mkdir(parents=True)
