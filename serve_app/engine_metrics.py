@@ -20,6 +20,8 @@ from vllm.v1.metrics.ray_wrappers import (
     RaySpecDecodingProm,
 )
 
+from serve_app.gauges import Gauges
+
 SERVE_LABELS = ("application", "deployment", "replica")
 
 
@@ -51,7 +53,11 @@ class _OfReplica:
         return self._tags | {name: str(value) for name, value in named.items()}
 
 
-class Gauge(_OfReplica, RayGaugeWrapper): ...
+class Gauge(_OfReplica, RayGaugeWrapper):
+    told = Gauges()
+
+    def set(self, value: float) -> None:
+        self.told.set(self.metric, value, self._tags)
 
 
 class Counter(_OfReplica, RayCounterWrapper): ...

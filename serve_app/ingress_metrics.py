@@ -7,6 +7,7 @@ the ingress) and ``replica``. What engines count by themselves reaches Ray throu
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from serve_app.admission import Admission
+from serve_app.gauges import Gauges
 from serve_app.trace import Trace
 
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0]
@@ -34,7 +35,7 @@ class IngressMetrics:
         self._output_tokens = Counter("epd_output_tokens", "Tokens that were sent.")
         self._rungs = Counter("epd_rungs", "Rungs of the failure ladder that ran.", ("rung",))
         self._outstanding = Gauge("epd_outstanding", "What admission has under way, by what it limits.", ("of",))
-        self._told: dict[str, int] = {}
+        self.gauges = Gauges()
 
     def finished(self, record: Trace, status: int | str) -> None:
         """A request has ended, with an HTTP status or ``cancelled``."""
@@ -63,9 +64,5 @@ class IngressMetrics:
             self._per_token.observe(per_token)
 
     def outstanding(self, admission: Admission) -> None:
-        """Only what has changed: telling Ray costs 0.1 ms."""
         for name in ("requests", "items", "media_bytes", "embed_bytes"):
-            value = getattr(admission, name)
-            if self._told.get(name) != value:
-                self._told[name] = value
-                self._outstanding.set(value, {"of": name})
+            self.gauges.set(self._outstanding, getattr(admission, name), {"of": name})

@@ -6,6 +6,7 @@ prefill that pushes its blocks and leaves short prompts to decode, and tracing.
 
 import base64
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -87,7 +88,8 @@ def server(
 ) -> Iterator[Server]:
     args = args | {"kv": {"connector": "NixlPushConnector", "min_prompt_tokens": LONG}}
     args = args | {"tracing": {"endpoint": collector.endpoint}}
-    with serve_run(tmp_path_factory.mktemp("audio"), args, env=collector.env) as server:
+    env = collector.env | {"RAY_metrics_report_interval_ms": "1000"}
+    with serve_run(tmp_path_factory.mktemp("audio"), args, env=env) as server:
         yield server
 
 
@@ -212,6 +214,21 @@ def test_rays_metrics_have_what_stages_and_engines_count(server: Server) -> None
     )
     assert values("ray_epd_requests_total", "deployment") == {"Ingress"}
     assert values("ray_vllm_num_requests_running", "application") == {"epd"}
+
+
+def test_gauges_of_an_idle_server_stay_where_ray_shows_them(server: Server) -> None:
+    """Ray forgets one that it has not been told for two of its report intervals, which are a second here."""
+    gauges = {"ray_epd_outstanding": 1, "ray_vllm_num_requests_running": 3}
+
+    def replicas() -> dict[str, int]:
+        page = ray_metrics(server)
+        return {name: len({labels["replica"] for labels in page.get(name, [])}) for name in gauges}
+
+    server.wait_until(lambda: replicas() == gauges, lambda: f"{replicas()} to be {gauges}", 90)
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        assert replicas() == gauges
+        time.sleep(0.5)
 
 
 def test_what_ray_is_told_takes_nothing_from_the_servers_own_page(server: Server) -> None:

@@ -64,6 +64,7 @@ def test_both_loggers_tell_the_same_and_each_metric_is_registered_once(
 
 def test_samples_have_serves_labels(decode_vllm_config: Any, told: Told) -> None:
     RayStatLogger(decode_vllm_config, [0]).record(*step(1))
+    engine_metrics.Gauge.told.tell()
     for name, tags, _ in told.samples:
         assert (tags["application"], tags["deployment"], tags["replica"]) == ("epd", "Decode", "d1"), name
     assert {tags["engine"] for name, tags, _ in told.samples if name == "vllm_num_requests_running"} == {"0"}
