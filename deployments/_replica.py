@@ -17,7 +17,7 @@ import ray
 from ray import serve
 
 from serve_app.config import EPDConfig, Stage
-from serve_app.placement import xpu_affinity
+from serve_app.placement import check_claims, xpu_affinity
 from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import check_shared_memory, side_channel_env, storage_path
 from serve_app.vllm_plugin import REPLICA_ENV, SCRATCH_ENV
@@ -59,6 +59,8 @@ class EngineReplica:
     def __init__(self, config: EPDConfig) -> None:
         context = serve.get_replica_context()
         self.replica: str = context.replica_id.unique_id
+        claims = config.stages[self.stage], config.accelerator
+        check_claims(self.stage, *claims, ray.get_runtime_context().get_assigned_resources(), os.environ)
         self.scratch = tempfile.mkdtemp(prefix="epd-")
         env = {REPLICA_ENV: self.replica, SCRATCH_ENV: self.scratch, "VLLM_RPC_BASE_PATH": self.scratch}
         env |= replica_env(config, self.stage)

@@ -165,6 +165,29 @@ def actor_options(config: StageConfig, accelerator: Accelerator) -> dict[str, An
     return options
 
 
+def check_claims(
+    stage: Stage,
+    config: StageConfig,
+    accelerator: Accelerator,
+    assigned: Mapping[str, float],
+    environ: Mapping[str, str],
+) -> None:
+    """Raise ``ConfigError`` in a replica that lacks what its stage claims of Ray.
+
+    ``ray_actor_options`` under ``deployments:`` take the place of all claims, also of those that they do not name.
+    """
+    claimed = actor_options(config, accelerator)
+    amounts = {"GPU": claimed.get("num_gpus", 0.0), **claimed.get("resources", {})}
+    lacking = [f"{amount:g} {name}" for name, amount in amounts.items() if assigned.get(name, 0.0) < amount - 1e-6]
+    lacking += [name for name in claimed.get("runtime_env", {}).get("env_vars", {}) if name not in environ]
+    if lacking:
+        raise ConfigError(
+            f"This replica of {stage} lacks what its stage claims ({', '.join(lacking)}): `ray_actor_options` under "
+            f"`deployments:` take the place of all its claims. Leave them out, and set `gpus_per_replica`, "
+            f"`cpus_per_replica`, `resources`, `label_selector` and `env` of `{stage}` under `args:`."
+        )
+
+
 def xpu_affinity(
     accelerator: Accelerator, gpu_ids: list[int] | list[str], environ: Mapping[str, str]
 ) -> dict[str, str]:

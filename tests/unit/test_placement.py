@@ -6,7 +6,16 @@ import pytest
 
 from serve_app.config import DEMO_MODEL, GPU_MODEL, Accelerator, EPDConfig, Stage, StageConfig
 from serve_app.errors import ConfigError
-from serve_app.placement import Cluster, Resolved, actor_options, cpus_per_replica, fit_gpus, resolve, xpu_affinity
+from serve_app.placement import (
+    Cluster,
+    Resolved,
+    actor_options,
+    check_claims,
+    cpus_per_replica,
+    fit_gpus,
+    resolve,
+    xpu_affinity,
+)
 
 CPU_ONLY = Cluster(gpus=0, cpus=2)
 TOPOLOGIES: dict[str, dict[str, Any]] = {
@@ -239,6 +248,33 @@ def test_named_devices_replace_the_ones_ray_would_pick(accelerator: str, env: di
     options = actor_options(config, Accelerator(accelerator))
     assert options["runtime_env"] == {"env_vars": {"A": "b"} | env}
     assert config.env == {"A": "b"}
+
+
+CLAIMS = {"gpus_per_replica": 0.45, "resources": {"fast": 1}, "env": {"UCX_TLS": "tcp"}}
+
+
+@pytest.mark.parametrize(
+    ("assigned", "environ", "lacking"),
+    [
+        ({"CPU": 1.0, "GPU": 0.45, "fast": 1.0}, {"UCX_TLS": "tcp", "HOME": "/"}, None),
+        ({"GPU": 1.0, "fast": 2.0}, {"UCX_TLS": "rc"}, None),
+        ({"CPU": 1.0, "fast": 1.0}, {"UCX_TLS": "tcp"}, "0.45 GPU"),
+        ({"CPU": 2.0, "GPU": 0.1}, {}, "0.45 GPU, 1 fast, UCX_TLS"),
+    ],
+    ids=["all", "more", "no card", "next to nothing"],
+)
+def test_replica_without_its_claims_says_what_took_their_place(
+    assigned: dict[str, float], environ: dict[str, str], lacking: str | None
+) -> None:
+    def check() -> None:
+        config = StageConfig(cpus_per_replica=1, **CLAIMS)
+        check_claims(Stage.DECODE, config, Accelerator.CUDA, assigned, environ)
+
+    if lacking is None:
+        return check()
+    with pytest.raises(ConfigError) as refused:
+        check()
+    assert f"lacks what its stage claims ({lacking}): `ray_actor_options` under `deployments:`" in str(refused.value)
 
 
 def test_xpu_engines_see_the_cards_that_ray_picked() -> None:
