@@ -1,5 +1,6 @@
 """Decode replicas: a prompt and the KV blocks of its prefill in, a stream of tokens out."""
 
+import math
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -23,14 +24,15 @@ class Decode(EngineReplica):
         self._interval_s = config.chunk_interval_s
 
     async def generate(self, request: StageRequest) -> AsyncGenerator[tuple[Chunk, str]]:
-        """New tokens, with this replica's id: the first at once, then what came in an interval as one chunk."""
+        """New tokens, and this replica's id: the first at once, then what came in an interval, or the rest, in one chunk."""
         from serve_app.engine import coalesced, queue_s, to_chunk
 
         began, first = time.perf_counter(), True
         with self.work.call(1):
             # With all places taken, the wait for one cannot be told from the transfer.
             pulls = pulls_blocks(request.params) and self.work.under_way <= self.engine.slots
-            async with aclosing(coalesced(self.engine.generate(request), self._interval_s)) as outputs:
+            interval_s = self._interval_s if request.streamed else math.inf
+            async with aclosing(coalesced(self.engine.generate(request), interval_s)) as outputs:
                 async for output in outputs:
                     ran_s = time.perf_counter() - began - queue_s(output) if first else None
                     kv_s = queue_s(output) if first and pulls else None

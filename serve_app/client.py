@@ -178,33 +178,43 @@ class EPDClient(EngineClient):
 
         Each attempt has hand-offs of its own: ``kv_transfer_params`` are used once. Where embeddings were lost twice, the
         next attempt does without encoders; where prefill was not there twice, decode prefills. An engine ends a request in
-        the same way whether its KV blocks were lost or its grammar cannot be compiled or followed; where that happens again
-        after a prefill of its own, it is the grammar.
+        the same way whether its KV blocks or embeddings were lost or its grammar cannot be compiled or followed; so decode
+        does a structured request alone where that happened, and where it happens again it is the grammar.
+
+        A choice that is not streamed is held back to its end, and so can be tried again until then.
         """
+        streamed = handoff.is_streamed(request.params)
         attempt = lost = undecoded = unprefilled = 0
         while True:
             attempt += 1
             begun = False
-            at_decode = self._prefill_at_decode(request.prompt, unprefilled)
+            held: list[Chunk] = []
+            alone = undecoded > 0 and request.params.structured_outputs is not None
+            at_decode = self._prefill_at_decode(request.prompt, failed=alone or unprefilled >= 2)
             prefill = Stage.PREFILL in self.stages and at_decode is None
             # An answer that came while the prompt was rendered serves all choices, or the first alone.
             first = attempt == 1 and (index == 0 or self._config.ec.shareable)
             encoded = Encoded(request.prompt, None)
             try:
-                work = self._encode(request, record, first, without_encoders=lost >= 2)
+                work = self._encode(request, record, first, without_encoders=alone or lost >= 2)
                 encoded = await deadline.within(Stage.ENCODER, work)
                 if at_decode is not None:
                     record.rung(f"prefill-at-decode({at_decode})")
                 async with aclosing(self._attempt(request, encoded, index, prefill, deadline, record)) as chunks:
                     async for chunk in chunks:
-                        begun = True
-                        yield chunk
+                        if streamed:
+                            begun = True
+                            yield chunk
+                        else:
+                            held.append(chunk)
+                for chunk in held:
+                    yield chunk
                 return
             except StageError as error:
+                record.output_tokens -= sum(len(chunk.token_ids) for chunk in held)
                 unprefilled += isinstance(error, StageUnavailable) and error.stage is Stage.PREFILL
-                if isinstance(error, HandoffLost) and error.stage is Stage.DECODE:
-                    undecoded += prefill or not encoded.hashes
-                if undecoded == 2 and request.params.structured_outputs is not None:
+                undecoded += isinstance(error, HandoffLost) and error.stage is Stage.DECODE
+                if alone and undecoded > 1:
                     raise BadRequest(
                         "The structure asked for cannot be decoded: its grammar does not compile, or leaves no token "
                         "that the other parameters allow."
@@ -240,7 +250,8 @@ class EPDClient(EngineClient):
             prefilled = await deadline.within(Stage.PREFILL, self._prefill(request, encoded, record))
         kv = prefilled.kv_transfer_params if prefilled else None
         params = handoff.decode_params(request.params, kv, encoded.ec_transfer_params, index)
-        decode = StageRequest(request.request_id, encoded.prompt, params, request.options)
+        streamed = handoff.is_streamed(request.params)
+        decode = StageRequest(request.request_id, encoded.prompt, params, request.options, streamed)
         pulled = False
         try:
             async with aclosing(self._decode(decode, index, deadline, record)) as chunks:
@@ -279,13 +290,13 @@ class EPDClient(EngineClient):
                     pulled = True
                     yield chunk
 
-    def _prefill_at_decode(self, prompt: Prompt, failures: int) -> str | None:
+    def _prefill_at_decode(self, prompt: Prompt, failed: bool) -> str | None:
         """Why decode prefills this prompt where there is a prefill stage; None: prefill does it."""
         if Stage.PREFILL not in self.stages:
             return None
         if len(prompt.token_ids) < self._config.kv.min_prompt_tokens:
             return "short"
-        return "failed" if failures >= 2 else None
+        return "failed" if failed else None
 
     async def _prefill(self, request: StageRequest, encoded: Encoded, record: Trace) -> PrefillReply:
         params = handoff.prefill_params(request.params, encoded.ec_transfer_params)

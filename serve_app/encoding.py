@@ -21,7 +21,7 @@ from serve_app import handoff
 from serve_app.config import EncodeConfig, Stage
 from serve_app.encode_rule import Costs, Encodes, encode_at_prefill
 from serve_app.engine import ENCODE_PARAMS
-from serve_app.errors import EPDError, HandoffLost, StageError, StageTimeout
+from serve_app.errors import BadRequest, EPDError, HandoffLost, StageError, StageTimeout
 from serve_app.handoff import EncodeReply, Features, Item, Media, MediaRequest, Prompt, StageRequest
 from serve_app.routing import StageHandle
 from serve_app.trace import Trace
@@ -132,7 +132,7 @@ class EncodeStage:
         if not jobs:
             return {}
         began = self.clock()
-        at_encoder, taken = [], 0
+        at_encoder, taken, probes = [], 0, False
         for job in sorted(jobs, key=lambda job: -job.cost):
             now = self.clock()
             if self.shareable and (self._remembered(job.key) or job.key in self._flights):
@@ -149,12 +149,18 @@ class EncodeStage:
             at_encoder.append(job)
             taken += job.cost
             if self.state.down:  # this item is the probe
+                probes = True
                 self.state.probe_at = now + self.config.timeout_s * self.config.attempts
-        async with asyncio.TaskGroup() as group:
-            tasks = {
-                job.key: group.create_task(self._answer(job, record), context=contextvars.Context())
-                for job in at_encoder
-            }
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {
+                    job.key: group.create_task(self._answer(job, record), context=contextvars.Context())
+                    for job in at_encoder
+                }
+        except asyncio.CancelledError:
+            if probes:  # another item is to be, before this one's time would have been over
+                self.state.probe_at = self.clock() + self.config.retry_encoders_after_s
+            raise
         record.took("encode", self.clock() - began)
         return {key: reply for key, task in tasks.items() if (reply := task.result()) is not None}
 
@@ -270,6 +276,9 @@ class EncodeStage:
                 reply: EncodeReply = await self.handle.call(job.method, call)
         except TimeoutError:
             raise StageTimeout(Stage.ENCODER, f"did not answer within {self.config.timeout_s:g} s") from None
+        except BadRequest:
+            self.state.down = False  # it is up, and refuses the item
+            raise
         finally:
             self.state.outstanding -= job.cost
         expected = job.hash or (reply.features.item.hash if reply.features else None)

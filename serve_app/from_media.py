@@ -16,6 +16,7 @@ For models that declare such fields (``MultiModalDataParser.embedding_fields``);
 
 import asyncio
 import functools
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -169,12 +170,14 @@ class FromMedia:
     async def render(self, prompt: dict[str, Any], *, skip_mm_cache: bool = False) -> Any:
         """The engine input of a tokenized prompt. ``skip_mm_cache``: vLLM only counts its tokens; no encoder is asked."""
         data = {modality: items for modality, items in (prompt.get("multi_modal_data") or {}).items() if items}
-        raw = {m: items for m, items in data.items() if isinstance(items, list) and isinstance(items[0], Media)}
+        raw = {m: items for m, items in data.items() if isinstance(items, list) and any(map(is_media, items))}
         if not raw:
             return await self._by_vllm(prompt, skip_mm_cache=skip_mm_cache)
         refuse_client_names(prompt.get("multi_modal_uuids") or {})
         kwargs = dict(prompt.get("mm_processor_kwargs") or {})
-        if skip_mm_cache or kwargs.get("use_audio_in_video") or prompt.get("_prompt_embeds"):
+        # A video that came as JPEGs (`data:video/jpeg`) is decoded already, whatever stands beside it.
+        mixed = not all(map(is_media, itertools.chain(*raw.values())))
+        if mixed or skip_mm_cache or kwargs.get("use_audio_in_video") or prompt.get("_prompt_embeds"):
             return await self._processed_here(prompt, raw, skip_mm_cache)
 
         salt = prompt.get("cache_salt") if self._salted else None
@@ -207,8 +210,16 @@ class FromMedia:
                 placed[key] = prompt[key]
         return placed
 
-    async def _processed_here(self, prompt: dict[str, Any], raw: dict[str, list[Media]], skip_mm_cache: bool) -> Any:
+    async def _processed_here(self, prompt: dict[str, Any], raw: dict[str, list[Any]], skip_mm_cache: bool) -> Any:
         """By vLLM, from decoded media, as if no encoder took any."""
-        decoded = {modality: [await self._processor.decoded(each) for each in items] for modality, items in raw.items()}
+
+        async def decoded_of(item: Any) -> Any:
+            return await self._processor.decoded(item) if is_media(item) else item
+
+        decoded = {modality: [await decoded_of(item) for item in items] for modality, items in raw.items()}
         whole = {**prompt, "multi_modal_data": {**prompt["multi_modal_data"], **decoded}}
         return await self._by_vllm(whole, skip_mm_cache=skip_mm_cache)
+
+
+def is_media(item: Any) -> bool:
+    return isinstance(item, Media)

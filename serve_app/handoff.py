@@ -111,6 +111,8 @@ class StageRequest(msgspec.Struct, frozen=True):
     """vLLM's SamplingParams; transfer parameters are in its ``extra_args``."""
     options: dict[str, Any] = {}
     """Keyword arguments of ``AsyncLLM.generate``: lora_request, priority, trace_headers, …"""
+    streamed: bool = True
+    """Of decode: whether tokens go on as they come. Otherwise the first, which the deadline waits for, and then the rest."""
 
 
 class MediaRequest(msgspec.Struct, frozen=True):
@@ -305,16 +307,24 @@ def decode_params(
     """Sampling parameters of the decode call of choice ``index``.
 
     Seeds of choices count up as in ``vllm/v1/engine/parallel_sampling.py``. Where prefill ran elsewhere, the logits of the
-    prompt are there and not here.
+    prompt are there and not here. What a client gets at the end comes in pieces too, or its first token could not be told
+    from its last.
     """
     decode = params.clone()
     decode.n = 1
+    if not is_streamed(params):
+        decode.output_kind = type(params.output_kind).DELTA
     if decode.seed is not None:
         decode.seed += index
     if kv_transfer_params is not None:
         decode.prompt_logprobs = None
     decode.extra_args = _extra(params, kv_transfer_params=kv_transfer_params, ec_transfer_params=ec_transfer_params)
     return decode
+
+
+def is_streamed(params: Any) -> bool:
+    """Whether the client of a request gets tokens as they come."""
+    return bool(params.output_kind.name != "FINAL_ONLY")
 
 
 def pulls_blocks(params: Any) -> bool:

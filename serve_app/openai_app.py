@@ -434,7 +434,7 @@ class _HeldReply:
                 + self._items()
             )
         if self._trace.rungs:
-            headers["x-epd-rungs"] = ",".join(self._trace.rungs)
+            headers["x-epd-rungs"] = self._trace.rungs_told()
         if status in (429, 503):
             headers["retry-after"] = "1"
 

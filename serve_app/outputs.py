@@ -6,8 +6,8 @@ from contextlib import aclosing
 
 import msgspec
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind
 
+from serve_app import handoff
 from serve_app.config import Stage
 from serve_app.errors import StageError
 from serve_app.handoff import Chunk, PrefillReply, StageRequest
@@ -60,31 +60,35 @@ async def assemble(
 ) -> AsyncGenerator[RequestOutput]:
     """vLLM's outputs from the chunks of all choices, by the request's output kind as ``ParentRequest`` has it:
     streamed, each chunk as it comes; otherwise one output with all choices at the end."""
-    params = request.params
-    last_only = params.output_kind is RequestOutputKind.FINAL_ONLY
-    unfinished = set(range(params.n))
-    done: dict[int, Chunk] = {}
+    streamed = handoff.is_streamed(request.params)
+    unfinished = set(range(request.params.n))
+    whole: dict[int, RequestOutput] = {}
     async with aclosing(chunks):
         async for index, chunk in chunks:
             if chunk.finish_reason is not None:
                 unfinished.discard(index)
-            if not last_only:
-                yield to_output(request, text, {index: chunk}, finished=not unfinished)
-            elif chunk.finish_reason is not None:
-                done[index] = chunk
+            output = to_output(request, text, index, chunk, finished=not unfinished)
+            if streamed:
+                yield output
+            elif index in whole:
+                whole[index].add(output, aggregate=True)
+            else:
+                whole[index] = output
     if unfinished:
         raise StageError(Stage.DECODE, "ended its stream without a finish reason")
-    if last_only:
-        yield to_output(request, text, dict(sorted(done.items())), finished=True)
+    if not streamed:
+        first, *others = (whole[index] for index in sorted(whole))
+        for other in others:
+            first.add(other, aggregate=False)
+        yield first
 
 
-def to_output(request: StageRequest, text: str | None, chunks: dict[int, Chunk], finished: bool) -> RequestOutput:
-    first = next(iter(chunks.values()))
+def to_output(request: StageRequest, text: str | None, index: int, chunk: Chunk, finished: bool) -> RequestOutput:
     return RequestOutput(
         request_id=request.request_id,
         prompt=text,
         prompt_token_ids=request.prompt.token_ids,
-        prompt_logprobs=first.prompt_logprobs,
+        prompt_logprobs=chunk.prompt_logprobs,
         outputs=[
             CompletionOutput(
                 index=index,
@@ -96,8 +100,7 @@ def to_output(request: StageRequest, text: str | None, chunks: dict[int, Chunk],
                 stop_reason=chunk.stop_reason,
                 lora_request=request.options.get("lora_request"),
             )
-            for index, chunk in chunks.items()
         ],
         finished=finished,
-        num_cached_tokens=first.num_cached_tokens,
+        num_cached_tokens=chunk.num_cached_tokens,
     )

@@ -70,6 +70,11 @@ class Trace:
         self.rungs.append(name)
         self.span.event(name)
 
+    def rungs_told(self) -> str:
+        """Each rung once, as often as it ran: ``encode-again,prefill-again*2``. A request can have a thousand choices."""
+        counted = Counter(self.rungs).items()
+        return ",".join(f"{rung}*{count}" if count > 1 else rung for rung, count in counted)
+
     def begin(self) -> None:
         """An engine call begins."""
         if self.rendered is None:
@@ -139,7 +144,7 @@ class Trace:
         times = " ".join(f"{name}={seconds * 1000:.1f}ms" for name, seconds in self.stage_times().items())
         who = " ".join(f"{stage}={','.join(replicas)}" for stage, replicas in self.replicas.items())
         total = (time.perf_counter() - self.began) * 1000
-        rungs = f" rungs={','.join(self.rungs)}" if self.rungs else ""
+        rungs = f" rungs={self.rungs_told()}" if self.rungs else ""
         error = f' error="{self.error}"' if self.error is not None else ""
         return (
             (

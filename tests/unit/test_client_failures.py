@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from serve_app import trace
+from serve_app import handoff, trace
 from serve_app.client import EPDClient
 from serve_app.config import RetryConfig, Stage
 from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageTimeout, StageUnavailable
@@ -303,19 +303,26 @@ def test_decode_that_fails_after_its_first_token_is_not_tried_again(make_client:
     assert pipeline.log == ["encode", "prefill", "generate"]
 
 
-def test_structure_that_decode_gives_up_after_each_prefill_is_the_clients_mistake(make_client: Make) -> None:
-    """vLLM ends a request whose grammar does not compile as it ends one whose blocks are lost."""
-    structure = StructuredOutputsParams(regex="a+")
-    pipeline = FakePipeline(fails={"generate": [DECODE_LOST] * 9})
+STRUCTURE = {"structured_outputs": StructuredOutputsParams(regex="a+")}
+
+
+@pytest.mark.parametrize("without", [(), (Stage.PREFILL,), (Stage.ENCODER,)], ids=["E+P+D", "E+PD", "P+D"])
+def test_structure_that_decode_alone_gives_up_is_the_clients_mistake(make_client: Make, without: Any) -> None:
+    """vLLM ends a request whose grammar does not compile as it ends one whose blocks or embeddings are lost."""
+    pipeline = FakePipeline(without, fails={"generate": [DECODE_LOST] * 9})
     with pytest.raises(VLLMValidationError, match="grammar"):
-        generate(make_client, pipeline, "red", structured_outputs=structure)
-    assert pipeline.log.count("prefill") == 2
-    assert texts(generate(make_client, FakePipeline(fails={"generate": [DECODE_LOST]}), structured_outputs=structure))
+        generate(make_client, pipeline, "red", **STRUCTURE)
+    assert pipeline.log.count("generate") == 2
 
 
-def test_structure_is_not_blamed_for_embeddings_that_decode_did_not_find(make_client: Make) -> None:
-    pipeline = FakePipeline(without=(Stage.PREFILL,), fails={"generate": [DECODE_LOST] * 2})
-    assert texts(generate(make_client, pipeline, "red", structured_outputs=StructuredOutputsParams(regex="a+")))
+@pytest.mark.parametrize("without", [(), (Stage.PREFILL,), (Stage.ENCODER,)], ids=["E+P+D", "E+PD", "P+D"])
+def test_structure_is_not_blamed_for_what_decode_did_not_find(make_client: Make, without: Any) -> None:
+    """Decode then has nothing to find: the items have their pixels, and no blocks are to be pulled."""
+    pipeline = FakePipeline(without, fails={"generate": [DECODE_LOST]})
+    assert texts(generate(make_client, pipeline, "red", **STRUCTURE)) == ["a", "b"]
+    ((alone,),) = [args for method, args in pipeline.decoder.calls if method == "generate"][1:]
+    assert pixels(alone) == [True]
+    assert not handoff.pulls_blocks(alone.params) and "ec_transfer_params" not in (alone.params.extra_args or {})
 
 
 def test_items_whose_embeddings_were_lost_are_encoded_again(make_client: Make) -> None:
@@ -519,20 +526,41 @@ def test_stage_that_does_not_answer_in_time_is_a_504(make_client: Make, slow: st
     assert pipeline.log[-1] == ("release" if slow == "generate" else slow)
 
 
-def test_deadline_is_only_for_the_first_token(make_client: Make) -> None:
+@pytest.mark.parametrize(("kind", "expected"), [("DELTA", ["a", "b"]), ("FINAL_ONLY", ["ab"])])
+def test_deadline_is_only_for_the_first_token(make_client: Make, kind: str, expected: list[str]) -> None:
+    """Not for an answer that is not streamed, which would have to be whole by then."""
+
     async def main() -> list[RequestOutput]:
         over = asyncio.Event()
 
         async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
-            yield Chunk("a", [1]), "decode-0"
+            if request.params.output_kind is RequestOutputKind.DELTA:  # otherwise an engine is silent up to the end
+                yield Chunk("a", [1]), "decode-0"
             await over.wait()
             yield Chunk("b", [2], finish_reason="stop"), "decode-0"
 
         client = make_client(FakePipeline(generate=decode).stages, request_timeout_s=0.2)
         asyncio.get_running_loop().call_later(0.3, over.set)
-        return await run(client)
+        return await run(client, output_kind=RequestOutputKind[kind])
 
-    assert [o.outputs[0].text for o in asyncio.run(main())] == ["a", "b"]
+    assert texts(asyncio.run(main())) == expected
+
+
+def test_answer_that_is_not_streamed_is_tried_again_up_to_its_end(make_client: Make) -> None:
+    attempts = 0
+
+    async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+        nonlocal attempts
+        attempts += 1
+        assert not request.streamed
+        yield Chunk("a", [1]), "decode-0"
+        if attempts == 1:
+            raise DECODE_GONE
+        yield Chunk("b", [2, 3], finish_reason="stop"), "decode-0"
+
+    outputs, record = traced(make_client, FakePipeline(generate=decode), output_kind=RequestOutputKind.FINAL_ONLY)
+    assert texts(outputs) == ["ab"]
+    assert (record.rungs, record.output_tokens) == (["decode-again"], 3)
 
 
 # ---- clients that leave

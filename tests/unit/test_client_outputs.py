@@ -70,6 +70,17 @@ def test_request_that_is_not_streamed_is_one_output_with_its_choices_in_order() 
     assert shape(outputs) == [([(0, "b", "stop"), (1, "y", "length")], True)]
 
 
+def test_chunks_of_a_choice_that_is_not_streamed_are_joined() -> None:
+    first = Chunk("a", [1], [{1: "p"}], -0.5, num_cached_tokens=3, prompt_logprobs=[None])
+    rest = Chunk("bc", [2, 3], [{2: "q"}, {3: "r"}], -1.5, "stop", 9)
+    (output,) = assembled(RequestOutputKind.FINAL_ONLY, [(1, X), (0, first), (1, Y), (0, rest)], n=2)
+    assert shape([output]) == [([(0, "abc", "stop"), (1, "xy", "length")], True)]
+    choice = output.outputs[0]
+    assert (choice.token_ids, choice.logprobs) == ([1, 2, 3], [{1: "p"}, {2: "q"}, {3: "r"}])
+    assert (choice.cumulative_logprob, choice.stop_reason) == (-1.5, 9)
+    assert (output.num_cached_tokens, output.prompt_logprobs) == (3, [None])
+
+
 @pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY])
 def test_choice_without_an_end_is_an_error(kind: RequestOutputKind) -> None:
     with pytest.raises(StageError, match="without a finish reason"):

@@ -562,13 +562,36 @@ def test_probe_whose_client_left_is_made_again_by_another_item() -> None:
         await asyncio.gather(probe, return_exceptions=True)
         await bench.encode("b")
         assert bench.asked == ["a"]
-        bench.clock.now += 60
+        bench.clock.now += 5
         again = asyncio.create_task(bench.encode("b"))
         await asyncio.sleep(0.01)
         assert bench.asked == ["a", "b"]
         again.cancel()
         await asyncio.gather(again, return_exceptions=True)
         assert bench.at_rest()
+
+    asyncio.run(main())
+
+
+def test_probe_that_an_encoder_refuses_tells_that_it_is_up() -> None:
+    """A client's broken file says nothing about the encoders."""
+
+    async def main() -> None:
+        refuse = True
+
+        async def encode(call: StageRequest) -> EncodeReply:
+            if refuse:
+                raise BadRequest("no picture")
+            return encoded(call)
+
+        bench = Bench(encode, fails=[DOWN, DOWN], retry_encoders_after_s=5)
+        await take_down(bench)
+        bench.clock.now += 5
+        with pytest.raises(ExceptionGroup, match="TaskGroup"):
+            await bench.encode("broken")
+        assert not bench.stage.state.down
+        refuse = False
+        assert with_pixels(await bench.encode("a")) == []
 
     asyncio.run(main())
 

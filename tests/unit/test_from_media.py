@@ -228,6 +228,27 @@ def test_lost_embedding_is_encoded_again_from_the_media_and_lost_twice_at_prefil
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["media first", "frames first"])
+def test_video_beside_one_that_came_as_frames_is_rendered_by_vllm(make_client: Make, first: bool) -> None:
+    """`data:video/jpeg` is decoded where it is read."""
+
+    async def main() -> None:
+        bench = Bench(make_client)
+        sent, frames = video(1), await bench.processor.decoded(video(2))
+        mixed, decoded = [sent, frames], [await bench.processor.decoded(sent), frames]
+        if not first:
+            mixed.reverse()
+            decoded.reverse()
+        rendered = await bench.render(VIDEO + VIDEO, {"video": mixed})
+        assert like_vllm(rendered, bench.processor.declared) == like_vllm(
+            await bench.render(VIDEO + VIDEO, {"video": decoded}), bench.processor.declared
+        )
+        assert await bench.tokens(rendered) == [1, 2]
+        assert bench.pipeline.log == ["encode", "encode", "prefill", "generate"]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(("connector", "calls"), [("SharedFolderECConnector", 1), ("Pulled", 3)])
 def test_answer_of_a_connector_whose_blocks_are_pulled_once_serves_one_choice(
     make_client: Make, connector: str, calls: int

@@ -25,6 +25,7 @@ from serve_app.handoff import (
     decode_params,
     distinct,
     for_encoder,
+    is_streamed,
     merge_ec_params,
     prefill_params,
     salted,
@@ -239,6 +240,12 @@ def test_decode_is_the_clients_request_for_one_choice() -> None:
     assert (params.max_tokens, params.min_tokens, params.stop, params.stop_token_ids) == (40, 3, ["end"], [5])
     assert (params.logprobs, params.output_kind) == (2, RequestOutputKind.DELTA)
     assert params.extra_args == {"mine": 1, "kv_transfer_params": KV, "ec_transfer_params": EC}
+
+
+def test_decode_of_an_answer_that_is_not_streamed_comes_in_pieces_too() -> None:
+    params = client_params(output_kind=RequestOutputKind.FINAL_ONLY)
+    assert decode_params(params, None, None).output_kind is RequestOutputKind.DELTA
+    assert not is_streamed(params) and is_streamed(client_params())
 
 
 def test_seeds_of_choices_count_up_and_none_stays_none() -> None:

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
+from vllm.outputs import CompletionOutput, RequestOutput
 
 from deployments._replica import EngineReplica
 from deployments.decode import Decode
 from deployments.encoder import Encoder
 from deployments.prefill import Prefill
-from serve_app.handoff import READ_S
+from serve_app.handoff import READ_S, Prompt, StageRequest
 from serve_app.workload import HELP, Meter
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'EngineReplica.__del__' was never awaited")  # Serve awaits it
@@ -149,9 +151,31 @@ def test_decode_tells_the_time_of_the_transfer_where_nothing_else_was_waited_for
     engine = Engine()
     engine.slots = slots
     decode: Any = replica("Decode", engine, _interval_s=0.0)
-    request: Any = SimpleNamespace(params=SimpleNamespace(extra_args=extra))
+    request: Any = SimpleNamespace(params=SimpleNamespace(extra_args=extra), streamed=True)
 
     async def main() -> list[Any]:
         return [chunk async for chunk, _ in decode.generate(request)]
 
     assert [chunk.kv_s for chunk in asyncio.run(main())] == [kv_s, None]
+
+
+@pytest.mark.parametrize(("streamed", "chunks"), [(True, [[1], [1], [1]]), (False, [[1], [1, 1]])])
+def test_decode_gives_the_first_token_at_once_and_the_rest_as_the_client_wants_it(
+    streamed: bool, chunks: list[list[int]]
+) -> None:
+    def output(number: int) -> RequestOutput:
+        choice = CompletionOutput(0, "a", [1], None, None, finish_reason="stop" if number == 2 else None)
+        return RequestOutput("r", None, None, None, [choice], finished=number == 2)
+
+    class Engine(FakeEngine):
+        async def generate(self, request: Any) -> AsyncGenerator[RequestOutput]:
+            for number in range(3):
+                yield output(number)
+
+    decode: Any = replica("Decode", Engine(), _interval_s=0.0)
+    request = StageRequest("r", Prompt([1]), SamplingParams(), streamed=streamed)
+
+    async def main() -> list[list[int]]:
+        return [chunk.token_ids async for chunk, _ in decode.generate(request)]
+
+    assert asyncio.run(main()) == chunks

@@ -130,9 +130,9 @@ def test_rungs_are_in_the_line_in_the_order_in_which_they_ran() -> None:
     record.saw("prefill", "p1")
     for rung in ("encode-again", "prefill-again", "prefill-again"):
         record.rung(rung)
-    assert record.line(200).endswith(" prefill=p1 rungs=encode-again,prefill-again,prefill-again")
+    assert record.line(200).endswith(" prefill=p1 rungs=encode-again,prefill-again*2")
     record.fail(ValueError("gone"))
-    assert record.line(503).endswith(' rungs=encode-again,prefill-again,prefill-again error="gone"')
+    assert record.line(503).endswith(' rungs=encode-again,prefill-again*2 error="gone"')
 
 
 def test_outside_a_request_there_is_no_trace() -> None:

@@ -229,6 +229,9 @@ OUTPUTS: dict[str, Bad] = {
     "no kind of structure": asked("one kind", structured_outputs={}),
     "a broken structural tag": asked("structural_tag", structured_outputs={"structural_tag": "{"}),
     "a grammar that never ends": asked("grammar", structured_outputs={"grammar": "root ::= root"}),
+    "a grammar that never ends, with an image": Bad(
+        *chat(text("Hi"), image(901), structured_outputs={"grammar": "root ::= root"}), "grammar"
+    ),
     "a JSON schema that is itself": asked("grammar", **schema({"$ref": "#"})),
     "JSON schemas that are each other": asked(
         "grammar",
