@@ -17,7 +17,7 @@ import ray
 from ray import serve
 
 from serve_app.config import EPDConfig, Stage
-from serve_app.placement import check_claims, xpu_affinity
+from serve_app.placement import alone_on, check_claims, shared_cards, xpu_affinity
 from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import check_shared_memory, side_channel_env, storage_path
 from serve_app.vllm_plugin import REPLICA_ENV, SCRATCH_ENV
@@ -73,12 +73,15 @@ class EngineReplica:
             storage_path(config).mkdir(parents=True, exist_ok=True)
 
         began = time.perf_counter()
-        with ends_unless_done_in(config.startup_timeout_s, f"{self.stage} does not start"):
-            # Only now: vLLM reads its environment when it is imported.
-            from serve_app.engine import StageEngine
+        # Only now: vLLM reads its environment when it is imported.
+        from serve_app.engine import StageEngine
 
-            imported = time.perf_counter()
-            args = engine_args(config, self.stage, model_path(config))
+        imported = time.perf_counter()
+        args = engine_args(config, self.stage, model_path(config))
+        with (
+            alone_on(shared_cards(config.stages[self.stage], ray.get_gpu_ids())),
+            ends_unless_done_in(config.startup_timeout_s, f"{self.stage} does not start"),
+        ):
             self.engine = StageEngine(self.stage, args, config.metrics.engines_in_ray, config.hang_timeout_s)
         engine_s = time.perf_counter() - imported
         logger.info(f"start-up {self.stage}: import={imported - began:.1f}s engine={engine_s:.1f}s")

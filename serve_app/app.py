@@ -91,7 +91,8 @@ def cluster() -> Cluster:
     """What the connected Ray cluster has."""
     resources = ray.cluster_resources()
     types = tuple(sorted(name.removeprefix("accelerator_type:") for name in resources if "accelerator_type:" in name))
-    return Cluster(resources.get("GPU", 0.0), resources.get("CPU", 0.0), types, is_elastic())
+    with_gpus = sum(node["Alive"] and node["Resources"].get("GPU", 0) > 0 for node in ray.nodes())
+    return Cluster(resources.get("GPU", 0.0), resources.get("CPU", 0.0), types, is_elastic(), max(with_gpus, 1))
 
 
 def check_vllm_args(config: EPDConfig) -> None:

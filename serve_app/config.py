@@ -4,6 +4,7 @@ Replica counts and ``autoscaling_config`` are Ray Serve's own and stand under ``
 when the application is built, so a mistake is a sentence at start-up and not a failing replica ten minutes later.
 """
 
+import math
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -58,6 +59,9 @@ SHARED_ARGS = frozenset(
     }
 )
 """Engine arguments that change token ids, item hashes or KV layout, and so must be equal on all stages."""
+
+PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+"""Their product is the cards of one engine: what its replica claims."""
 
 OWN_KEYS = {
     "model": "`model:`",
@@ -132,13 +136,9 @@ class StageConfig(Strict):
     )
 
     @property
-    def tensor_parallel_size(self) -> int:
-        return int(self.engine_args.get("tensor_parallel_size", 1))
-
-    @property
     def world_size(self) -> int:
         """Cards of one engine."""
-        return self.tensor_parallel_size * int(self.engine_args.get("pipeline_parallel_size", 1))
+        return math.prod(int(self.engine_args.get(size, 1)) for size in PARALLEL_SIZES)
 
     @field_validator("engine_args")
     @classmethod
@@ -179,8 +179,8 @@ class StageConfig(Strict):
             raise ValueError(f"`gpus_per_replica: {gpus}`: above one card only whole cards can be claimed")
         if self.world_size > 1 and 0 < gpus != self.world_size:
             raise ValueError(
-                f"`gpus_per_replica: {gpus}` does not fit tensor_parallel_size × pipeline_parallel_size = "
-                f"{self.world_size}: leave it out or make them equal"
+                f"`gpus_per_replica: {gpus}` does not fit {' × '.join(PARALLEL_SIZES)} = {self.world_size}: leave it out or "
+                "make them equal"
             )
         if self.devices is not None and len(self.devices.split(",")) < max(self.world_size, gpus):
             raise ValueError(f"`devices: {self.devices!r}` names fewer cards than one replica uses")
@@ -499,6 +499,8 @@ class EPDConfig(Strict):
         for key in args:
             if key in OWN_KEYS:
                 raise ValueError(f"`{key}` is set by {OWN_KEYS[key]}")
+            if key in PARALLEL_SIZES:
+                raise ValueError(f"`{key}` is each stage's own: put it under `engine_args:` of the stages that need it")
         return args
 
     @model_validator(mode="after")

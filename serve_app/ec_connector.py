@@ -23,6 +23,7 @@ it. So an encoder also *loads* an item that it finds in the folder, and writes a
 Contract with vLLM 0.32.0: ``tests/unit/test_ec_connector.py`` and ``tests/unit/test_contracts_server.py``.
 """
 
+import hashlib
 import resource
 import time
 from dataclasses import dataclass, field
@@ -92,14 +93,23 @@ class Held:
     """False: it holds the zeros of a spoiled request, and must be loaded over before anyone else uses it."""
 
 
+def weights_of(model_config: Any) -> str:
+    """What an embedding depends on besides its item's hash, in which vLLM has the model's name: precision and revision.
+
+    A folder outlives a deployment. Other weights under the same name in a local folder cannot be told from those before.
+    """
+    commit = getattr(model_config.hf_config, "_commit_hash", None)
+    named = repr((model_config.revision, commit, model_config.hf_overrides))
+    return f"{model_config.dtype}:{hashlib.sha256(named.encode()).hexdigest()[:16]}:"
+
+
 class SharedFolderECConnector(ECConnectorBase):
     def __init__(self, vllm_config: Any, role: ECConnectorRole) -> None:
         super().__init__(vllm_config, role)
         extra = vllm_config.ec_transfer_config.ec_connector_extra_config
         bounds = {key: extra[key] for key in ("max_bytes", "max_age_s", "lease_s") if key in extra}
         self._store = FolderStore(Path(extra["shared_storage_path"]), **bounds)
-        # What is encoded in another precision is another embedding.
-        self._prefix = f"{vllm_config.model_config.dtype}:"
+        self._prefix = weights_of(vllm_config.model_config)
         self._item_width = vllm_config.model_config.get_inputs_embeds_size()
         self._dtype = DTYPE_NAMES.get(vllm_config.model_config.dtype, "F32")
         self._metadata_resolver = PlaceholderMetadataResolver(vllm_config.model_config)
@@ -218,7 +228,8 @@ class SharedFolderECConnector(ECConnectorBase):
             self._send(identifier)
         else:
             self._held[identifier] = Held(None)
-            self._encoded.add(identifier)
+            if self.is_producer:
+                self._encoded.add(identifier)
             self._stats.add("encoded")
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:

@@ -7,7 +7,8 @@ that needs it, to be sent again. What vLLM leaves open is closed here, on the sc
 - An encoder answers with a key only for what can be read. vLLM also names what its buffer had no room for; the item would
   go on without pixels, and the engine that has neither pixels nor address dies.
 - A buffer that cannot hold the longest prompt's items is refused at start. An item larger than the buffer would end the
-  encoder, and the next one to which it is sent.
+  encoder, and the next one to which it is sent. So is one smaller than an encoder's own cache: an item that is in that and
+  no longer in the buffer is not saved again, and could not be read.
 - What is asked of an encoder again stays longest. It has such an item still in its own cache and does not save it again,
   so that without this a repeated item would be the first to go, and could not be read any more.
 - The buffer's file has no name once all processes of the engine have opened it: it is gone with them, however they end.
@@ -46,14 +47,21 @@ class NixlECScheduler(ECCPUScheduler):
 
     def _check_room(self, vllm_config: VllmConfig) -> None:
         widths = self._ec_config.mm_encoder_output_widths  # measured on encoders only; all stages have the same buffer
-        tokens = vllm_config.model_config.max_model_len
-        needed = max((self._num_blocks((tokens, width)) for width in widths.values()), default=0)
         room, block = self._region.num_blocks, self._region.block_size_bytes
-        if needed > room:
-            raise ValueError(
-                f"`ec.max_bytes` holds {room * block} bytes of embeddings, and the items of one prompt may have "
-                f"{needed * block} with `max_model_len: {tokens}`: raise the one or lower the other."
-            )
+        for what, of, tokens in (
+            ("the items of one prompt", "max_model_len", vllm_config.model_config.max_model_len),
+            (
+                "an encoder's own cache",
+                "encoder.engine_args.max_num_batched_tokens",
+                vllm_config.scheduler_config.encoder_cache_size,
+            ),
+        ):
+            needed = max((self._num_blocks((tokens, width)) for width in widths.values()), default=0)
+            if needed > room:
+                raise ValueError(
+                    f"`ec.max_bytes` holds {room * block} bytes of embeddings, and {what} may have {needed * block} with "
+                    f"`{of}: {tokens}`: raise the one or lower the other."
+                )
 
     def ensure_cache_available(self, request: Request, *args: Any, **kwargs: Any) -> bool:
         if self._is_producer:

@@ -1,7 +1,10 @@
 """Which device the stages run on, and what each replica claims from Ray. Pure functions of the config and the cluster."""
 
+import fcntl
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +39,7 @@ class Cluster:
     cpus: float
     gpu_types: tuple[str, ...] = ()
     elastic: bool = False
+    nodes_with_gpus: int = 1
 
     @property
     def gpu_accelerator(self) -> Accelerator:
@@ -118,7 +122,8 @@ def fit_gpus(config: EPDConfig, accelerator: Accelerator, cluster: Cluster) -> d
         return {s: c if c.gpus_per_replica is not None else _claim(c, 0) for s, c in stages.items()}
     all_open = all(c.gpus_per_replica is None and c.world_size == 1 for c in stages.values())
     shares: Mapping[Stage, float] = {}
-    if all_open and not cluster.elastic and cluster.gpus < len(stages):
+    # On two nodes of a card each, encoder and prefill could be placed apart, with no whole card left for decode.
+    if all_open and not cluster.elastic and cluster.gpus < len(stages) and cluster.nodes_with_gpus == 1:
         shares = {1: SHARES_OF_ONE.get(tuple(stages), {}), 2: SHARES_OF_TWO}.get(int(cluster.gpus), {})
     memory_is_open = "gpu_memory_utilization" not in config.engine_args
     fitted = {}
@@ -186,6 +191,32 @@ def check_claims(
             f"`deployments:` take the place of all its claims. Leave them out, and set `gpus_per_replica`, "
             f"`cpus_per_replica`, `resources`, `label_selector` and `env` of `{stage}` under `args:`."
         )
+
+
+@contextmanager
+def alone_on(cards: Collection[int | str]) -> Iterator[None]:
+    """Wait until no other engine of this node starts on one of these cards, and keep others from it meanwhile.
+
+    An engine measures what it may take of a card's memory by what is free before and after it has loaded: what another one
+    loads in between counts as its own. The lock goes with the process.
+    """
+    with ExitStack() as locks:
+        for card in sorted(map(str, cards)):
+            path = os.path.join(tempfile.gettempdir(), f"epd-card-{card}.lock")
+            try:  # another user's may be opened in a sticky folder, but not with O_CREAT
+                descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+            locks.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def shared_cards(config: StageConfig, gpu_ids: Collection[int | str]) -> list[int | str]:
+    """The cards of a replica that it may have in common with others: where it claims a share of one, or names them."""
+    if config.devices is not None:
+        return list(config.devices.split(","))
+    return list(gpu_ids) if (config.gpus_per_replica or 0) < 1 else []
 
 
 def xpu_affinity(

@@ -107,6 +107,7 @@ def empty_kuberay(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes to Ray."""
     monkeypatch.setenv("RAY_USAGE_STATS_KUBERAY_IN_USE", "1")  # as KubeRay sets it in every Ray container
     monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
 
 
@@ -125,8 +126,11 @@ def test_kuberay_with_no_gpu_yet_is_not_taken_for_a_cluster_without_any() -> Non
 def test_cluster_elsewhere_is_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_USAGE_STATS_KUBERAY_IN_USE", raising=False)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0})
+    cards = [{"Alive": True, "Resources": {"GPU": 1.0}}] * 2
+    gone, head = {"Alive": False, "Resources": {"GPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*cards, gone, head])
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
-    assert app.cluster() == Cluster(2, 8, ("H100",), elastic=False)
+    assert app.cluster() == Cluster(2, 8, ("H100",), elastic=False, nodes_with_gpus=2)
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64})
     assert app.cluster().elastic
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from serve_app.config import (
     DEMO_MODEL,
     OWN_KEYS,
+    PARALLEL_SIZES,
     ROLE_ARGS,
     SHARED_ARGS,
     SIDE_CHANNEL_ENV,
@@ -99,7 +100,6 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
             {"ec": NIXL, "encoder": {"engine_args": {"data_parallel_size": 2}}},
             ["`data_parallel_size` of the encoder", "`num_replicas`"],
         ),
-        ({"ec": NIXL, "engine_args": {"data_parallel_size": 2}}, ["`data_parallel_size` of the encoder"]),
         (
             {"ec": NIXL, "decode": {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}},
             ["`decode.env.VLLM_USE_V2_MODEL_RUNNER`", "second model runner"],
@@ -221,10 +221,17 @@ def test_name_in_the_api_is_the_served_one_before_the_models(args: dict[str, Any
     assert EPDConfig(**args).model_name == name
 
 
-def test_world_size_is_tensor_times_pipeline_parallel() -> None:
-    config = StageConfig(engine_args={"tensor_parallel_size": 2, "pipeline_parallel_size": 3})
-    assert (config.tensor_parallel_size, config.world_size) == (2, 6)
+def test_world_size_is_all_ranks_of_an_engine() -> None:
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3, "data_parallel_size": 2}
+    assert StageConfig(engine_args=sizes, gpus_per_replica=12).world_size == 12
     assert StageConfig().world_size == 1
+
+
+@pytest.mark.parametrize("size", PARALLEL_SIZES)
+def test_cards_of_an_engine_are_its_stages_own(size: str) -> None:
+    """Claims are per stage; an engine with more ranks than its replica has cards does not start."""
+    with pytest.raises(ValidationError, match=f"`{size}` is each stage's own"):
+        EPDConfig(engine_args={size: 2})
 
 
 @pytest.mark.parametrize(

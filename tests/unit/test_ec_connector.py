@@ -3,6 +3,7 @@
 Every test that can runs twice: with vLLM's plain scheduler, and with the asynchronous one that is a step ahead.
 """
 
+import copy
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 from vllm.v1.request import RequestStatus
 
 from serve_app.config import EPDConfig, Stage
-from serve_app.ec_connector import DTYPE_NAMES, Load, SharedFolderECConnector
+from serve_app.ec_connector import DTYPE_NAMES, Load, SharedFolderECConnector, weights_of
 from serve_app.ec_metrics import SharedFolderStats
 from serve_app.ec_store import FolderStore, Shape
 from serve_app.handoff import READ_S
@@ -437,6 +438,37 @@ def test_encoder_evicts_and_says_so(make: MakeEngine, tmp_path: Path) -> None:
     assert encoder.counts["evicted"] == 2
     assert 2 * half.size_bytes < encoder.counts["bytes.evicted"] < 2 * half.size_bytes + 1000
     assert half.size_bytes < encoder.counts["folder_bytes"] < half.size_bytes + 1000
+
+
+def test_embeddings_of_other_weights_are_others(demo_vllm_config: Any, tmp_path: Path) -> None:
+    """A folder outlives a deployment, and vLLM's hash of an item does not cover the model's revision."""
+    engines = []
+    for revision in ("v1", "v2", "v1"):
+        config = copy.copy(demo_vllm_config)
+        config.model_config = copy.copy(config.model_config)
+        config.model_config.revision = revision
+        engines.append(Engine(config, tmp_path, Stage.ENCODER, ahead=False))
+        publish(engines[-1], "A")
+    for engine in engines:
+        engine.close()
+    assert [len(engine.encodings) for engine in engines] == [1, 1, 0]
+
+
+def test_precision_commit_and_overrides_name_the_weights() -> None:
+    def named(dtype: str = "bf16", commit: str | None = None, **more: Any) -> str:
+        hf_config = SimpleNamespace() if commit is None else SimpleNamespace(_commit_hash=commit)
+        values = {"dtype": dtype, "revision": None, "hf_overrides": {}, "hf_config": hf_config} | more
+        return weights_of(SimpleNamespace(**values))
+
+    others = [named("f32"), named(commit="c"), named(revision="r"), named(hf_overrides={"a": 1})]
+    assert len({named(), *others}) == 5
+    assert named() == named()
+
+
+def test_consumer_that_encodes_by_itself_keeps_nothing_of_it(prefill: Engine) -> None:
+    for index in range(3):
+        assert prefill.ask(f"r{index}", feature(f"A{index}", PIXELS)) == "length"
+    assert not prefill.connector._encoded
 
 
 # ---- a worker's half

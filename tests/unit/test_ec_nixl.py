@@ -3,6 +3,7 @@
 Only the copies between a GPU and the buffer have a stand-in (``HostCopies``).
 """
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -71,12 +72,19 @@ class HostCopies:
 
 
 class NixlEngine(Engine):
-    """``rows``: embeddings that fit the buffer; ``context``: the model's."""
+    """``rows``: embeddings that fit the buffer; ``own``: that fit the engine's own cache."""
 
     def __init__(
-        self, vllm_config: Any, stage: Stage, *, rows: int = 4096, connector: str = "NixlECConnector", **options: Any
+        self,
+        vllm_config: Any,
+        stage: Stage,
+        *,
+        rows: int = 4096,
+        own: int = 4096,
+        connector: str = "NixlECConnector",
+        **options: Any,
     ) -> None:
-        self._rows, self._connector = rows, connector
+        self._rows, self._own, self._connector = rows, own, connector
         super().__init__(vllm_config, Path(), stage, **options)
 
     def _settings(self, stage: Stage, ec: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +95,8 @@ class NixlEngine(Engine):
     def _make_worker(self, config: Any) -> HostCopies:
         ec = config.ec_transfer_config
         ec.ec_connector_extra_config["ec_cpu_bytes"] = self._rows * self.width * config.model_config.dtype.itemsize
+        config.scheduler_config = copy.copy(config.scheduler_config)
+        config.scheduler_config.encoder_cache_size = self._own
         if ec.is_ec_producer:
             ec.mm_encoder_output_widths = {"image": self.width}
         self.host = HostCopies(config)
@@ -269,6 +279,12 @@ def test_what_the_full_buffer_does_not_take_is_not_named(make: MakeEngine, prefi
 def test_buffer_too_small_for_a_prompt_is_refused_at_start(make: MakeEngine) -> None:
     with pytest.raises(ValueError, match=r"`ec.max_bytes` holds .* `max_model_len: 4096`"):
         make(Stage.ENCODER, rows=4095)
+
+
+def test_buffer_smaller_than_the_encoders_own_cache_is_refused_at_start(make: MakeEngine) -> None:
+    """An item that is in that and no longer in the buffer would not be saved again, and could not be read."""
+    with pytest.raises(ValueError, match=r"`ec.max_bytes` holds .* `encoder.engine_args.max_num_batched_tokens: 8000`"):
+        make(Stage.ENCODER, own=8000)
 
 
 def test_item_that_is_asked_for_again_outlives_others_in_the_buffer(make: MakeEngine) -> None:

@@ -1,5 +1,8 @@
 """serve_app.placement: device, model and GPUs per replica from the config and what the cluster has."""
 
+import tempfile
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +13,12 @@ from serve_app.placement import (
     Cluster,
     Resolved,
     actor_options,
+    alone_on,
     check_claims,
     cpus_per_replica,
     fit_gpus,
     resolve,
+    shared_cards,
     xpu_affinity,
 )
 
@@ -248,6 +253,43 @@ def test_named_devices_replace_the_ones_ray_would_pick(accelerator: str, env: di
     options = actor_options(config, Accelerator(accelerator))
     assert options["runtime_env"] == {"env_vars": {"A": "b"} | env}
     assert config.env == {"A": "b"}
+
+
+def test_two_nodes_of_a_card_each_are_not_shared_as_one_with_two() -> None:
+    """Encoder and prefill could be placed apart, and no whole card would be left for decode."""
+    with pytest.raises(ConfigError, match="needs 3 GPUs"):
+        resolve(EPDConfig(), Cluster(2, 64, nodes_with_gpus=2))
+    assert gpus(resolve(EPDConfig(prefill=None), Cluster(2, 64, nodes_with_gpus=2))) == {"encoder": 1, "decode": 1}
+
+
+def test_engines_that_share_a_card_start_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    waiting, done = threading.Event(), threading.Event()
+
+    def start() -> None:
+        waiting.set()
+        with alone_on([1]):
+            done.set()
+
+    with alone_on([1, 0]), alone_on(["2"]):
+        other = threading.Thread(target=start)
+        other.start()
+        assert waiting.wait(10)
+        assert not done.wait(0.2)
+    other.join(10)
+    assert done.is_set()
+
+
+@pytest.mark.parametrize(
+    ("config", "cards"),
+    [
+        ({"gpus_per_replica": 0.45}, [3]),
+        ({"gpus_per_replica": 1}, []),
+        ({"gpus_per_replica": 2, "devices": "0,1"}, ["0", "1"]),
+    ],
+)
+def test_shares_and_named_cards_may_be_shared(config: dict[str, Any], cards: list[Any]) -> None:
+    assert shared_cards(StageConfig(**config), [3]) == cards
 
 
 CLAIMS = {"gpus_per_replica": 0.45, "resources": {"fast": 1}, "env": {"UCX_TLS": "tcp"}}
