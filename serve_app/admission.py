@@ -3,8 +3,10 @@
 Text is bound by the number of requests alone, so it keeps flowing when media are at their limit.
 """
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 from serve_app.config import AdmissionConfig
 from serve_app.errors import Overloaded
@@ -24,6 +26,8 @@ class Admission:
         self._embed_bytes = embed_bytes
         self._changed = changed
         self.requests = self.items = self.media_bytes = self.embed_bytes = 0
+        self._arriving = threading.Lock()
+        self.arrived_items = self.arrived_bytes = 0
 
     def check_request(self) -> None:
         """Before anything is rendered. Raises ``Overloaded``."""
@@ -46,6 +50,26 @@ class Admission:
     def admit_media(self, media: Collection[Media]) -> AbstractContextManager[None]:
         """Hold the places of items that are encoded before their request is rendered. Raises ``Overloaded``."""
         return self._hold(len(media), sum(len(each.data) for each in media), 0)
+
+    def arrives(self, intake: "Intake", size_bytes: int) -> None:
+        """Count bytes of an item that are about to be in memory. From any thread. Raises ``Overloaded``.
+
+        By themselves, beside what is counted once items are whole: by then they are in memory.
+        """
+        with self._arriving:
+            first = not intake.size_bytes
+            self._check("media items", self.arrived_items, first, self._config.max_items)
+            others = self.arrived_bytes - intake.size_bytes
+            self._check("bytes of media", others, intake.size_bytes + size_bytes, self._config.max_media_bytes)
+            self.arrived_items += first
+            self.arrived_bytes += size_bytes
+            intake.size_bytes += size_bytes
+
+    def leaves(self, intake: "Intake") -> None:
+        with self._arriving:
+            self.arrived_items -= intake.size_bytes > 0
+            self.arrived_bytes -= intake.size_bytes
+            intake.size_bytes = 0
 
     @contextmanager
     def _hold(self, items: int, media_bytes: int, embed_bytes: int) -> Iterator[None]:
@@ -72,6 +96,20 @@ class Admission:
             raise Overloaded(
                 f"This server has {outstanding} {what} under way and takes {limit}: try again in a moment."
             )
+
+
+@dataclass
+class Intake:
+    """An item on its way in, and here until its request ends."""
+
+    admission: Admission
+    size_bytes: int = 0
+
+    def add(self, size_bytes: int) -> None:
+        self.admission.arrives(self, size_bytes)
+
+    def close(self) -> None:
+        self.admission.leaves(self)
 
 
 def size_of(item: Item) -> int:

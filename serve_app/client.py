@@ -70,7 +70,7 @@ class EPDClient(EngineClient):
         self._config = config
         self._background: set[asyncio.Task[Any]] = set()
         self.metrics = IngressMetrics()
-        self._admission = Admission(config.admission, embed_size_bytes(self.model_config), self.metrics.outstanding)
+        self.admission = Admission(config.admission, embed_size_bytes(self.model_config), self.metrics.outstanding)
         self._retries = Retries(config.retry)
         encoder = stages.get(Stage.ENCODER)
         self._encoders: EncodeStage | None = None
@@ -88,7 +88,7 @@ class EPDClient(EngineClient):
     @property
     def load(self) -> dict[str, float]:
         """What is under way at this ingress replica."""
-        return {"calls": float(self._admission.requests), "outstanding": float(self._admission.requests)}
+        return {"calls": float(self.admission.requests), "outstanding": float(self.admission.requests)}
 
     # ---- the pipeline
 
@@ -125,7 +125,7 @@ class EPDClient(EngineClient):
         try:
             request = self._admit(prompt, sampling_params, request_id, options)
             text = prompt_text if prompt_text is not None else extract_prompt_components(self.model_config, prompt)[0]
-            with self._admission.admit(request.prompt.items):
+            with self.admission.admit(request.prompt.items):
                 record.begin()
                 record.items.update(item.modality for item in request.prompt.items)
                 record.media_bytes += sum(map(size_of, request.prompt.items))
@@ -152,7 +152,7 @@ class EPDClient(EngineClient):
         assert self._encoders is not None
         record = trace.current.get() or Trace("media")
         try:
-            with self._admission.admit_media(media):
+            with self.admission.admit_media(media):
                 work = first_failure(self._encoders.encode_media(media, record))
                 return await self._deadline(record).within(Stage.ENCODER, work)
         except Exception as error:
@@ -356,7 +356,7 @@ class EPDClient(EngineClient):
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """vLLM asks before it renders a prompt."""
         try:
-            self._admission.check_request()
+            self.admission.check_request()
         except Overloaded as error:
             raise to_vllm_error(error) from error
 

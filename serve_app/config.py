@@ -319,7 +319,10 @@ class AdmissionConfig(Strict):
     max_requests: int = Field(1024, ge=1, description="Requests under way; a choice more does not count.")
     max_items: int = Field(2048, ge=1, description="Media items of requests under way.")
     max_media_bytes: int = Field(
-        4 << 30, ge=1, description="Bytes of their media, and of its tensors where those are made at the ingress."
+        4 << 30,
+        ge=1,
+        description="Bytes of their media, and of its tensors where those are made at the ingress. Media that is being "
+        "fetched counts by itself, up to as much.",
     )
     max_embed_bytes: int = Field(4 << 30, ge=1, description="Bytes of the embeddings of requests under way.")
 

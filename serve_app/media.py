@@ -15,31 +15,36 @@ import asyncio
 import re
 from collections.abc import Collection
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from PIL import Image
 from vllm import envs
-from vllm.exceptions import VLLMError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO, VideoMediaIO
 from vllm.multimodal.media.connector import MODALITY_IO_MAP, global_thread_pool
 from vllm.renderers.chat_utils import AsyncMultiModalContentParser
 
+from serve_app import trace
+from serve_app.admission import Admission, Intake
 from serve_app.config import MediaConfig
+from serve_app.errors import Overloaded
 from serve_app.handoff import Media, digest_of
 from serve_app.media_check import check, check_image, check_jpegs, set_vllm_limits
-from serve_app.media_fetch import Fetcher, decode_base64, read_file, split_data_url, too_large
+from serve_app.media_fetch import Fetcher, Room, decode_base64, read_file, split_data_url, too_large, unlimited
 
 CONNECTOR = "epd"
 MODALITY_OF: dict[type, str] = {io: modality for modality, io in MODALITY_IO_MAP.items()}
 
 
-def install(rules: MediaConfig, undecoded: Collection[str] = ()) -> Fetcher:
+def install(rules: MediaConfig, undecoded: Collection[str] = (), admission: Admission | None = None) -> Fetcher:
     """Make vLLM load media by these rules, in this process. The caller closes the fetcher at the end.
 
-    ``undecoded``: modalities whose items are left as ``Media``, for an encoder to decode.
+    ``undecoded``: modalities whose items are left as ``Media``, for an encoder to decode. ``admission`` counts what comes.
     """
     fetcher = Fetcher(rules)
-    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(partial(EPDMediaConnector, rules, fetcher, frozenset(undecoded)))
+    make = partial(EPDMediaConnector, rules, fetcher, frozenset(undecoded), admission)
+    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(make)
     envs.VLLM_MEDIA_CONNECTOR = CONNECTOR
     set_vllm_limits(rules)
     AsyncMultiModalContentParser.parse_image_pil = _parse_decoded
@@ -65,6 +70,7 @@ class EPDMediaConnector(MediaConnector):
         rules: MediaConfig,
         fetcher: Fetcher,
         undecoded: frozenset[str] = frozenset(),
+        admission: Admission | None = None,
         media_io_kwargs: dict[str, dict[str, Any]] | None = None,
         **of_vllm: Any,
     ) -> None:
@@ -72,37 +78,53 @@ class EPDMediaConnector(MediaConnector):
         self._rules = rules
         self._fetcher = fetcher
         self._undecoded = undecoded
+        self._admission = admission
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
         """The media behind a URL. ``media.fetch_timeout_s`` counts, not vLLM's ``fetch_timeout``."""
         if not isinstance(url, str):
             raise VLLMValidationError("A media URL must be a text.")
-        match url.partition(":")[0].lower():
-            case "data":
-                return await in_thread(self._load_data, url, media_io)
-            case "file":
-                return await in_thread(self._load_file, url, media_io)
-            case "http" | "https":
-                return await in_thread(self._decode, await self._fetch(url), media_io)
-            case _:
-                raise VLLMValidationError("A media URL must begin with https:, http:, data: or file:.")
+        room = self._room()
+        try:
+            match url.partition(":")[0].lower():
+                case "data":
+                    return await in_thread(self._load_data, url, media_io, room)
+                case "file":
+                    return await in_thread(self._load_file, url, media_io, room)
+                case "http" | "https":
+                    return await in_thread(self._decode, await self._fetch(url, room), media_io)
+                case _:
+                    raise VLLMValidationError("A media URL must begin with https:, http:, data: or file:.")
+        except Overloaded as error:
+            raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
+
+    def _room(self) -> Room:
+        """Asks for room for bytes of an item, until its request has ended."""
+        record = trace.current.get()
+        if self._admission is None or record is None:
+            return unlimited
+        intake = Intake(self._admission)
+        record.holds.callback(intake.close)
+        return intake.add
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
         """vLLM's offline API. No server calls it, and without a fetch of ours it would be a way around the guard."""
         raise NotImplementedError
 
-    async def _fetch(self, url: str) -> bytes:
+    async def _fetch(self, url: str, room: Room) -> bytes:
         """Through vLLM's cache of downloads, where the operator set ``VLLM_MEDIA_CACHE``."""
         self._fetcher.check_url(url)
         cached: bytes | None = await in_thread(self._get_cached_bytes, url)
         if cached is not None:
+            room(len(cached))
             return cached
-        data = await self._fetcher.fetch(url)
+        data = await self._fetcher.fetch(url, room)
         await in_thread(self._put_cached_bytes, url, data)
         return data
 
-    def _load_data(self, url: str, media_io: MediaIO[Any]) -> Any:
+    def _load_data(self, url: str, media_io: MediaIO[Any], room: Room) -> Any:
         media_type, text = split_data_url(url)
+        room(len(text) * 3 // 4)
         if media_type != "video/jpeg" or not isinstance(media_io, VideoMediaIO):
             return self._decode(decode_base64(text, self._rules), media_io)
         check_jpegs(text, self._rules)
@@ -111,8 +133,8 @@ class EPDMediaConnector(MediaConnector):
         except Exception as error:
             raise to_client_error(error) from error
 
-    def _load_file(self, url: str, media_io: MediaIO[Any]) -> Any:
-        return self._decode(read_file(url, self._rules), media_io)
+    def _load_file(self, url: str, media_io: MediaIO[Any], room: Room) -> Any:
+        return self._decode(read_file(url, self._rules, room), media_io)
 
     def _decode(self, data: bytes, media_io: MediaIO[Any]) -> Any:
         if len(data) > self._rules.max_bytes:

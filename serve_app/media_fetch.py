@@ -10,6 +10,7 @@ import binascii
 import os
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -26,6 +27,12 @@ from serve_app.media_address import may_dial
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_CONNECTIONS = 64
 CHUNK_BYTES = 64 * 1024
+
+Room = Callable[[int], None]
+"""Called with a number of bytes before they are in memory; raises where there is no room for them."""
+
+
+def unlimited(size_bytes: int) -> None: ...
 
 
 class ForbiddenAddress(Exception):
@@ -95,11 +102,11 @@ class Fetcher:
         self._make_socket = make_socket
         self._session: aiohttp.ClientSession | None = None
 
-    async def fetch(self, url: str) -> bytes:
+    async def fetch(self, url: str, room: Room = unlimited) -> bytes:
         """The body behind an ``http:`` or ``https:`` URL, within the limits of the rules."""
         try:
             async with asyncio.timeout(self._rules.fetch_timeout_s):
-                return await self._follow(url)
+                return await self._follow(url, room)
         except VLLMError:
             raise
         except TimeoutError as error:
@@ -131,14 +138,14 @@ class Fetcher:
             await self._session.close()
             self._session = None
 
-    async def _follow(self, url: str) -> bytes:
+    async def _follow(self, url: str, room: Room) -> bytes:
         target = URL(url)
         for _ in range(self._rules.max_redirects + 1):
             self._check(target, url)
             async with self._pool().get(target, allow_redirects=False) as response:
                 location = response.headers.get("Location")
                 if response.status not in REDIRECTS or location is None:
-                    return await self._body(response, url)
+                    return await self._body(response, url, room)
                 target = target.join(URL(location))
         raise VLLMUnprocessableEntityError(
             f"Could not fetch {short(url)}: it redirects more than {self._rules.max_redirects} times."
@@ -184,13 +191,14 @@ class Fetcher:
             raise ForbiddenAddress(address)
         return self._make_socket(info)
 
-    async def _body(self, response: aiohttp.ClientResponse, url: str) -> bytes:
+    async def _body(self, response: aiohttp.ClientResponse, url: str, room: Room) -> bytes:
         if not 200 <= response.status < 300:
             raise VLLMUnprocessableEntityError(f"Could not fetch {short(url)}: the server answered {response.status}.")
         if (response.content_length or 0) > self._rules.max_bytes:
             raise too_large(short(url), self._rules)
         body = bytearray()
         async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+            room(len(chunk))
             body += chunk
             if len(body) > self._rules.max_bytes:
                 raise too_large(short(url), self._rules)
@@ -228,7 +236,7 @@ def decode_base64(text: str, rules: MediaConfig) -> bytes:
 # ---- file:
 
 
-def read_file(url: str, rules: MediaConfig) -> bytes:
+def read_file(url: str, rules: MediaConfig, room: Room = unlimited) -> bytes:
     """A regular file below ``media.allowed_local_path``; ``file:///path`` as in RFC 8089.
 
     Links are followed, and where they lead is what counts. The path is checked before it is opened (opening a device can
@@ -251,10 +259,12 @@ def read_file(url: str, rules: MediaConfig) -> bytes:
         # O_NONBLOCK: a pipe without a writer would block the opening itself.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 raise FileNotFoundError
             if folder not in Path(f"/proc/self/fd/{descriptor}").resolve().parents:
                 raise outside
+            room(min(status.st_size, rules.max_bytes + 1))
             data = file.read(rules.max_bytes + 1)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise VLLMValidationError(

@@ -118,7 +118,7 @@ async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, status
     folder = config.media.allowed_local_path
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
-    fetcher = media.install(config.media, client.from_media)
+    fetcher = media.install(config.media, client.from_media, client.admission)
     app = build_app(args, ("generate",), client.model_config)
     _shape_errors(app)
     app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)
@@ -297,7 +297,8 @@ class PipelineMiddleware:
             record = Trace(request_id, span)
             reply = _HeldReply(send, record, scope["path"])
             try:
-                await self._answer(scope, receive, reply, record)
+                with record.holds:
+                    await self._answer(scope, receive, reply, record)
             finally:
                 self._ended(record, reply.status or "failed")
 

@@ -8,6 +8,7 @@ import asyncio
 import contextvars
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from serve_app import tracing
@@ -60,6 +61,8 @@ class Trace:
     """The first failure of the pipeline, if any; it decides the HTTP status when nothing was sent yet."""
     decided: asyncio.Event = field(default_factory=asyncio.Event)
     """Set with the first token or the first failure: from then on the status line is known."""
+    holds: ExitStack = field(default_factory=ExitStack)
+    """What is given back when the request has ended."""
 
     def saw(self, stage: str, replica: str) -> None:
         seen = self.replicas.setdefault(stage, [])

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from serve_app.admission import Admission, size_of
+from serve_app.admission import Admission, Intake, size_of
 from serve_app.config import AdmissionConfig
 from serve_app.errors import Overloaded
 from serve_app.handoff import Item, Media, Source
@@ -90,3 +90,23 @@ def test_size_counts_tensors_and_the_media_that_they_came_from() -> None:
     assert size_of(item(12)) == 12
     assert size_of(msgspec.structs.replace(item(12), source=Source(media(5), None))) == 17
     assert size_of(msgspec.structs.replace(item(), data=None)) == 0
+
+
+def test_media_that_arrives_is_counted_until_it_leaves() -> None:
+    admission = Admission(AdmissionConfig(max_media_bytes=100, max_items=2), 10)
+    large, small, third = Intake(admission), Intake(admission), Intake(admission)
+    for _ in range(3):
+        large.add(70)  # alone it may be as large as an item may be
+    with pytest.raises(Overloaded, match="210 bytes of media under way and takes 100"):
+        small.add(1)
+    large.close()
+    large.close()
+    small.add(60)
+    large.add(40)
+    with pytest.raises(Overloaded, match="2 media items"):
+        third.add(0)
+    with pytest.raises(Overloaded, match="bytes of media"):
+        large.add(1)
+    for intake in (large, small, third):
+        intake.close()
+    assert (admission.arrived_items, admission.arrived_bytes) == (0, 0)

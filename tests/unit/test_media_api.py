@@ -38,6 +38,29 @@ def test_fetcher_of_the_connector_is_closed_with_the_app(
     assert MEDIA_CONNECTOR_REGISTRY.name2class[envs.VLLM_MEDIA_CONNECTOR].args[1] is closed[0]
 
 
+def test_media_is_fetched_only_as_far_as_there_is_room_and_leaves_it_behind(
+    make_api: Callable[..., TestClient], make_encoder: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Not counted when it is all in memory: a small request can name a large file a thousand times."""
+    rules = {"allowed_local_path": str(tmp_path)}
+    stages = {stage: FakeStage(stage) for stage in Stage} | {Stage.ENCODER: make_encoder(**rules)}
+    api = make_api(stages, media=rules, admission={"max_media_bytes": 100_000})
+    padded = tmp_path / "padded.png"
+    Image.new("RGB", (56, 56)).save(padded)
+    with padded.open("ab") as file:
+        file.write(bytes(40_000))
+
+    def ask(count: int) -> tuple[int, str]:
+        part = {"type": "image_url", "image_url": {"url": f"file://{padded}"}}
+        answer = api.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": [part] * count}]})
+        return answer.status_code, answer.text
+
+    for _ in range(3):
+        status, message = ask(20)
+        assert (status, "bytes of media under way and takes 100000" in message) == (503, True), message
+        assert "bytes of media" not in ask(2)[1]
+
+
 def test_whatever_is_wrong_with_media_is_a_400_with_openais_error(api: TestClient, tmp_path: Path) -> None:
     Image.new("RGB", (200, 200)).save(tmp_path / "large.png")
     (tmp_path / "out.png").symlink_to("/etc/passwd")
