@@ -19,12 +19,12 @@ EPD is ready after {seconds:.0f} s: {url}/v1   (model: {model}; {stages})
 
 Try, in another terminal:
 
-  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{{"model": "{model}",
+  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{{"model": "{model}",
     "max_tokens": 24, "messages": [{{"role": "user", "content": [
 {picture}      {{"type": "text", "text": "What is in this image?"}}]}}]}}'
 
-  python -m serve_app status
-  python -m serve_app ask --timing "What is in this image?" picture.png
+  {python} -m serve_app status
+  {python} -m serve_app ask --timing "What is in this image?" picture.png
 
 {page}  {url}/docs      all routes
   {url}/health    state per stage
@@ -36,6 +36,9 @@ Ctrl-C ends everything.
 PICTURE = """\
       {{"type": "image_url", "image_url": {{"url": "file://{path}"}}}},
 """
+
+
+KEY = ' -H "Authorization: Bearer $VLLM_API_KEY"'
 
 
 PAGE = "  {url}/          ask, draw pictures, and watch the stages\n"
@@ -61,9 +64,23 @@ def base_url(config: Path) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port') or 8000}"
 
 
-def get(url: str) -> dict[str, object] | None:
+def key_of(config: Path) -> str | None:
+    """What the server asks for: of the config, or of the environment that it is started in too."""
+    configured = (arguments_of(config).get("api") or {}).get("api_key")
+    keys = configured if isinstance(configured, list) else [configured]
+    return next((str(key) for key in keys if key), None) or os.environ.get("VLLM_API_KEY")
+
+
+def this_python() -> str:
+    """The interpreter that has the packages, as one types it here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def get(url: str, key: str | None = None) -> dict[str, object] | None:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=10) as response:
             body: dict[str, object] = json.load(response)
             return body
     except (OSError, urllib.error.HTTPError, ValueError):
@@ -77,13 +94,21 @@ def wait_ready(config: Path, began: float) -> int:
         if os.getppid() != parent:
             return 1
         time.sleep(0.5)
-    models = get(f"{url}/v1/models") or {}
+    key = key_of(config)
+    models = get(f"{url}/v1/models", key) or {}
     listed = models.get("data")
     model = listed[0]["id"] if isinstance(listed, list) and listed else "?"
     stages = ", ".join(stage for stage in health if stage != "ingress")
     page = PAGE.format(url=url) if arguments_of(config).get("page", True) else ""
     example = READY.format(
-        seconds=time.time() - began, url=url, model=model, stages=stages, picture=picture_part(config), page=page
+        seconds=time.time() - began,
+        url=url,
+        model=model,
+        stages=stages,
+        picture=picture_part(config),
+        page=page,
+        key=KEY if key else "",
+        python=this_python(),
     )
     print(example, flush=True)
     return 0

@@ -125,7 +125,9 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     gpus: float | None = Field(
-        None, ge=0, description="GPUs of the stages together. None: those of the cluster; no limit where it can grow."
+        None,
+        ge=0,
+        description="GPUs of the stages that are scaled. None: those of the cluster; no limit where it can grow.",
     )
 
 
@@ -134,6 +136,7 @@ class SharedGPUs:
     next card goes to the stage that waits longest for its target.
 
     Where a stage has not reported what its replicas claim, no card can be counted: then their own policies decide alone.
+    Of a stage without ``autoscaling_config`` Ray tells it nothing: its cards are to be left out of ``gpus``.
     """
 
     def __init__(self, **budget: Any) -> None:

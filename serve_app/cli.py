@@ -18,6 +18,16 @@ from rich.table import Table
 from serve_app.config import Stage
 
 BAR_WIDTH = 40
+# Python 3.11 knows these only where the system has a list of types, which containers often lack.
+for extension, mime_type in {
+    ".webp": "image/webp",
+    ".flac": "audio/flac",
+    ".ogg": "audio/ogg",
+    ".m4a": "audio/mp4",
+    ".mkv": "video/x-matroska",
+}.items():
+    mimetypes.add_type(mime_type, extension)
+
 LABELS = {"ec_transfer": "EC transfer", "kv_transfer": "KV transfer"}
 
 

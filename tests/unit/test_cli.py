@@ -1,8 +1,12 @@
 """serve_app.cli: a question becomes parts of a message; what a server tells becomes a table."""
 
 import io
+import json
+import subprocess
+import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_app import cli
+from serve_app.__main__ import wait_ready
 
 
 def shown(table: Table) -> list[str]:
@@ -138,3 +143,63 @@ def test_no_server_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
             patch.setattr("sys.argv", ["serve_app", *command, "--url", "http://127.0.0.1:9"])
             assert main() == 1
             assert "Start a server with `make serve`" in capsys.readouterr().err
+
+
+TYPES = """
+import mimetypes, sys
+mimetypes.knownfiles.clear()  # as in a container without /etc/mime.types
+from pathlib import Path
+from serve_app.cli import content
+for name in sys.argv[1:]:
+    Path(name).touch()
+    print(content("?", [Path(name)])[0]["type"])
+"""
+
+
+def test_common_media_is_known_where_the_system_has_no_list_of_types(tmp_path: Path) -> None:
+    kinds = {
+        "webp": "image",
+        "png": "image",
+        "flac": "audio",
+        "ogg": "audio",
+        "m4a": "audio",
+        "mkv": "video",
+        "mp4": "video",
+    }
+    names = [str(tmp_path / f"file.{extension}") for extension in kinds]
+    done = subprocess.run([sys.executable, "-c", TYPES, *names], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"{kind}_url" for kind in kinds.values()]
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """A server that is ready, and tells its model to who has the key."""
+
+    def do_GET(self) -> None:
+        known = self.path == "/health" or self.headers["Authorization"] == "Bearer secret"
+        self.send_response(200 if known else 401)
+        self.end_headers()
+        body = {"ingress": "healthy", "decode": "healthy"} if self.path == "/health" else {"data": [{"id": "m"}]}
+        self.wfile.write(json.dumps(body if known else {}).encode())
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.mark.parametrize("of_the_config", [True, False])
+def test_what_to_try_runs_here_and_has_the_key_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], of_the_config: bool
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if not of_the_config:
+        monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with HTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = tmp_path / "serve_config.yaml"
+        args = {"api": {"api_key": "secret"}} if of_the_config else {}
+        http = {"host": "127.0.0.1", "port": server.server_port}
+        config.write_text(json.dumps({"http_options": http, "applications": [{"args": args}]}))
+        monkeypatch.chdir(Path(sys.executable).parents[1])
+        assert wait_ready(config, time.time()) == 0
+        server.shutdown()
+    told = capsys.readouterr().out
+    assert "model: m;" in told and '-H "Authorization: Bearer $VLLM_API_KEY"' in told
+    assert f"  bin/{Path(sys.executable).name} -m serve_app status" in told

@@ -286,13 +286,22 @@ def test_keys_come_from_the_secret_and_only_where_they_are_used(name: str) -> No
     assert "api_key" not in service(name)["spec"]["serveConfigV2"].replace("`api_key`", "")
 
 
+def test_the_nixl_variant_in_the_comment_is_a_config_that_is_taken() -> None:
+    (line,) = re.findall(r"#   (ec: .*)", (K8S / "rayservice.yaml").read_text())
+    args = application("rayservice.yaml")["args"] | yaml.safe_load(line)
+    assert EPDConfig.model_validate(args).ec.uses_nixl
+
+
 # ---- leaving
 
 
 @every_file
 def test_a_pod_that_leaves_has_the_time_for_what_its_replicas_hold(name: str) -> None:
     """preStop tells Ray less than the pod has, and more than a replica may take to end."""
-    graceful = max(deployment.get("graceful_shutdown_timeout_s", 20) for deployment in application(name)["deployments"])
+    ours = resolved(name).drain_timeout_s
+    graceful = max(
+        deployment.get("graceful_shutdown_timeout_s", ours) for deployment in application(name)["deployments"]
+    )
     for group in groups(name):
         script, seconds = container(group["template"])["lifecycle"]["preStop"]["exec"]["command"]
         assert (ROOT / Path(script).relative_to("/app")).is_file()
