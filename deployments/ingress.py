@@ -18,6 +18,11 @@ from serve_app.status import Status
 logger = logging.getLogger("ray.serve")
 
 HEALTH_CACHE_S = 1.0
+CONTROLLER_S = 5.0
+"""For Serve's controller to answer."""
+
+SCALED = ("HEALTHY", "UPSCALING", "DOWNSCALING")
+"""States of a deployment whose number of replicas, which may be none, is what its autoscaling wants or on its way there."""
 
 
 @serve.deployment(name="Ingress")
@@ -30,6 +35,7 @@ class Ingress:
         self._app_name, self._replica = context.app_name, context.replica_id.unique_id
         self._health: tuple[float, dict[str, str]] = (-HEALTH_CACHE_S, {})
         self._probing = asyncio.Lock()
+        self._asking: asyncio.Task[Any] | None = None
         for key, value in replica_env(config, None).items():
             os.environ.setdefault(key, value)
 
@@ -68,20 +74,31 @@ class Ingress:
         async with self._probing:
             asked, states = self._health
             if time.monotonic() - asked >= HEALTH_CACHE_S:
-                deployments = await self._deployments()
-                asking = (self._state(stage, deployments.get(stage.capitalize())) for stage in self._stages)
-                states = dict(zip(self._stages, await asyncio.gather(*asking), strict=True))
+                try:
+                    deployments = await self._deployments()
+                    asking = (self._state(stage, deployments.get(stage.capitalize())) for stage in self._stages)
+                    states = dict(zip(self._stages, await asyncio.gather(*asking), strict=True))
+                except TimeoutError:
+                    states = dict.fromkeys(self._stages, "unknown: Ray Serve's controller does not answer")
                 self._health = (time.monotonic(), states)
             return states
 
     async def _census(self) -> dict[str, dict[str, int]]:
+        try:
+            deployments = await self._deployments()
+        except TimeoutError:
+            deployments = {}
         return {
             name.lower(): {state: count for state, count in deployment.replica_states.items() if count}
-            for name, deployment in (await self._deployments()).items()
+            for name, deployment in deployments.items()
         }
 
     async def _deployments(self) -> dict[str, Any]:
-        status = await asyncio.to_thread(serve.status)
+        """Raises ``TimeoutError``. One thread asks, for all who want to know: while the controller is away it cannot be
+        ended, and media from URLs need threads too."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(asyncio.to_thread(serve.status))
+        status = await asyncio.wait_for(asyncio.shield(self._asking), CONTROLLER_S)
         deployments: dict[str, Any] = status.applications[self._app_name].deployments
         return deployments
 
@@ -89,7 +106,8 @@ class Ingress:
         if deployment is None:
             return "not deployed"
         if deployment.replica_states.get("RUNNING", 0) == 0:
-            scaled_to_zero = deployment.status.value == "HEALTHY"
+            # Items do not wait for an encoder that has yet to start: prefill encodes them.
+            scaled_to_zero = deployment.status.value in (SCALED if stage is Stage.ENCODER else SCALED[:1])
             return "healthy" if scaled_to_zero else f"no replica ({deployment.status.value})"
         return await self._asked(self._stages[stage])
 

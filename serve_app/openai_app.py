@@ -9,6 +9,7 @@
 import asyncio
 import json
 import logging
+import re
 import traceback
 import uuid
 from argparse import Namespace
@@ -61,6 +62,8 @@ NOT_HERE = {
     "/v1/unload_lora_adapter": "LoRA adapters are not passed on to the stages",
     "/scale_elastic_ep": "stages scale by `deployments:` in the Serve config",
     "/is_scaling_elastic_ep": "stages scale by `deployments:` in the Serve config",
+    "/invocations": "it would generate without the API key: use the routes below /v1",
+    "/generative_scoring": "it would generate without the API key: use the routes below /v1",
 }
 REPLACED = {"/health", "/ping", "/metrics", "/start_profile", "/stop_profile"}
 
@@ -266,6 +269,15 @@ def positive(text: str) -> float:
     return number
 
 
+def clean_id(request_id: str) -> str:
+    """A client's id of a request as it may go on to engines and logs.
+
+    NIXL sends ids joined by commas to renew the leases of KV blocks: one with a comma would not be renewed, and decode would
+    read blocks that are another request's by then.
+    """
+    return re.sub(r"[^A-Za-z0-9._:-]", "_", request_id)[:128]
+
+
 class BodyTooLarge(HTTPException):
     """An HTTPException, because FastAPI makes a 400 of whatever else ``receive`` raises."""
 
@@ -291,7 +303,7 @@ class PipelineMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         headers = MutableHeaders(scope=scope)
-        request_id = headers.get("x-request-id") or uuid.uuid4().hex
+        request_id = clean_id(headers.get("x-request-id") or "") or uuid.uuid4().hex
         headers["x-request-id"] = request_id  # vLLM's servings read it from there; Serve's proxy echoes it
         with self.tracing.request(f"POST {scope['path']}", headers) as span:
             record = Trace(request_id, span)

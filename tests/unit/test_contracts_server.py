@@ -158,6 +158,37 @@ def test_every_route_that_reaches_past_the_stages_is_refused(vllm_routes: set[st
     assert not {path for path in vllm_routes if path.startswith("/inference")} - NOT_HERE.keys()
 
 
+OPEN = {"/", "/tokenize", "/detokenize", "/ping", "/start_profile", "/stop_profile", "/status", "/health", "/metrics"}
+OPEN |= {
+    "/version",
+    "/docs",
+    "/docs/oauth2-redirect",
+    "/redoc",
+    "/openapi.json",
+    "/load",
+    "/tokenizer_info",
+    "/kv_event_sources",
+}
+
+
+def test_no_route_without_the_key_generates(vllm_routes: set[str]) -> None:
+    """What vLLM's key guards, what is refused, and these, which ask no stage for tokens."""
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+
+    from serve_app.openai_app import NOT_HERE
+
+    open_routes = {path for path in vllm_routes if not path.startswith(GUARDED_PREFIX)}
+    assert open_routes - NOT_HERE.keys() <= OPEN, "serve_app/openai_app.py NOT_HERE"
+
+
+def test_leases_of_kv_blocks_are_renewed_by_ids_joined_by_commas() -> None:
+    """Why a client's request id goes on without commas (`clean_id`)."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
+
+    source = inspect.getsource(NixlBaseConnectorWorker)
+    assert '",".join(' in source and 'split(",")' in source
+
+
 def test_every_route_that_tells_health_speaks_for_the_stages(vllm_routes: set[str]) -> None:
     from serve_app.openai_app import REPLACED
 
