@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from serve_app.config import AdmissionConfig
-from serve_app.errors import Overloaded
+from serve_app.errors import BadRequest, Overloaded
 from serve_app.handoff import Item, Media
 
 
@@ -51,25 +51,33 @@ class Admission:
         """Hold the places of items that are encoded before their request is rendered. Raises ``Overloaded``."""
         return self._hold(len(media), sum(len(each.data) for each in media), 0)
 
-    def arrives(self, intake: "Intake", size_bytes: int) -> None:
-        """Count bytes of an item that are about to be in memory. From any thread. Raises ``Overloaded``.
+    def arrives(self, intake: "Intake", items: int = 0, size_bytes: int = 0) -> None:
+        """Count what is about to be in memory for a request. From any thread. Raises ``Overloaded``, and ``BadRequest``
+        where the request alone has more than fits.
 
         By themselves, beside what is counted once items are whole: by then they are in memory.
         """
         with self._arriving:
-            first = not intake.size_bytes
-            self._check("media items", self.arrived_items, first, self._config.max_items)
-            others = self.arrived_bytes - intake.size_bytes
-            self._check("bytes of media", others, intake.size_bytes + size_bytes, self._config.max_media_bytes)
-            self.arrived_items += first
+            if intake.closed:  # a thread that goes on after its request was cancelled
+                return
+            own_items, own_bytes = intake.items + items, intake.size_bytes + size_bytes
+            if own_items > 1:
+                self._check_alone("media items", own_items, self._config.max_items)
+                self._check_alone("bytes of media", own_bytes, self._config.max_media_bytes)
+            if items:
+                self._check("media items", self.arrived_items - intake.items, own_items, self._config.max_items)
+            else:
+                others = self.arrived_bytes - intake.size_bytes
+                self._check("bytes of media", others, own_bytes, self._config.max_media_bytes)
+            intake.items, intake.size_bytes = own_items, own_bytes
+            self.arrived_items += items
             self.arrived_bytes += size_bytes
-            intake.size_bytes += size_bytes
 
     def leaves(self, intake: "Intake") -> None:
         with self._arriving:
-            self.arrived_items -= intake.size_bytes > 0
+            self.arrived_items -= intake.items
             self.arrived_bytes -= intake.size_bytes
-            intake.size_bytes = 0
+            intake.items, intake.size_bytes, intake.closed = 0, 0, True
 
     @contextmanager
     def _hold(self, items: int, media_bytes: int, embed_bytes: int) -> Iterator[None]:
@@ -90,6 +98,11 @@ class Admission:
             self._changed(self)
 
     @staticmethod
+    def _check_alone(what: str, own: int, limit: int) -> None:
+        if own > limit:
+            raise BadRequest(f"The request has {own} {what} or more, and this server takes {limit} at a time.")
+
+    @staticmethod
     def _check(what: str, outstanding: int, more: int, limit: int) -> None:
         # A single request above the limit passes on an idle server: it could never be served otherwise.
         if outstanding and outstanding + more > limit:
@@ -100,13 +113,19 @@ class Admission:
 
 @dataclass
 class Intake:
-    """An item on its way in, and here until its request ends."""
+    """The media of one request on their way in, and here until it ends."""
 
     admission: Admission
+    items: int = 0
     size_bytes: int = 0
+    closed: bool = False
+
+    def begin(self) -> None:
+        """One more item."""
+        self.admission.arrives(self, items=1)
 
     def add(self, size_bytes: int) -> None:
-        self.admission.arrives(self, size_bytes)
+        self.admission.arrives(self, size_bytes=size_bytes)
 
     def close(self) -> None:
         self.admission.leaves(self)

@@ -181,7 +181,7 @@ class EPDClient(EngineClient):
         the same way whether its KV blocks or embeddings were lost or its grammar cannot be compiled or followed; so decode
         does a structured request alone where that happened, and where it happens again it is the grammar.
 
-        A choice that is not streamed is held back to its end, and so can be tried again until then.
+        A choice that is not streamed is held back to its end, and so can be tried again until then, within the deadline.
         """
         streamed = handoff.is_streamed(request.params)
         attempt = lost = undecoded = unprefilled = 0
@@ -222,7 +222,8 @@ class EPDClient(EngineClient):
                 if isinstance(error, HandoffLost) and encoded.hashes and self._encoders is not None:
                     lost += 1
                     self._encoders.forget(encoded.hashes)
-                if begun or not self._retries.allow(error, attempt):
+                late = bool(held) and asyncio.get_running_loop().time() > deadline.at
+                if begun or late or not self._retries.allow(error, attempt):
                     raise
                 record.rung(f"{error.stage}-again")
                 await deadline.within(error.stage, self._retries.pause(attempt))

@@ -28,7 +28,7 @@ from vllm.renderers.chat_utils import AsyncMultiModalContentParser
 from serve_app import trace
 from serve_app.admission import Admission, Intake
 from serve_app.config import MediaConfig
-from serve_app.errors import Overloaded
+from serve_app.errors import BadRequest, Overloaded
 from serve_app.handoff import Media, digest_of
 from serve_app.media_check import check, check_image, check_jpegs, set_vllm_limits
 from serve_app.media_fetch import Fetcher, Room, decode_base64, read_file, split_data_url, too_large, unlimited
@@ -84,8 +84,8 @@ class EPDMediaConnector(MediaConnector):
         """The media behind a URL. ``media.fetch_timeout_s`` counts, not vLLM's ``fetch_timeout``."""
         if not isinstance(url, str):
             raise VLLMValidationError("A media URL must be a text.")
-        room = self._room()
         try:
+            room = self._room()
             match url.partition(":")[0].lower():
                 case "data":
                     return await in_thread(self._load_data, url, media_io, room)
@@ -97,15 +97,19 @@ class EPDMediaConnector(MediaConnector):
                     raise VLLMValidationError("A media URL must begin with https:, http:, data: or file:.")
         except Overloaded as error:
             raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
+        except BadRequest as error:
+            raise VLLMValidationError(str(error)) from error
 
     def _room(self) -> Room:
         """Asks for room for bytes of an item, until its request has ended."""
         record = trace.current.get()
         if self._admission is None or record is None:
             return unlimited
-        intake = Intake(self._admission)
-        record.holds.callback(intake.close)
-        return intake.add
+        if record.intake is None:
+            record.intake = Intake(self._admission)
+            record.holds.callback(record.intake.close)
+        record.intake.begin()
+        return record.intake.add
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
         """vLLM's offline API. No server calls it, and without a fetch of ours it would be a way around the guard."""

@@ -4,7 +4,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +183,12 @@ def check_claims(
     """
     claimed = actor_options(config, accelerator)
     amounts = {"GPU": claimed.get("num_gpus", 0.0), **claimed.get("resources", {})}
-    lacking = [f"{amount:g} {name}" for name, amount in amounts.items() if assigned.get(name, 0.0) < amount - 1e-6]
+    # Ray counts in units of 0.0001 and drops what is less.
+    lacking = [
+        f"{amount:g} {name}"
+        for name, amount in amounts.items()
+        if amount and (not assigned.get(name) or assigned[name] < amount - 1.5e-4)
+    ]
     lacking += [name for name in claimed.get("runtime_env", {}).get("env_vars", {}) if name not in environ]
     if lacking:
         raise ConfigError(
@@ -207,7 +212,10 @@ def alone_on(cards: Collection[int | str]) -> Iterator[None]:
                 descriptor = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+                with suppress(PermissionError):
+                    os.fchmod(descriptor, 0o666)
             locks.callback(os.close, descriptor)
+            locks.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child that was forked has the descriptor too
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 

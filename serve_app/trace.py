@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from serve_app import tracing
+from serve_app.admission import Intake
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Trace:
     """Set with the first token or the first failure: from then on the status line is known."""
     holds: ExitStack = field(default_factory=ExitStack)
     """What is given back when the request has ended."""
+    intake: Intake | None = None
+    """Of its media, once some arrive."""
 
     def saw(self, stage: str, replica: str) -> None:
         seen = self.replicas.setdefault(stage, [])

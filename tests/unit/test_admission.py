@@ -8,7 +8,7 @@ import pytest
 
 from serve_app.admission import Admission, Intake, size_of
 from serve_app.config import AdmissionConfig
-from serve_app.errors import Overloaded
+from serve_app.errors import BadRequest, Overloaded
 from serve_app.handoff import Item, Media, Source
 
 
@@ -93,20 +93,39 @@ def test_size_counts_tensors_and_the_media_that_they_came_from() -> None:
 
 
 def test_media_that_arrives_is_counted_until_it_leaves() -> None:
-    admission = Admission(AdmissionConfig(max_media_bytes=100, max_items=2), 10)
+    admission = Admission(AdmissionConfig(max_media_bytes=100, max_items=3), 10)
     large, small, third = Intake(admission), Intake(admission), Intake(admission)
+    large.begin()
     for _ in range(3):
         large.add(70)  # alone it may be as large as an item may be
+    small.begin()
     with pytest.raises(Overloaded, match="210 bytes of media under way and takes 100"):
         small.add(1)
     large.close()
+    large.add(1)  # from a thread that goes on
     large.close()
+    small.begin()
     small.add(60)
-    large.add(40)
-    with pytest.raises(Overloaded, match="2 media items"):
-        third.add(0)
+    third.begin()
+    with pytest.raises(Overloaded, match="3 media items"):
+        Intake(admission).begin()
+    third.add(40)
     with pytest.raises(Overloaded, match="bytes of media"):
-        large.add(1)
-    for intake in (large, small, third):
+        third.add(1)
+    for intake in (small, third):
         intake.close()
+    assert (admission.arrived_items, admission.arrived_bytes) == (0, 0)
+
+
+def test_request_that_alone_has_more_media_than_fits_is_told_so() -> None:
+    admission = Admission(AdmissionConfig(max_media_bytes=100, max_items=2), 10)
+    request = Intake(admission)
+    request.begin()
+    request.begin()
+    with pytest.raises(BadRequest, match="3 media items or more, and this server takes 2"):
+        request.begin()
+    request.add(100)
+    with pytest.raises(BadRequest, match="101 bytes of media"):
+        request.add(1)
+    request.close()
     assert (admission.arrived_items, admission.arrived_bytes) == (0, 0)

@@ -57,7 +57,7 @@ def test_media_is_fetched_only_as_far_as_there_is_room_and_leaves_it_behind(
 
     for _ in range(3):
         status, message = ask(20)
-        assert (status, "bytes of media under way and takes 100000" in message) == (503, True), message
+        assert (status, "bytes of media or more, and this server takes 100000" in message) == (400, True), message
         assert "bytes of media" not in ask(2)[1]
 
 

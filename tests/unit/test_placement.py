@@ -300,10 +300,11 @@ CLAIMS = {"gpus_per_replica": 0.45, "resources": {"fast": 1}, "env": {"UCX_TLS":
     [
         ({"CPU": 1.0, "GPU": 0.45, "fast": 1.0}, {"UCX_TLS": "tcp", "HOME": "/"}, None),
         ({"GPU": 1.0, "fast": 2.0}, {"UCX_TLS": "rc"}, None),
+        ({"GPU": 0.4499, "fast": 1.0}, {"UCX_TLS": "tcp"}, None),
         ({"CPU": 1.0, "fast": 1.0}, {"UCX_TLS": "tcp"}, "0.45 GPU"),
         ({"CPU": 2.0, "GPU": 0.1}, {}, "0.45 GPU, 1 fast, UCX_TLS"),
     ],
-    ids=["all", "more", "no card", "next to nothing"],
+    ids=["all", "more", "as Ray rounds it", "no card", "next to nothing"],
 )
 def test_replica_without_its_claims_says_what_took_their_place(
     assigned: dict[str, float], environ: dict[str, str], lacking: str | None
