@@ -1,6 +1,7 @@
 """What the engine replicas of all stages share: start, health, metrics, profile, shutdown."""
 
 import asyncio
+import fcntl
 import logging
 import os
 import shutil
@@ -8,8 +9,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import ray
 from ray import serve
 
 from serve_app.config import EPDConfig, Stage
-from serve_app.placement import alone_on, check_claims, shared_cards, xpu_affinity
+from serve_app.placement import check_claims, shared_cards, xpu_affinity
 from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import check_shared_memory, side_channel_env, storage_path
 from serve_app.vllm_plugin import REPLICA_ENV, SCRATCH_ENV
@@ -47,6 +48,28 @@ def ends_unless_done_in(seconds: float, what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def alone_on(cards: Collection[int | str]) -> Iterator[None]:
+    """Wait until no other engine of this node starts on one of these cards, and keep others from it meanwhile.
+
+    An engine measures what it may take of a card's memory by what is free before and after it has loaded: what another one
+    loads in between counts as its own. The lock goes with the process.
+    """
+    with ExitStack() as locks:
+        for card in sorted(map(str, cards)):
+            path = os.path.join(tempfile.gettempdir(), f"epd-card-{card}.lock")
+            try:  # another user's may be opened in a sticky folder, but not with O_CREAT
+                descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+                with suppress(PermissionError):
+                    os.fchmod(descriptor, 0o666)
+            locks.callback(os.close, descriptor)
+            locks.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child that was forked has the descriptor too
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 class EngineReplica:

@@ -1,10 +1,7 @@
 """Which device the stages run on, and what each replica claims from Ray. Pure functions of the config and the cluster."""
 
-import fcntl
 import os
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,28 +193,6 @@ def check_claims(
             f"`deployments:` take the place of all its claims. Leave them out, and set `gpus_per_replica`, "
             f"`cpus_per_replica`, `resources`, `label_selector` and `env` of `{stage}` under `args:`."
         )
-
-
-@contextmanager
-def alone_on(cards: Collection[int | str]) -> Iterator[None]:
-    """Wait until no other engine of this node starts on one of these cards, and keep others from it meanwhile.
-
-    An engine measures what it may take of a card's memory by what is free before and after it has loaded: what another one
-    loads in between counts as its own. The lock goes with the process.
-    """
-    with ExitStack() as locks:
-        for card in sorted(map(str, cards)):
-            path = os.path.join(tempfile.gettempdir(), f"epd-card-{card}.lock")
-            try:  # another user's may be opened in a sticky folder, but not with O_CREAT
-                descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
-                with suppress(PermissionError):
-                    os.fchmod(descriptor, 0o666)
-            locks.callback(os.close, descriptor)
-            locks.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child that was forked has the descriptor too
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
 
 
 def shared_cards(config: StageConfig, gpu_ids: Collection[int | str]) -> list[int | str]:

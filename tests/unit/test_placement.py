@@ -1,8 +1,5 @@
 """serve_app.placement: device, model and GPUs per replica from the config and what the cluster has."""
 
-import tempfile
-import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +10,6 @@ from serve_app.placement import (
     Cluster,
     Resolved,
     actor_options,
-    alone_on,
     check_claims,
     cpus_per_replica,
     fit_gpus,
@@ -260,24 +256,6 @@ def test_two_nodes_of_a_card_each_are_not_shared_as_one_with_two() -> None:
     with pytest.raises(ConfigError, match="needs 3 GPUs"):
         resolve(EPDConfig(), Cluster(2, 64, nodes_with_gpus=2))
     assert gpus(resolve(EPDConfig(prefill=None), Cluster(2, 64, nodes_with_gpus=2))) == {"encoder": 1, "decode": 1}
-
-
-def test_engines_that_share_a_card_start_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    waiting, done = threading.Event(), threading.Event()
-
-    def start() -> None:
-        waiting.set()
-        with alone_on([1]):
-            done.set()
-
-    with alone_on([1, 0]), alone_on(["2"]):
-        other = threading.Thread(target=start)
-        other.start()
-        assert waiting.wait(10)
-        assert not done.wait(0.2)
-    other.join(10)
-    assert done.is_set()
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ import asyncio
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from deployments._replica import EngineReplica
+from deployments._replica import EngineReplica, alone_on
 from deployments.decode import Decode
 from deployments.encoder import Encoder
 from deployments.prefill import Prefill
@@ -94,6 +97,24 @@ def test_replica_that_does_not_start_in_time_ends() -> None:
     done = subprocess.run([sys.executable, "-c", STARTS], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert "decode does not start within 0.1 s (`startup_timeout_s`)" in done.stderr
+
+
+def test_engines_that_share_a_card_start_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    waiting, done = threading.Event(), threading.Event()
+
+    def start() -> None:
+        waiting.set()
+        with alone_on([1]):
+            done.set()
+
+    with alone_on([1, 0]), alone_on(["2"]):
+        other = threading.Thread(target=start)
+        other.start()
+        assert waiting.wait(10)
+        assert not done.wait(0.2)
+    other.join(10)
+    assert done.is_set()
 
 
 @pytest.mark.parametrize("name", CLASSES)
