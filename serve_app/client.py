@@ -11,12 +11,11 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any, TypeVar
 
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.renderers import renderer_from_config
 from vllm.renderers.inputs.preprocess import extract_prompt_components
@@ -36,6 +35,7 @@ from serve_app.outputs import assemble, merge, with_prefill
 from serve_app.retry import Retries
 from serve_app.routing import StageHandle
 from serve_app.trace import Trace
+from serve_app.vllm_errors import to_vllm_error
 
 T = TypeVar("T")
 LET_END_S = 1.0
@@ -438,21 +438,6 @@ async def first_failure(work: Awaitable[T]) -> T:
 
 def not_disaggregated(what: str) -> VLLMValidationError:
     return VLLMValidationError(f"{what} is not available here: this server is an ingress in front of several engines.")
-
-
-def to_vllm_error(error: Exception) -> Exception:
-    """The exception of vLLM's whose HTTP status and body the app knows already."""
-    mapped: Exception = error
-    match error:
-        case StageError():
-            mapped = GracefulHTTPError(str(error), HTTPStatus(error.status))
-        case BadRequest():
-            mapped = VLLMValidationError(str(error))
-        case Overloaded():
-            mapped = GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
-        case EPDError():
-            mapped = GracefulHTTPError(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
-    return mapped
 
 
 async def _quietly(call: Any) -> None:

@@ -15,12 +15,11 @@ import asyncio
 import re
 from collections.abc import Collection
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
 from PIL import Image
 from vllm import envs
-from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMValidationError
+from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO, VideoMediaIO
 from vllm.multimodal.media.connector import MODALITY_IO_MAP, global_thread_pool
 from vllm.renderers.chat_utils import AsyncMultiModalContentParser
@@ -32,6 +31,7 @@ from serve_app.errors import BadRequest, Overloaded
 from serve_app.handoff import Media, digest_of
 from serve_app.media_check import check, check_image, check_jpegs, set_vllm_limits
 from serve_app.media_fetch import Fetcher, Room, decode_base64, read_file, split_data_url, too_large, unlimited
+from serve_app.vllm_errors import to_vllm_error
 
 CONNECTOR = "epd"
 MODALITY_OF: dict[type, str] = {io: modality for modality, io in MODALITY_IO_MAP.items()}
@@ -95,10 +95,8 @@ class EPDMediaConnector(MediaConnector):
                     return await in_thread(self._decode, await self._fetch(url, room), media_io)
                 case _:
                     raise VLLMValidationError("A media URL must begin with https:, http:, data: or file:.")
-        except Overloaded as error:
-            raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
-        except BadRequest as error:
-            raise VLLMValidationError(str(error)) from error
+        except (BadRequest, Overloaded) as error:
+            raise to_vllm_error(error) from error
 
     def _room(self) -> Room:
         """Asks for room for bytes of an item, until its request has ended."""

@@ -10,11 +10,11 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from serve_app.client import to_vllm_error
 from serve_app.config import Stage
 from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout, StageUnavailable
 from serve_app.handoff import Chunk, PrefillReply, Prompt, StageRequest
 from serve_app.outputs import assemble, merge, with_prefill
+from serve_app.vllm_errors import to_vllm_error
 
 Pairs = list[tuple[int, Chunk]]
 
