@@ -6,7 +6,6 @@ The short form runs with the other tests; `make chaos` (EPD_CHAOS_ROUNDS) repeat
 
 import contextlib
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
-import requests
 
 from tests.chaos.load import DEADLINE_S, Load, Outcome, asks, leave
 from tests.chaos.usage import grown, usage
-from tests.integration.servers import Server, engine_pids, serve_run
+from tests.integration.servers import DEPLOYMENTS, Server, engine_pids, missing, serve_run
 
 ROUNDS = int(os.environ.get("EPD_CHAOS_ROUNDS", "1"))
-STAGES = ("Encoder", "Prefill", "Decode", "Ingress")
 EC_BYTES = 100_000
 """The pictures of the steady load take nearly all of it (4.7 kB each)."""
 
@@ -42,13 +39,15 @@ def server(baseline: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("chaos")
     ec = {"storage_path": str(folder / "ec"), "lease_s": 1.0, "max_age_s": 50.0}
     ec |= {"extra_config": {"max_bytes": EC_BYTES}}  # less than `ec.max_bytes` may be
-    with serve_run(folder, ARGS | {"ec": ec}, {name: {"num_replicas": 2} for name in STAGES}) as server:
+    with serve_run(folder, ARGS | {"ec": ec}, {name: {"num_replicas": 2} for name in DEPLOYMENTS}) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def before(server: Server, baseline: dict[str, Any]) -> dict[psutil.Process, Any]:
-    """What each process uses after a hundred requests, before the faults."""
+    """What each process uses after a hundred requests, before the faults. Of all replicas: the server is ready with one of
+    each stage, and the one that lives through all may be the last to start."""
+    server.wait_until(lambda: not missing(server, 2), lambda: missing(server, 2), 240, every_s=1.0)
     with Load(server, asks(baseline)[0]) as load:
         server.wait_until(lambda: len(load.outcomes) >= 100, "the first requests", 120)
     assert not failed(load.outcomes) and not wrong(load.outcomes)
@@ -178,22 +177,6 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def missing(server: Server) -> str:
-    """What does not serve yet. Empty when every engine shows on the metrics page and there are two ingresses."""
-    processes = engine_pids(server)
-    counts = {stage: len(processes.get(stage, [])) for stage in STAGES}
-    if set(counts.values()) != {2}:
-        return f"two replicas of each stage, not {counts}; engines: {len(processes.get('EngineCore', []))}"
-    try:
-        page = server.get("/metrics").text
-    except requests.RequestException as error:
-        return f"the metrics page: {type(error).__name__}"
-    engines = set(re.findall(r'^vllm:num_requests_running\{.*?replica="(\w+)",stage="(\w+)"', page, re.MULTILINE))
-    if len(engines) != 6:
-        return f"six engines on the metrics page, not {sorted(engines)}"
-    return "" if server.healthy() else "/health"
-
-
 def failed(outcomes: list[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.status != 200]
 
@@ -213,7 +196,7 @@ def wait_idle(server: Server) -> None:
 def test_fault(server: Server, load: Load, baseline: dict[str, Any], table: list[str], name: str) -> None:
     began = FAULTS[name](server, load, baseline)
     server.wait_until(lambda: len(load.begun_since(began)) >= 20, "requests after the fault", 120)
-    server.wait_until(lambda: not missing(server), lambda: missing(server), 240, every_s=1.0)
+    server.wait_until(lambda: not missing(server, 2), lambda: missing(server, 2), 240, every_s=1.0)
     back = time.monotonic()
     server.wait_until(lambda: len(load.begun_since(back)) >= 20, "requests after the recovery", 120)
 
@@ -238,5 +221,5 @@ def test_nothing_is_held_or_grown_in_the_end(server: Server, load: Load, before:
     server.wait_until(lambda: cache_bytes(server) <= EC_BYTES, "the folder to be within its bounds", 10)
     assert not list((server.log.parent / "ec" / "tmp").glob("*")), "temporary files of dead writers"
     lived = [process for process in before if process.is_running()]
-    assert len(lived) >= 2 * len(STAGES) - 1, "one replica of each stage, and its engine"
+    assert len(lived) >= 2 * len(DEPLOYMENTS) - 1, "one replica of each stage, and its engine"
     server.wait_until(lambda: not grown(before, usage(server)), f"use as before: {grown(before, usage(server))}", 60)

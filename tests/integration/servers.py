@@ -31,6 +31,7 @@ MODEL = {"model": "demo-random", "served_model_name": "demo"}
 
 START_TIMEOUT_S = 420
 APP = "serve_app.app:build_app"
+DEPLOYMENTS = ("Encoder", "Prefill", "Decode", "Ingress")
 RAY_ENV = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
@@ -296,3 +297,20 @@ def engine_pids(server: Server) -> dict[str, list[int]]:
             if match := re.search(r"ServeReplica:epd:(\w+)|VLLM::(\w+)", name):
                 found.setdefault(match[1] or match[2], []).append(process.pid)
     return found
+
+
+def missing(server: Server, replicas: int) -> str:
+    """What does not serve yet of an E+P+D application with so many replicas of each; a server is ready with one of each.
+    Empty when every engine shows on the metrics page and all ingresses run."""
+    processes = engine_pids(server)
+    counts = {name: len(processes.get(name, [])) for name in DEPLOYMENTS}
+    if set(counts.values()) != {replicas}:
+        return f"{replicas} replicas of each deployment, not {counts}; engines: {len(processes.get('EngineCore', []))}"
+    try:
+        page = server.get("/metrics").text
+    except requests.RequestException as error:
+        return f"the metrics page: {type(error).__name__}"
+    engines = set(re.findall(r'^vllm:num_requests_running\{.*?replica="(\w+)",stage="(\w+)"', page, re.MULTILINE))
+    if len(engines) != 3 * replicas:
+        return f"{3 * replicas} engines on the metrics page, not {sorted(engines)}"
+    return "" if server.healthy() else "/health"

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import MEDIA_RULES
-from tests.integration.servers import Server, serve_run
+from tests.integration.servers import DEPLOYMENTS, Server, missing, serve_run
 
 
 @pytest.fixture(scope="package")
 def epd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """E+P+D with two replicas of each stage, engine log lines, a profiler, and small bodies only."""
     folder = tmp_path_factory.mktemp("epd")
-    two = {name: {"num_replicas": 2} for name in ("Ingress", "Encoder", "Prefill", "Decode")}
+    two = {name: {"num_replicas": 2} for name in DEPLOYMENTS}
     profiler = {
         "profiler": "torch",
         "torch_profiler_dir": str(folder / "profile"),
@@ -23,4 +23,5 @@ def epd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "engine_args": {"enable_log_requests": True, "profiler_config": profiler},
     }
     with serve_run(folder, args, two) as server:
+        server.wait_until(lambda: not missing(server, 2), lambda: missing(server, 2), 240, every_s=1.0)
         yield server
