@@ -71,6 +71,7 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
         "max_ongoing_requests": stage_config.max_ongoing_requests,
         "max_queued_requests": stage_config.max_queued_requests,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
+        "request_router_config": RequestRouterConfig(request_router_class="serve_app.balance:TwoChoicesRouter"),
     }
     if stage is Stage.ENCODER:
         options["request_router_config"] = RequestRouterConfig(

@@ -1,9 +1,9 @@
-"""Which encoder replica gets an item: the one that had it before while its load allows, else the one with least work.
+"""Which replica gets a call. Of prefill and decode Ray Serve's choice, the fewer calls in flight of two at random.
 
-Load is counted in embeddings (visual or audio tokens), not in calls: an item of a 4K image is the work of a hundred
-thumbnails. ``rank`` and ``tiers`` are the rule; ``LeastCostRouter`` is its place in Ray Serve, in each ingress replica,
-which sees its own calls only. The rule is consistent hashing with bounded loads (Mirrokni et al., 2016), with rendezvous
-hashing.
+An item goes to the encoder replica that had it before while its load allows, else to the one with least work. Load is
+counted in embeddings (visual or audio tokens), not in calls: an item of a 4K image is the work of a hundred thumbnails.
+``rank`` and ``tiers`` are the rule; ``LeastCostRouter`` is its place in Ray Serve, in each ingress replica, which sees its
+own calls only. The rule is consistent hashing with bounded loads (Mirrokni et al., 2016), with rendezvous hashing.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
 from serve_app import routing
@@ -83,10 +84,24 @@ class Loads:
         self._calls.pop(call, None)
 
 
-class LeastCostRouter(RequestRouter):
-    """Ray Serve's request router of the Encoder deployment.
+class _Tells(RequestRouter):
+    """A router that tells each call where it is sent.
 
     Ray pickles this module by value: what has to be one thing in a process is in ``routing``.
+    """
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        if (call := routing.sending.get()) is not None:
+            call.replica = replica_id.to_full_id_str()
+
+
+class TwoChoicesRouter(_Tells, PowerOfTwoChoicesRequestRouter):
+    """Ray Serve's request router of the Prefill and Decode deployments, its own."""
+
+
+class LeastCostRouter(_Tells):
+    """Ray Serve's request router of the Encoder deployment.
 
     Needs calls with internal request ids of their own (``encoding.py`` makes them in fresh contexts): Serve matches choice
     and call by that id.

@@ -177,9 +177,10 @@ class EPDClient(EngineClient):
         """Encode, prefill and decode one choice, again from the start while nothing was sent and a retry may help.
 
         Each attempt has hand-offs of its own: ``kv_transfer_params`` are used once. Where embeddings were lost twice, the
-        next attempt does without encoders; where prefill was not there twice, decode prefills. An engine ends a request in
-        the same way whether its KV blocks or embeddings were lost or its grammar cannot be compiled or followed; so decode
-        does a structured request alone where that happened, and where it happens again it is the grammar.
+        next attempt does without encoders; where prefill was not there or its blocks were lost, twice in all, decode
+        prefills. An engine ends a request in the same way whether its KV blocks or embeddings were lost or its grammar
+        cannot be compiled or followed; so decode does a structured request alone where that happened, and where it happens
+        again it is the grammar.
 
         A choice that is not streamed is held back to its end, and so can be tried again until then, within the deadline.
         """
@@ -190,7 +191,7 @@ class EPDClient(EngineClient):
             begun = False
             held: list[Chunk] = []
             alone = undecoded > 0 and request.params.structured_outputs is not None
-            at_decode = self._prefill_at_decode(request.prompt, failed=alone or unprefilled >= 2)
+            at_decode = self._prefill_at_decode(request.prompt, failed=alone or unprefilled + undecoded >= 2)
             prefill = Stage.PREFILL in self.stages and at_decode is None
             # An answer that came while the prompt was rendered serves all choices, or the first alone.
             first = attempt == 1 and (index == 0 or self._config.ec.shareable)
@@ -253,9 +254,10 @@ class EPDClient(EngineClient):
         params = handoff.decode_params(request.params, kv, encoded.ec_transfer_params, index)
         streamed = handoff.is_streamed(request.params)
         decode = StageRequest(request.request_id, encoded.prompt, params, request.options, streamed)
+        source = self.stages[Stage.PREFILL].actor(prefilled.replica) if prefilled else ""
         pulled = False
         try:
-            async with aclosing(self._decode(decode, index, deadline, record)) as chunks:
+            async with aclosing(self._decode(decode, source, index, deadline, record)) as chunks:
                 async for chunk in chunks:
                     if prefilled and not pulled:
                         chunk = with_prefill(chunk, prefilled)
@@ -267,11 +269,13 @@ class EPDClient(EngineClient):
             if kv is not None and not pulled:
                 self._release(request.request_id, kv)
 
-    async def _decode(self, call: StageRequest, index: int, deadline: Deadline, record: Trace) -> AsyncGenerator[Chunk]:
+    async def _decode(
+        self, call: StageRequest, source: str, index: int, deadline: Deadline, record: Trace
+    ) -> AsyncGenerator[Chunk]:
         began = time.perf_counter()
         pulled = False
         with record.span.child("decode", choice=index) as span:
-            stream = self.stages[Stage.DECODE].stream("generate", handoff.traced(call, span.headers))
+            stream = self.stages[Stage.DECODE].stream("generate", handoff.traced(call, span.headers), source=source)
             async with aclosing(stream):
                 while True:
                     try:

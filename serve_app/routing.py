@@ -1,13 +1,14 @@
 """Calls of a stage over its Ray Serve handle: cancelled with their caller, and failing only with errors of ours.
 
-Which replica takes a call is Ray's power-of-two choice: fewest calls in flight of two at random.
+Which replica takes a call is the matter of ``balance.py``.
 """
 
 import asyncio
 import contextvars
 import pickle
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -22,7 +23,7 @@ from ray.serve.request_router import RequestRouter
 
 from serve_app.admission import size_of
 from serve_app.config import Stage
-from serve_app.errors import EPDError, StageUnavailable
+from serve_app.errors import EPDError, HandoffLost, StageUnavailable
 from serve_app.handoff import MediaRequest, StageRequest
 
 encoder_routers: WeakValueDictionary[str, RequestRouter] = WeakValueDictionary()
@@ -49,16 +50,45 @@ def is_light(argument: Any) -> bool:
     return True
 
 
-SILENT_S = 30.0
-"""After so long without an item a stream asks Ray whether its replica still lives."""
+SILENT_S = 10.0
+"""After so long without an answer, or another item of a stream, a call asks Ray whether those it waits for still live."""
 
 
 @dataclass(eq=False)
-class _Stream:
-    response: Any
+class Call:
+    """One call of a replica, while it is under way. Replicas are named as Ray names their actors."""
+
+    seen: float
+    """When it last gave a sign of life."""
+    source: str = ""
+    """The replica that holds what its first item needs."""
     replica: str = ""
-    seen: float = 0.0
-    lost: bool = False
+    """Where it was sent, told by the deployment's router (``balance.py``)."""
+    response: Any = None
+    lost: Exception | None = None
+
+    def lose(self, error: Exception) -> None:
+        self.lost = error
+        self.cancel()
+
+    def cancel(self) -> None:
+        if self.response is not None:
+            self.response.cancel()
+
+
+sending: contextvars.ContextVar[Call | None] = contextvars.ContextVar("sending", default=None)
+"""The call whose replica is being chosen. A router runs in the context of the call."""
+
+
+def is_alive(replica: str) -> bool:
+    """Whether Ray has a replica, by the name of its actor; True where Ray cannot say. Waits for Ray."""
+    try:
+        ray.get_actor(replica, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    except RayError:
+        return True
+    return True
 
 
 class StageHandle:
@@ -70,8 +100,12 @@ class StageHandle:
         self._stream = handle.options(stream=True)
         self._light = handle.options(_by_reference=False)
         self._light_stream = handle.options(stream=True, _by_reference=False)
-        self._streams: set[_Stream] = set()
+        self._calls: set[Call] = set()
         self._watching: asyncio.Task[None] | None = None
+
+    def actor(self, replica: str) -> str:
+        """Ray's name of a replica of this stage."""
+        return str(ReplicaID(replica, DeploymentID(self._unary.deployment_name, self._unary.app_name)).to_full_id_str())
 
     @property
     def absent(self) -> bool:
@@ -81,71 +115,70 @@ class StageHandle:
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call one replica. Cancelling the caller cancels the call, and with it the replica's engine request."""
-        response = None
-        try:
-            handle = self._light if all(map(is_light, args)) else self._unary
-            response = getattr(handle, method).remote(*args)
-            return await response
-        except asyncio.CancelledError:
-            if response is not None:
-                response.cancel()
-            raise
-        except Exception as error:
-            raise to_stage_error(self.stage, error) from error
+        handle = self._light if all(map(is_light, args)) else self._unary
+        with self._calling(handle, method, args, Call(time.monotonic())) as call:
+            return await call.response
 
-    async def stream(self, method: str, *args: Any) -> AsyncGenerator[tuple[Any, str]]:
-        """Stream from one replica, whose id comes with each item; closing the iterator early cancels the call."""
-        stream = None
-        finished = False
-        try:
-            handle = self._light_stream if all(map(is_light, args)) else self._stream
-            stream = _Stream(getattr(handle, method).remote(*args))
-            async for item in stream.response:
-                stream.replica, stream.seen = item[1], time.monotonic()
-                self._watch(stream)
-                yield item
-            finished = True
-        except (Exception, asyncio.CancelledError) as error:
-            if stream is not None and stream.lost:
-                failure: Exception = RayActorError()
-            elif isinstance(error, Exception):
-                failure = error
-            else:
-                raise
-            finished = True
-            raise to_stage_error(self.stage, failure) from error
-        finally:
-            if stream is not None:
-                self._streams.discard(stream)
-                if not finished:  # a stream from a handle has no aclose()
-                    stream.response.cancel()
+    async def stream(self, method: str, *args: Any, source: str = "") -> AsyncGenerator[tuple[Any, str]]:
+        """Stream from one replica, whose id comes with each item; closing the iterator early cancels the call.
 
-    def _watch(self, stream: "_Stream") -> None:
-        """Notice when the replica of a stream is gone without a word.
-
-        Where a process ends, its connection says so. Where a node loses power or its network nothing does for minutes (the
-        keepalive of Ray's gRPC clients: 300 s and 120 s). Ray knows earlier, so a stream that has been silent asks Ray.
+        ``source``: the replica (``actor``) that holds what the first item needs: ``HandoffLost`` if it is gone by then.
         """
-        self._streams.add(stream)
+        handle = self._light_stream if all(map(is_light, args)) else self._stream
+        with self._calling(handle, method, args, Call(time.monotonic(), source)) as call:
+            async for item in call.response:
+                call.seen, call.source = time.monotonic(), ""
+                yield item
+
+    @contextmanager
+    def _calling(self, handle: DeploymentHandle[Any], method: str, args: tuple[Any, ...], call: Call) -> Iterator[Call]:
+        """Make a call: watched while it is under way, cancelled with its caller, failing only with errors of ours."""
+        token = sending.set(call)
+        try:
+            try:
+                call.response = getattr(handle, method).remote(*args)
+            finally:
+                sending.reset(token)
+            self._watch(call)
+            yield call
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if call.lost is not None and task is not None and not task.cancelling():
+                raise call.lost from error
+            if isinstance(error, Exception):
+                raise to_stage_error(self.stage, error) from error
+            call.cancel()
+            raise
+        except GeneratorExit:  # a stream from a handle has no aclose()
+            call.cancel()
+            raise
+        finally:
+            self._calls.discard(call)
+
+    def _watch(self, call: Call) -> None:
+        """Notice when a replica that a call waits for is gone without a word.
+
+        Where a process ends, its connections say so. Where a node loses power or its network nothing does for minutes (the
+        keepalive of Ray's gRPC clients: 300 s and 120 s; UCX, which moves KV blocks, has none that would notice). Ray knows
+        earlier, so a call that has been silent asks Ray.
+        """
+        self._calls.add(call)
         if self._watching is None or self._watching.done():
             self._watching = asyncio.get_running_loop().create_task(self._ask_ray(), context=contextvars.Context())
 
     async def _ask_ray(self) -> None:
-        while self._streams:
+        while self._calls:
             await asyncio.sleep(SILENT_S / 2)
             since = time.monotonic() - SILENT_S
-            for stream in [stream for stream in self._streams if stream.seen < since and not stream.lost]:
-                if not await asyncio.to_thread(self._is_alive, stream.replica):
-                    stream.lost = True
-                    stream.response.cancel()
-
-    def _is_alive(self, replica: str) -> bool:
-        actor = ReplicaID(replica, DeploymentID(self._unary.deployment_name, self._unary.app_name)).to_full_id_str()
-        try:
-            ray.get_actor(actor, namespace=SERVE_NAMESPACE)
-        except ValueError:
-            return False
-        return True
+            silent = [call for call in self._calls if call.seen < since and call.lost is None]
+            for replica in {replica for call in silent for replica in (call.replica, call.source) if replica}:
+                if await asyncio.to_thread(is_alive, replica):
+                    continue
+                for call in silent:
+                    if call.replica == replica:
+                        call.lose(to_stage_error(self.stage, RayActorError()))
+                    elif call.source == replica:
+                        call.lose(HandoffLost(self.stage, "waits for KV blocks of a replica that is gone"))
 
     async def broadcast(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[Any]:
         """Call every replica; one result or exception of each."""

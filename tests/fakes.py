@@ -37,6 +37,7 @@ class FakeStage:
         self.stage = stage
         self.absent = False
         self.calls: Calls = []
+        self.sources: list[str] = []
         self._log = [] if log is None else log
         self._fails = {method: list(errors) for method, errors in (fails or {}).items()}
         self._methods = methods
@@ -45,7 +46,11 @@ class FakeStage:
         self._called(method, args)
         return await self._methods[method](*args)
 
-    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+    def actor(self, replica: str) -> str:
+        return f"the actor of {replica}"
+
+    async def stream(self, method: str, *args: Any, source: str = "") -> AsyncIterator[Any]:
+        self.sources.append(source)
         self._called(method, args)
         async for item in self._methods[method](*args):
             yield item

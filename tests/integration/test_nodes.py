@@ -18,7 +18,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from serve_app.config import Stage
-from serve_app.routing import StageHandle
+from serve_app.routing import StageHandle, is_alive
 from serve_app.transfer import free_ports
 from tests.chaos.load import Load, asks
 from tests.integration.answers import differences, reduce
@@ -127,12 +127,12 @@ def test_embeddings_and_blocks_crossed_the_nodes(server: Server) -> None:
 
 
 def test_ray_knows_whether_a_replica_of_another_node_lives(nodes: Nodes, server: Server) -> None:
-    """What a stream that has been silent asks."""
+    """What a call that has been silent asks."""
     with ray.init(nodes.cluster.address, log_to_driver=False):
         handle = StageHandle(Stage.DECODE, serve.get_deployment_handle("Decode", "epd"))
         ((_, replica, _),) = asyncio.run(handle.broadcast("metrics"))
-        assert handle._is_alive(replica)
-        assert not handle._is_alive("gone")
+        assert is_alive(handle.actor(replica))
+        assert not is_alive(handle.actor("gone"))
 
 
 def test_node_that_goes_under_load_takes_no_request_along(

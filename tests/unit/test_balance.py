@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.balance import FORGET_UNROUTED_S, LeastCostRouter, Loads, rank, tiers
 from serve_app.config import Stage
 from serve_app.handoff import Item, Prompt, StageRequest
-from serve_app.routing import StageHandle, encoder_routers
+from serve_app.routing import Call, StageHandle, encoder_routers, sending
 
 REPLICAS = ["a", "b", "c", "d"]
 
@@ -166,9 +166,28 @@ def test_a_handle_knows_whether_an_encoder_takes_calls(router: LeastCostRouter) 
     assert not handle(Stage.ENCODER, "shop").absent
 
 
-def test_the_router_is_known_to_the_handle_as_ray_sends_it() -> None:
-    config = RequestRouterConfig(request_router_class="serve_app.balance:LeastCostRouter")
+def as_ray_sends_it(name: str) -> Any:
+    config = RequestRouterConfig(request_router_class=f"serve_app.balance:{name}")
     made: Any = object.__new__(config.get_request_router_class())
-    made._deployment_id = DeploymentID("Encoder", "sent")
+    made._deployment_id, made._use_replica_queue_len_cache = DeploymentID("Encoder", "sent"), False
+    return made
+
+
+def test_the_router_is_known_to_the_handle_as_ray_sends_it() -> None:
+    made = as_ray_sends_it("LeastCostRouter")
     made.initialize_state()
     assert encoder_routers["sent"] is made
+
+
+@pytest.mark.parametrize("name", ["LeastCostRouter", "TwoChoicesRouter"])
+def test_a_call_is_told_where_it_is_sent(name: str) -> None:
+    router, call = as_ray_sends_it(name), Call(0.0)
+    first, second, third = (ReplicaID(each, DeploymentID("Decode", "shop")) for each in ("r1", "r2", "r3"))
+    token = sending.set(call)
+    router.on_send_request(first)
+    assert call.replica == "SERVE_REPLICA::shop#Decode#r1"
+    router.on_send_request(second)  # the first had no room
+    assert call.replica == "SERVE_REPLICA::shop#Decode#r2"
+    sending.reset(token)
+    router.on_send_request(third)  # of another call
+    assert call.replica == "SERVE_REPLICA::shop#Decode#r2"

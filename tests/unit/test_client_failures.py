@@ -281,6 +281,21 @@ def test_decode_lost_before_its_first_token_gives_the_blocks_back_and_begins_aga
     assert (record.output_tokens, record.error) == (2, None)
 
 
+@pytest.mark.parametrize("without", [(), (Stage.ENCODER,)])
+def test_prompt_whose_blocks_were_lost_twice_is_prefilled_by_decode(
+    make_client: Make, without: tuple[Stage, ...]
+) -> None:
+    """Where no blocks get across at all, answers still do: a network between two nodes that UCX cannot use."""
+    pipeline = FakePipeline(without, fails={"generate": [DECODE_LOST, DECODE_LOST]})
+    outputs, record = traced(make_client, pipeline, "red")
+    assert texts(outputs) == ["a", "b"]
+    assert record.rungs == ["decode-again", "decode-again", "prefill-at-decode(failed)"]
+    *_, decode = pipeline.decoder.requests("generate")
+    assert "kv_transfer_params" not in (decode.params.extra_args or {})
+    assert pixels(decode) == [True]
+    assert len(pipeline.prefiller.requests("prefill")) == len(pipeline.released()) == 2
+
+
 def test_decode_that_fails_after_its_first_token_is_not_tried_again(make_client: Make) -> None:
     async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
         yield Chunk("a", [1]), "decode-0"
@@ -370,7 +385,7 @@ def test_embeddings_lost_twice_are_made_by_prefill(make_client: Make) -> None:
 def test_pipeline_without_an_encoder_climbs_the_same_ladder(make_client: Make) -> None:
     pipeline = FakePipeline((Stage.ENCODER,), fails={"prefill": [PREFILL_GONE], "generate": [DECODE_LOST]})
     assert texts(generate(make_client, pipeline, "red")) == ["a", "b"]
-    assert [pixels(call) for call in pipeline.prefiller.requests("prefill")] == [[True]] * 3
+    assert [pixels(call) for call in pipeline.prefiller.requests("prefill")] == [[True]] * 2
     assert pipeline.released() == [("req", {"remote_block_ids": [1]})]
 
 
@@ -379,6 +394,12 @@ def test_hand_off_is_never_used_twice(make_client: Make) -> None:
     generate(make_client, pipeline, "red")
     assert [blocks(call) for call in pipeline.decoder.requests("generate")] == [[1], [2], [3]]
     assert [args[1]["remote_block_ids"] for args in pipeline.released()] == [[1], [2]]
+
+
+def test_decode_waits_no_longer_for_blocks_than_their_prefill_lives(make_client: Make) -> None:
+    pipeline = FakePipeline()
+    generate(make_client, pipeline, "red")
+    assert pipeline.decoder.sources == ["the actor of prefill-0"]
 
 
 @pytest.mark.parametrize("attempts", [1, 3, 4])

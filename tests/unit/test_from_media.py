@@ -61,8 +61,8 @@ class Bench:
         async def counted_call(method: str, *args: Any) -> Any:
             return self.across(await call(method, *self.across(args)))
 
-        async def counted_stream(method: str, *args: Any) -> Any:
-            async for each in stream(method, *self.across(args)):
+        async def counted_stream(method: str, *args: Any, source: str) -> Any:
+            async for each in stream(method, *self.across(args), source=source):
                 yield self.across(each)
 
         stage.call, stage.stream = counted_call, counted_stream

@@ -145,50 +145,85 @@ def test_finished_stream_is_not_cancelled() -> None:
     assert asyncio.run(main()).cancelled == 0
 
 
-@pytest.mark.parametrize("lives", [False, True])
-def test_silent_stream_ends_when_its_replica_is_gone_without_a_word(
-    monkeypatch: pytest.MonkeyPatch, lives: bool
+@pytest.mark.parametrize("gone", ["", "replica", "source"])
+@pytest.mark.parametrize("kind", ["a call", "a stream without an answer", "a stream that has begun"])
+def test_silent_call_ends_when_what_it_waits_for_is_gone_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, kind: str, gone: str
 ) -> None:
     """The connection to a node without power stays open: only Ray can tell."""
     monkeypatch.setattr(routing, "SILENT_S", 0.01)
+    waits_for = {"replica", "source"} if kind == "a stream without an answer" else {"replica"}
 
     async def main() -> None:
         asked: asyncio.Queue[str] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         cancelled = asyncio.Event()
 
-        def is_alive(self: StageHandle, replica: str) -> bool:
+        def is_alive(replica: str) -> bool:
             loop.call_soon_threadsafe(asked.put_nowait, replica)
-            return lives
+            return replica != gone
 
-        async def silent() -> AsyncIterator[tuple[int, str]]:
-            yield 1, "r1"
+        async def silent() -> None:
             await cancelled.wait()
             raise TaskCancelledError
 
-        monkeypatch.setattr(StageHandle, "_is_alive", is_alive)
-        response = FakeResponse(silent())
-        monkeypatch.setattr(response, "cancel", cancelled.set)
-        stage = handle(response)
+        async def items() -> AsyncIterator[tuple[int, str]]:
+            if kind == "a stream that has begun":
+                yield 1, "r1"
+            await silent()
+
+        def send(*_: Any, streaming: bool) -> FakeResponse:
+            routing.sending.get().replica = "replica"  # type: ignore[union-attr]  # as a router does
+            response = FakeResponse(items() if streaming else silent())
+            monkeypatch.setattr(response, "cancel", cancelled.set)
+            return response
+
+        monkeypatch.setattr(routing, "is_alive", is_alive)
+        stage = StageHandle(Stage.DECODE, FakeHandle(send))  # type: ignore[arg-type]
 
         async def read() -> None:
-            async for _ in stage.stream("generate"):
-                pass
+            if kind == "a call":
+                await stage.call("prefill")
+            else:
+                async for _ in stage.stream("generate", source="source"):
+                    pass
 
         reader = asyncio.create_task(read())
-        assert await asyncio.wait_for(asked.get(), 5) == "r1"
-        if lives:
-            assert await asyncio.wait_for(asked.get(), 5) == "r1"
+        if gone in waits_for:
+            error: Any = pytest.raises(StageUnavailable, match=LOST)
+            if gone == "source":
+                error = pytest.raises(HandoffLost, match="waits for KV blocks of a replica that is gone")
+            with error:
+                await asyncio.wait_for(reader, 5)
+        else:
+            seen = {await asyncio.wait_for(asked.get(), 5) for _ in range(2 * len(waits_for))}
+            assert seen == waits_for
             assert not reader.done() and not cancelled.is_set()
             reader.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reader
-        else:
-            with pytest.raises(StageUnavailable, match=LOST):
-                await asyncio.wait_for(reader, 5)
         assert cancelled.is_set()
 
     asyncio.run(main())
+
+
+def test_call_that_waits_for_a_replica_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "SILENT_S", 0.01)
+    monkeypatch.setattr(routing, "is_alive", lambda _: pytest.fail("there is no replica yet"))
+
+    async def later() -> int:
+        await asyncio.sleep(0.1)  # many times as long as silence may last
+        return 42
+
+    assert asyncio.run(handle(FakeResponse(later())).call("prefill")) == 42
+
+
+def test_silent_call_waits_on_while_ray_cannot_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_actor(*_: Any, **__: Any) -> None:
+        raise RaySystemError("no GCS")
+
+    monkeypatch.setattr(routing.ray, "get_actor", get_actor)
+    assert routing.is_alive("replica")
 
 
 def request(tokens: int = 10, data: Any = None, **params: Any) -> StageRequest:
