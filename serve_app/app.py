@@ -71,7 +71,11 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
         "max_ongoing_requests": stage_config.max_ongoing_requests,
         "max_queued_requests": stage_config.max_queued_requests,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
-        "request_router_config": RequestRouterConfig(request_router_class="serve_app.balance:TwoChoicesRouter"),
+        "request_router_config": RequestRouterConfig(
+            request_router_class="serve_app.balance:TwoChoicesRouter",
+            # What prefill does not do, decode does; what decode does not do, nobody does.
+            request_router_kwargs={"waits": stage is Stage.DECODE},
+        ),
     }
     if stage is Stage.ENCODER:
         options["request_router_config"] = RequestRouterConfig(

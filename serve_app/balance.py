@@ -97,7 +97,21 @@ class _Tells(RequestRouter):
 
 
 class TwoChoicesRouter(_Tells, PowerOfTwoChoicesRequestRouter):
-    """Ray Serve's request router of the Prefill and Decode deployments, its own."""
+    """Ray Serve's request router of the Prefill and Decode deployments: its own, which passes by replicas to be avoided.
+
+    ``waits``: where there are only such, a call waits for another replica. Otherwise it goes there, and fails at once.
+    """
+
+    def initialize_state(self, waits: bool = False) -> None:
+        self._waits = waits
+
+    async def choose_replicas(
+        self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
+    ) -> list[list[Any]]:
+        chosen: list[list[Any]] = await super().choose_replicas(candidate_replicas, pending_request)
+        if self._waits or routing.sound(candidate_replicas):
+            chosen = [routing.sound(replicas) for replicas in chosen]
+        return chosen
 
 
 class LeastCostRouter(_Tells):
@@ -115,6 +129,7 @@ class LeastCostRouter(_Tells):
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
     ) -> list[list[Any]]:
+        candidate_replicas = routing.sound(candidate_replicas) or candidate_replicas
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas] if candidate_replicas else []
         pending_request.routing_context.should_backoff = True

@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
@@ -174,7 +175,7 @@ class EPDClient(EngineClient):
     async def _choice(
         self, request: StageRequest, index: int, deadline: Deadline, record: Trace
     ) -> AsyncGenerator[Chunk]:
-        """Encode, prefill and decode one choice, again from the start while nothing was sent and a retry may help.
+        """Encode, prefill and decode one choice, and again while a retry may help.
 
         Each attempt has hand-offs of its own: ``kv_transfer_params`` are used once. Where embeddings were lost twice, the
         next attempt does without encoders; where prefill was not there or its blocks were lost, twice in all, decode
@@ -182,29 +183,37 @@ class EPDClient(EngineClient):
         cannot be compiled or followed; so decode does a structured request alone where that happened, and where it happens
         again it is the grammar.
 
-        A choice that is not streamed is held back to its end, and so can be tried again until then, within the deadline.
+        What was said goes on from there, with a deadline of its own, where its tokens tell all (``handoff.can_go_on``). Else
+        a choice that is not streamed, and so held back to its end, is made anew within the deadline.
         """
-        streamed = handoff.is_streamed(request.params)
+        streamed, goes_on = handoff.is_streamed(request.params), handoff.can_go_on(request.params)
         attempt = lost = undecoded = unprefilled = 0
+        said: list[int] = []
+        held: list[Chunk] = []
+        cached_tokens: int | None = None
         while True:
             attempt += 1
-            begun = False
-            held: list[Chunk] = []
+            rest = handoff.rest_of(request, said)
             alone = undecoded > 0 and request.params.structured_outputs is not None
-            at_decode = self._prefill_at_decode(request.prompt, failed=alone or unprefilled + undecoded >= 2)
+            at_decode = self._prefill_at_decode(rest.prompt, failed=alone or unprefilled + undecoded >= 2)
             prefill = Stage.PREFILL in self.stages and at_decode is None
             # An answer that came while the prompt was rendered serves all choices, or the first alone.
             first = attempt == 1 and (index == 0 or self._config.ec.shareable)
-            encoded = Encoded(request.prompt, None)
+            encoded = Encoded(rest.prompt, None)
             try:
-                work = self._encode(request, record, first, without_encoders=alone or lost >= 2)
+                work = self._encode(rest, record, first, without_encoders=alone or lost >= 2)
                 encoded = await deadline.within(Stage.ENCODER, work)
                 if at_decode is not None:
                     record.rung(f"prefill-at-decode({at_decode})")
-                async with aclosing(self._attempt(request, encoded, index, prefill, deadline, record)) as chunks:
+                async with aclosing(self._attempt(rest, encoded, index, prefill, deadline, record)) as chunks:
                     async for chunk in chunks:
+                        if rest is not request:  # what it says of its prompt is not the client's prompt
+                            chunk = msgspec.structs.replace(chunk, num_cached_tokens=cached_tokens)
+                        elif not said:
+                            cached_tokens = chunk.num_cached_tokens
+                            record.cached_tokens += (cached_tokens or 0) if index == 0 else 0
+                        said += chunk.token_ids
                         if streamed:
-                            begun = True
                             yield chunk
                         else:
                             held.append(chunk)
@@ -212,7 +221,6 @@ class EPDClient(EngineClient):
                     yield chunk
                 return
             except StageError as error:
-                record.output_tokens -= sum(len(chunk.token_ids) for chunk in held)
                 unprefilled += isinstance(error, StageUnavailable) and error.stage is Stage.PREFILL
                 undecoded += isinstance(error, HandoffLost) and error.stage is Stage.DECODE
                 if alone and undecoded > 1:
@@ -223,8 +231,14 @@ class EPDClient(EngineClient):
                 if isinstance(error, HandoffLost) and encoded.hashes and self._encoders is not None:
                     lost += 1
                     self._encoders.forget(encoded.hashes)
-                late = bool(held) and asyncio.get_running_loop().time() > deadline.at
-                if begun or late or not self._retries.allow(error, attempt):
+                now = asyncio.get_running_loop().time()
+                ends = bool(said) and not goes_on and (streamed or now > deadline.at)
+                if said and goes_on:
+                    deadline = Deadline(now + deadline.seconds, deadline.seconds)
+                elif held:
+                    record.output_tokens -= len(said)
+                    said, held = [], []
+                if ends or not self._retries.allow(error, attempt):
                     raise
                 record.rung(f"{error.stage}-again")
                 await deadline.within(error.stage, self._retries.pause(attempt))
@@ -261,8 +275,6 @@ class EPDClient(EngineClient):
                 async for chunk in chunks:
                     if prefilled and not pulled:
                         chunk = with_prefill(chunk, prefilled)
-                    if index == 0 and not pulled:
-                        record.cached_tokens += chunk.num_cached_tokens or 0
                     pulled = True
                     yield chunk
         finally:

@@ -27,7 +27,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.config import Stage
 from serve_app.engine_metrics import STAT_LOGGERS
-from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageUnavailable
+from serve_app.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageUnavailable
 from serve_app.handoff import Chunk, Item, Prompt, Source, StageRequest
 
 
@@ -154,7 +154,9 @@ class StageEngine:
                     yield output
         except VLLMClientError as error:
             raise BadRequest(str(error)) from error
-        except (EngineDeadError, EngineGenerateError, GracefulHTTPError) as error:
+        except EngineDeadError as error:
+            raise EngineDead(self._stage, f"failed: {error}") from error
+        except (EngineGenerateError, GracefulHTTPError) as error:
             raise StageUnavailable(self._stage, f"failed: {error}") from error
 
     async def final(self, request: StageRequest) -> RequestOutput:

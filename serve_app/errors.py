@@ -8,6 +8,7 @@
     ├── Overloaded             the ingress has enough to do → 503
     └── StageError             a stage failed a request; → 503 with the reason
         ├── StageUnavailable   no replica, replica died, queue full
+        │   └── EngineDead     the replica is there, its engine is not
         ├── HandoffLost        embeddings or KV blocks are gone
         └── StageTimeout       → 504
 
@@ -52,6 +53,10 @@ class StageError(EPDError):
 
 class StageUnavailable(StageError):
     """No replica took the call, or the one that did died."""
+
+
+class EngineDead(StageUnavailable):
+    """The engine of the replica is dead: it answers no call any more, until Serve has replaced it."""
 
 
 class HandoffLost(StageError):

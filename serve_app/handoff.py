@@ -322,6 +322,39 @@ def decode_params(
     return decode
 
 
+TELLS_APART = (
+    "bad_words",
+    "extra_args",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_detection",
+    "stop",
+    "structured_outputs",
+    "thinking_token_budget",
+    "watermarking",
+)
+"""Sampling parameters that look at the answer and not at the prompt, or have a state of their own."""
+
+
+def can_go_on(params: Any) -> bool:
+    """Whether an answer that broke off can go on as if its tokens had been the end of the prompt."""
+    seeded = params.seed is not None and params.temperature > 0
+    return not seeded and not any(getattr(params, name) for name in TELLS_APART)
+
+
+def rest_of(request: StageRequest, said: list[int]) -> StageRequest:
+    """The request for what comes after the tokens ``said`` of its answer."""
+    if not said:
+        return request
+    rest = request.params.clone()
+    rest.prompt_logprobs = None
+    rest.min_tokens = max(rest.min_tokens - len(said), 0)
+    if rest.max_tokens is not None:
+        rest.max_tokens -= len(said)
+    prompt = msgspec.structs.replace(request.prompt, token_ids=request.prompt.token_ids + said)
+    return msgspec.structs.replace(request, prompt=prompt, params=rest)
+
+
 def is_streamed(params: Any) -> bool:
     """Whether the client of a request gets tokens as they come."""
     return bool(params.output_kind.name != "FINAL_ONLY")

@@ -7,7 +7,7 @@ import asyncio
 import contextvars
 import pickle
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,11 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.request_router import RequestRouter
+from ray.serve.request_router import RequestRouter, RunningReplica
 
 from serve_app.admission import size_of
 from serve_app.config import Stage
-from serve_app.errors import EPDError, HandoffLost, StageUnavailable
+from serve_app.errors import EngineDead, EPDError, HandoffLost, StageUnavailable
 from serve_app.handoff import MediaRequest, StageRequest
 
 encoder_routers: WeakValueDictionary[str, RequestRouter] = WeakValueDictionary()
@@ -78,6 +78,26 @@ class Call:
 
 sending: contextvars.ContextVar[Call | None] = contextvars.ContextVar("sending", default=None)
 """The call whose replica is being chosen. A router runs in the context of the call."""
+
+
+AVOID_S = 60.0
+"""After three failed health checks, one each 10 s unless set otherwise, Serve routes to a replica no more."""
+
+_avoided: dict[str, float] = {}
+
+
+def avoid(replica: str) -> None:
+    """Have routers of this process pass by a replica whose engine is dead: always idle, it would be taken first."""
+    now = time.monotonic()
+    for other in [other for other, until in _avoided.items() if until < now]:
+        del _avoided[other]
+    _avoided[replica] = now + AVOID_S
+
+
+def sound(replicas: Sequence[RunningReplica]) -> list[RunningReplica]:
+    """Those that are not to be avoided."""
+    now = time.monotonic()
+    return [replica for replica in replicas if _avoided.get(replica.replica_id.to_full_id_str(), 0.0) < now]
 
 
 def is_alive(replica: str) -> bool:
@@ -146,7 +166,10 @@ class StageHandle:
             if call.lost is not None and task is not None and not task.cancelling():
                 raise call.lost from error
             if isinstance(error, Exception):
-                raise to_stage_error(self.stage, error) from error
+                mapped = to_stage_error(self.stage, error)
+                if isinstance(mapped, EngineDead):
+                    avoid(call.replica)
+                raise mapped from error
             call.cancel()
             raise
         except GeneratorExit:  # a stream from a handle has no aclose()

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
 import yaml
 
 from serve_app.transfer import free_ports
@@ -68,6 +69,38 @@ def test_killed_replica_takes_its_engine_along_and_is_replaced(server: Server, d
     assert server.post(*ASK).json()["choices"] == before
 
 
+@pytest.mark.parametrize("way", ["its replica is killed", "its engine crashes"])
+def test_answer_under_way_goes_on_where_its_decode_was_lost(server: Server, way: str) -> None:
+    """With the tokens and the text that it would have had, after the only decode replica has been replaced."""
+    path, body = chat(text("Describe."), image(1), max_tokens=1500, ignore_eos=True)
+    whole = server.post(path, body).json()["choices"][0]
+    replica, below = replica_tree(server, "Decode")
+    victim = replica if "replica" in way else max(below, key=lambda process: process.memory_info().rss)
+    tokens: list[int] = []
+    words, finished, lost_after = "", None, 0
+    with server.session.post(server.url + path, json=body | {"stream": True}, stream=True, timeout=240) as response:
+        for event in events(response):
+            (choice,) = event["choices"]
+            tokens += choice.get("token_ids") or []
+            words += choice["delta"].get("content") or ""
+            finished = choice["finish_reason"] or finished
+            if tokens and not lost_after:
+                victim.kill()
+                victim.wait()
+                lost_after = len(tokens)
+    assert lost_after < len(tokens) / 2
+    assert (tokens, words, finished) == (whole["token_ids"], whole["message"]["content"], "length")
+    server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
+
+
+def events(response: requests.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            assert "error" not in event, event
+            yield event
+
+
 def test_crashed_engine_makes_its_replica_unhealthy_and_serve_replaces_it(server: Server) -> None:
     replica, below = replica_tree(server, "Decode")
     core = max(below, key=lambda process: process.memory_info().rss)  # the others are multiprocessing's helpers
@@ -75,8 +108,7 @@ def test_crashed_engine_makes_its_replica_unhealthy_and_serve_replaces_it(server
     server.wait_until(lambda: not server.healthy(), "the health to show it", 60)
     states = server.get("/health").json()
     assert states["encoder"] == "healthy" and states["decode"] != "healthy"
-    answer = server.post(*ASK)
-    assert answer.status_code == 503 and "decode" in answer.json()["error"]["message"]
+    assert server.post(*ASK).status_code == 200, "it waits for the one that comes"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
     assert not [process for process in below if process.is_running()]
 
@@ -85,8 +117,7 @@ def test_engine_that_hangs_is_killed_with_its_replica_and_replaced(server: Serve
     replica, below = replica_tree(server, "Decode")
     core = max(below, key=lambda process: process.memory_info().rss)
     core.suspend()
-    answer = server.post(*ASK)
-    assert answer.status_code == 503 and "decode" in answer.json()["error"]["message"], "not only when its time is over"
+    assert server.post(*ASK).status_code == 200, "it waits for the one that comes"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
     assert not [process for process in below if process.is_running()]
 

@@ -1,6 +1,7 @@
 """serve_app.balance: the order in which an item tries encoder replicas, and the load it is decided on."""
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.config import RequestRouterConfig
 
-from serve_app.balance import FORGET_UNROUTED_S, LeastCostRouter, Loads, rank, tiers
+from serve_app import routing
+from serve_app.balance import FORGET_UNROUTED_S, LeastCostRouter, Loads, TwoChoicesRouter, rank, tiers
 from serve_app.config import Stage
 from serve_app.handoff import Item, Prompt, StageRequest
 from serve_app.routing import Call, StageHandle, encoder_routers, sending
@@ -105,7 +107,7 @@ def test_a_long_call_still_counts() -> None:
 
 class Replica:
     def __init__(self, name: str) -> None:
-        self.replica_id = SimpleNamespace(unique_id=name)
+        self.replica_id = ReplicaID(name, DeploymentID("Encoder", "shop"))
 
 
 def pending(call: str, item_hash: str, cost: int) -> Any:
@@ -145,6 +147,50 @@ def test_an_answered_call_frees_its_replica(router: LeastCostRouter) -> None:
     router.on_request_completed(SimpleNamespace(unique_id=taken), "big")
     router.on_request_completed(SimpleNamespace(unique_id=taken), "next")
     assert choose(router, pending("again", "item", 10), replicas)[0] == taken
+
+
+@pytest.fixture
+def avoided(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    monkeypatch.setattr(routing, "_avoided", {})
+
+    def avoid(*replicas: Replica) -> None:
+        for replica in replicas:
+            routing.avoid(replica.replica_id.to_full_id_str())
+
+    return avoid
+
+
+def test_an_item_passes_by_an_encoder_whose_engine_is_dead(
+    router: LeastCostRouter, avoided: Callable[..., None]
+) -> None:
+    replicas = [Replica(name) for name in ("a", "b", "c")]
+    home = choose(router, pending("1", "item", 10), replicas)[0]
+    dead = next(replica for replica in replicas if replica.replica_id.unique_id == home)
+    avoided(dead)
+    assert home not in choose(router, pending("2", "item", 10), replicas)
+    avoided(*replicas)
+    assert len(choose(router, pending("3", "item", 10), replicas)) == 3, (
+        "a call that fails at once, and prefill encodes"
+    )
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_call_passes_by_a_replica_whose_engine_is_dead(avoided: Callable[..., None], waits: bool) -> None:
+    replicas = [Replica(name) for name in ("a", "b")]
+    router: Any = object.__new__(TwoChoicesRouter)
+    router._replicas = {replica.replica_id: replica for replica in replicas}
+    router.apply_locality_routing = lambda pending_request: set(router._replicas)
+    router.initialize_state(waits=waits)
+
+    def chosen() -> set[str]:
+        ranks = asyncio.run(router.choose_replicas(replicas, None))
+        return {replica.replica_id.unique_id for tier in ranks for replica in tier}
+
+    assert chosen() == {"a", "b"}
+    avoided(replicas[0])
+    assert chosen() == {"b"}
+    avoided(*replicas)
+    assert chosen() == (set() if waits else {"a", "b"})
 
 
 def test_calls_without_an_item_go_anywhere(router: LeastCostRouter) -> None:

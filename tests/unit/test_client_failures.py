@@ -165,7 +165,7 @@ def test_decode_that_fails_after_its_first_token_has_pulled_the_blocks(make_clie
 
     pipeline = FakePipeline(generate=decode)
     with pytest.raises(GracefulHTTPError, match="is gone"):
-        generate(make_client, pipeline, "red")
+        generate(once(make_client), pipeline, "red")
     assert pipeline.released() == []
     assert pipeline.log == ["encode", "prefill", "generate"]
 
@@ -237,7 +237,7 @@ def test_failing_choice_ends_the_others_and_gives_their_blocks_back(make_client:
     assert sorted(args[1]["remote_block_ids"] for args in pipeline.released()) == [[1], [2]]
 
 
-# ---- the ladder: before the first token a choice is tried again from the start
+# ---- the ladder: a choice is tried again
 
 
 def test_lost_prefill_is_made_again_and_the_client_sees_nothing_of_it(make_client: Make) -> None:
@@ -296,29 +296,115 @@ def test_prompt_whose_blocks_were_lost_twice_is_prefilled_by_decode(
     assert len(pipeline.prefiller.requests("prefill")) == len(pipeline.released()) == 2
 
 
-def test_decode_that_fails_after_its_first_token_is_not_tried_again(make_client: Make) -> None:
-    async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
-        yield Chunk("a", [1]), "decode-0"
-        raise DECODE_LOST
+STRUCTURE = {"structured_outputs": StructuredOutputsParams(regex="a+")}
 
+
+class BreaksOff:
+    """A decode that says a token per chunk, the next number, up to ``last``, and breaks off after each ``said`` of them."""
+
+    def __init__(self, last: int, said: int, times: int = 1, error: Exception = DECODE_GONE) -> None:
+        self.last, self.said, self.times, self.error = last, said, times, error
+        self.calls: list[StageRequest] = []
+
+    async def __call__(self, request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+        self.calls.append(request)
+        prompt = self.calls[0].prompt.token_ids
+        begin = len(request.prompt.token_ids) - len(prompt) + 1
+        assert request.prompt.token_ids == prompt + list(range(1, begin))
+        for token in range(begin, self.last + 1):
+            reason = "length" if token == self.last else None
+            yield Chunk(f"{token} ", [token], num_cached_tokens=begin, finish_reason=reason), "decode-0"
+            if token - begin + 1 == self.said and len(self.calls) <= self.times:
+                raise self.error
+
+
+@pytest.mark.parametrize("without", [(), (Stage.PREFILL,), (Stage.ENCODER,)], ids=["E+P+D", "E+PD", "P+D"])
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY], ids=["streamed", "whole"])
+def test_answer_that_breaks_off_goes_on_where_it_was(
+    make_client: Make, without: tuple[Stage, ...], kind: RequestOutputKind
+) -> None:
+    decode = BreaksOff(last=7, said=2, times=2)
+    pipeline = FakePipeline(without, generate=decode)
+    outputs, record = traced(
+        make_client, pipeline, "red", max_tokens=7, min_tokens=3, prompt_logprobs=1, output_kind=kind
+    )
+    assert "".join(texts(outputs)) == "1 2 3 4 5 6 7 "
+    assert [token for output in outputs for token in output.outputs[0].token_ids] == [1, 2, 3, 4, 5, 6, 7]
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    assert [(call.params.max_tokens, call.params.min_tokens) for call in decode.calls] == [(7, 3), (5, 1), (3, 0)]
+    asked = pipeline.decoder if Stage.PREFILL in without else pipeline.prefiller
+    method = "generate" if Stage.PREFILL in without else "prefill"
+    assert [call.params.prompt_logprobs for call in asked.requests(method)] == [1, None, None]
+    assert outputs[-1].num_cached_tokens == outputs[0].num_cached_tokens, "of the client's own prompt"
+    assert (record.rungs, record.output_tokens) == (["decode-again"] * 2, 7)
+    assert pipeline.released() == []
+
+
+def test_answer_that_goes_on_has_a_deadline_of_its_own(make_client: Make) -> None:
+    async def main() -> list[RequestOutput]:
+        late = asyncio.Event()
+        breaks_off = BreaksOff(last=3, said=1)
+
+        async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+            async for each in breaks_off(request):
+                yield each
+                await late.wait()
+
+        client = make_client(FakePipeline(generate=decode).stages, request_timeout_s=0.2)
+        asyncio.get_running_loop().call_later(0.3, late.set)
+        return await run(client)
+
+    assert "".join(texts(asyncio.run(main()))) == "1 2 3 "
+
+
+def test_what_fails_while_an_answer_goes_on_is_tried_again_too(make_client: Make) -> None:
+    prefills = 0
+
+    async def prefill(request: StageRequest) -> PrefillReply:
+        nonlocal prefills
+        prefills += 1
+        if prefills == 2:
+            raise PREFILL_GONE
+        return PrefillReply({"remote_block_ids": [prefills]}, None, 0, "prefill-0")
+
+    outputs, record = traced(make_client, FakePipeline(generate=BreaksOff(last=3, said=1), prefill=prefill), "red")
+    assert "".join(texts(outputs)) == "1 2 3 "
+    assert record.rungs == ["decode-again", "prefill-again"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"seed": 7},
+        {"stop": ["x"]},
+        {"bad_words": ["x"]},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        STRUCTURE,
+        {"extra_args": {"mine": 1}},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_answer_whose_tokens_do_not_tell_all_ends_where_it_breaks_off(make_client: Make, more: dict[str, Any]) -> None:
+    decode = BreaksOff(last=3, said=1)
     seen: list[str] = []
 
-    async def main() -> FakePipeline:
-        pipeline = FakePipeline(generate=decode)
-        client = make_client(pipeline.stages)
+    async def main() -> None:
+        client = make_client(FakePipeline(generate=decode).stages)
         prompt = await render(client, "red")
-        with pytest.raises(GracefulHTTPError, match="lost the blocks"):
-            async for output in client.generate(prompt, params(), "req"):
+        with pytest.raises(GracefulHTTPError, match=str(DECODE_GONE)):
+            async for output in client.generate(prompt, params(**more), "req"):
                 seen.append(output.outputs[0].text)
         await background(client)
-        return pipeline
 
-    pipeline = asyncio.run(main())
-    assert seen == ["a"]
-    assert pipeline.log == ["encode", "prefill", "generate"]
+    asyncio.run(main())
+    assert seen == ["1 "]
+    assert len(decode.calls) == 1
 
 
-STRUCTURE = {"structured_outputs": StructuredOutputsParams(regex="a+")}
+def test_greedy_answer_with_a_seed_goes_on(make_client: Make) -> None:
+    outputs = generate(make_client, FakePipeline(generate=BreaksOff(last=3, said=1)), seed=7, temperature=0)
+    assert "".join(texts(outputs)) == "1 2 3 "
 
 
 @pytest.mark.parametrize("without", [(), (Stage.PREFILL,), (Stage.ENCODER,)], ids=["E+P+D", "E+PD", "P+D"])
@@ -567,7 +653,7 @@ def test_deadline_is_only_for_the_first_token(make_client: Make, kind: str, expe
     assert texts(asyncio.run(main())) == expected
 
 
-def test_answer_that_is_not_streamed_is_tried_again_up_to_its_end(make_client: Make) -> None:
+def test_answer_that_is_not_streamed_is_made_anew_where_it_cannot_go_on(make_client: Make) -> None:
     attempts = 0
 
     async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
@@ -579,9 +665,12 @@ def test_answer_that_is_not_streamed_is_tried_again_up_to_its_end(make_client: M
             raise DECODE_GONE
         yield Chunk("b", [2, 3], finish_reason="stop"), "decode-0"
 
-    outputs, record = traced(make_client, FakePipeline(generate=decode), output_kind=RequestOutputKind.FINAL_ONLY)
+    pipeline = FakePipeline(generate=decode)
+    outputs, record = traced(make_client, pipeline, output_kind=RequestOutputKind.FINAL_ONLY, stop=["x"])
     assert texts(outputs) == ["ab"]
     assert (record.rungs, record.output_tokens) == (["decode-again"], 3)
+    first, second = pipeline.decoder.requests("generate")
+    assert first.prompt == second.prompt
 
 
 # ---- clients that leave

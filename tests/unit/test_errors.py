@@ -7,6 +7,7 @@ from serve_app.config import Stage
 from serve_app.errors import (
     BadRequest,
     ConfigError,
+    EngineDead,
     EPDError,
     HandoffLost,
     Overloaded,
@@ -53,6 +54,7 @@ def test_only_a_timeout_is_a_gateway_timeout() -> None:
         StageError: 503,
         HandoffLost: 503,
         StageUnavailable: 503,
+        EngineDead: 503,
         StageTimeout: 504,
     }
 

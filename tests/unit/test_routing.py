@@ -20,7 +20,7 @@ from ray.exceptions import (
     TaskCancelledError,
     WorkerCrashedError,
 )
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -31,7 +31,7 @@ from vllm import SamplingParams
 
 from serve_app import routing
 from serve_app.config import Stage
-from serve_app.errors import BadRequest, EPDError, HandoffLost, StageUnavailable
+from serve_app.errors import BadRequest, EngineDead, EPDError, HandoffLost, StageUnavailable
 from serve_app.handoff import Item, Media, MediaRequest, Prompt, StageRequest
 from serve_app.routing import StageHandle, to_stage_error
 from tests.fakes import FakeBroadcast, FakeHandle, FakeResponse
@@ -105,6 +105,28 @@ def test_failing_call_is_an_error_of_ours_with_its_cause() -> None:
     with pytest.raises(StageUnavailable, match="The prefill stage is full") as caught:
         asyncio.run(handle(FakeResponse(value(BackPressureError(1, 1)))).call("prefill"))
     assert isinstance(caught.value.__cause__, BackPressureError)
+
+
+@pytest.mark.parametrize(("error", "avoided"), [(EngineDead(Stage.PREFILL, "is dead"), True), (RayActorError(), False)])
+def test_replica_whose_engine_is_dead_is_avoided(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, avoided: bool
+) -> None:
+    """Of a replica that is gone itself Serve knows at once."""
+    monkeypatch.setattr(routing, "_avoided", {})
+    failure = RayTaskError("f", "traceback", error).as_instanceof_cause() if avoided else error
+
+    def send(*_: Any, streaming: bool) -> FakeResponse:
+        routing.sending.get().replica = "SERVE_REPLICA::shop#Prefill#r1"  # type: ignore[union-attr]  # as a router does
+        return FakeResponse(value(failure))
+
+    with pytest.raises(StageUnavailable):
+        asyncio.run(StageHandle(Stage.PREFILL, FakeHandle(send)).call("prefill"))  # type: ignore[arg-type]
+    replicas: Any = [
+        SimpleNamespace(replica_id=ReplicaID(each, DeploymentID("Prefill", "shop"))) for each in ("r1", "r2")
+    ]
+    assert routing.sound(replicas) == replicas[avoided:]
+    monkeypatch.setattr(routing.time, "monotonic", lambda: 1e12)
+    assert routing.sound(replicas) == replicas
 
 
 def test_cancelling_the_caller_cancels_the_call() -> None:
