@@ -32,7 +32,7 @@ from serve_app.from_media import FromMedia, ItemProcessor, declared_fields
 from serve_app.guard import GuardedInputProcessor, check_params, guard_renderer
 from serve_app.handoff import Chunk, Media, PrefillReply, Prompt, StageRequest
 from serve_app.ingress_metrics import IngressMetrics
-from serve_app.outputs import assemble, merge, with_prefill
+from serve_app.outputs import assemble, merge, with_prefill, words_after
 from serve_app.retry import Retries
 from serve_app.routing import StageHandle
 from serve_app.trace import Trace
@@ -200,6 +200,7 @@ class EPDClient(EngineClient):
             # An answer that came while the prompt was rendered serves all choices, or the first alone.
             first = attempt == 1 and (index == 0 or self._config.ec.shareable)
             encoded = Encoded(rest.prompt, None)
+            words = words_after(self.renderer.tokenizer, request, said) if said else None
             try:
                 work = self._encode(rest, record, first, without_encoders=alone or lost >= 2)
                 encoded = await deadline.within(Stage.ENCODER, work)
@@ -207,8 +208,8 @@ class EPDClient(EngineClient):
                     record.rung(f"prefill-at-decode({at_decode})")
                 async with aclosing(self._attempt(rest, encoded, index, prefill, deadline, record)) as chunks:
                     async for chunk in chunks:
-                        if rest is not request:  # what it says of its prompt is not the client's prompt
-                            chunk = msgspec.structs.replace(chunk, num_cached_tokens=cached_tokens)
+                        if words is not None:
+                            chunk = msgspec.structs.replace(words(chunk), num_cached_tokens=cached_tokens)
                         elif not said:
                             cached_tokens = chunk.num_cached_tokens
                             record.cached_tokens += (cached_tokens or 0) if index == 0 else 0

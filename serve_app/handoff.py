@@ -331,15 +331,19 @@ TELLS_APART = (
     "stop",
     "structured_outputs",
     "thinking_token_budget",
+    "trace_decode_token_ids",
     "watermarking",
 )
 """Sampling parameters that look at the answer and not at the prompt, or have a state of their own."""
 
 
 def can_go_on(params: Any) -> bool:
-    """Whether an answer that broke off can go on as if its tokens had been the end of the prompt."""
+    """Whether an answer that broke off can go on as if its tokens had been the end of the prompt.
+
+    Not with logprobs either: which characters a token completes is told from those before it.
+    """
     seeded = params.seed is not None and params.temperature > 0
-    return not seeded and not any(getattr(params, name) for name in TELLS_APART)
+    return not seeded and params.logprobs is None and not any(getattr(params, name) for name in TELLS_APART)
 
 
 def rest_of(request: StageRequest, said: list[int]) -> StageRequest:

@@ -1,11 +1,14 @@
 """vLLM's ``RequestOutput`` from the chunks of decode: choices merged as they come, or gathered to the end."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from serve_app import handoff
 from serve_app.config import Stage
@@ -18,6 +21,28 @@ def with_prefill(chunk: Chunk, prefilled: PrefillReply) -> Chunk:
     return msgspec.structs.replace(
         chunk, prompt_logprobs=prefilled.prompt_logprobs, num_cached_tokens=prefilled.num_cached_tokens
     )
+
+
+def words_after(tokenizer: Any, request: StageRequest, said: list[int]) -> Callable[[Chunk], Chunk]:
+    """Gives the chunks that come after the tokens ``said`` of an answer the text that one engine would have given them.
+
+    The engine that makes them takes these tokens for the end of its prompt, and where they end within a character its
+    detokenizer begins with the whole of it.
+    """
+    prompt, params = request.prompt.token_ids, request.params
+    detokenizer = IncrementalDetokenizer.from_new_request(
+        tokenizer if params.detokenize else None,
+        EngineCoreRequest(request.request_id, prompt, None, params, None, 0.0, None, None, None),
+    )
+    detokenizer.update(said, stop_terminated=False)
+    detokenizer.get_next_output_text(finished=False, delta=True)
+
+    def with_text(chunk: Chunk) -> Chunk:
+        detokenizer.update(chunk.token_ids, stop_terminated=chunk.finish_reason == "stop")
+        text = detokenizer.get_next_output_text(finished=chunk.finish_reason is not None, delta=True)
+        return msgspec.structs.replace(chunk, text=text)
+
+    return with_text
 
 
 async def merge(sources: list[AsyncGenerator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk]]:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from tokenizers.decoders import DecodeStream
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -299,23 +300,34 @@ def test_prompt_whose_blocks_were_lost_twice_is_prefilled_by_decode(
 STRUCTURE = {"structured_outputs": StructuredOutputsParams(regex="a+")}
 
 
-class BreaksOff:
-    """A decode that says a token per chunk, the next number, up to ``last``, and breaks off after each ``said`` of them."""
+SAYS = "h\u00e9llo \U0001f389 \u4e16\u754c"
+"""Characters of two, three and four tokens too."""
 
-    def __init__(self, last: int, said: int, times: int = 1, error: Exception = DECODE_GONE) -> None:
-        self.last, self.said, self.times, self.error = last, said, times, error
+
+class BreaksOff:
+    """A decode that says ``SAYS``, a token per chunk, and breaks off after each ``said`` of them."""
+
+    def __init__(self, said: int = 1, times: int = 1) -> None:
+        self.said, self.times = said, times
         self.calls: list[StageRequest] = []
+
+    def speak_as(self, client: EPDClient) -> EPDClient:
+        self.tokenizer = client.renderer.get_tokenizer()
+        self.tokens = self.tokenizer.encode(SAYS)
+        return client
 
     async def __call__(self, request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
         self.calls.append(request)
         prompt = self.calls[0].prompt.token_ids
-        begin = len(request.prompt.token_ids) - len(prompt) + 1
-        assert request.prompt.token_ids == prompt + list(range(1, begin))
-        for token in range(begin, self.last + 1):
-            reason = "length" if token == self.last else None
-            yield Chunk(f"{token} ", [token], num_cached_tokens=begin, finish_reason=reason), "decode-0"
-            if token - begin + 1 == self.said and len(self.calls) <= self.times:
-                raise self.error
+        before = len(request.prompt.token_ids) - len(prompt)
+        assert request.prompt.token_ids == prompt + self.tokens[:before]
+        stream = DecodeStream(ids=request.prompt.token_ids)  # as vLLM's detokenizer
+        for count, token in enumerate(self.tokens[before:], 1):
+            text = stream.step(self.tokenizer._tokenizer, token) or ""
+            reason = "length" if before + count == len(self.tokens) else None
+            yield Chunk(text, [token], num_cached_tokens=before, finish_reason=reason), "decode-0"
+            if count == self.said and len(self.calls) <= self.times:
+                raise DECODE_GONE
 
 
 @pytest.mark.parametrize("without", [(), (Stage.PREFILL,), (Stage.ENCODER,)], ids=["E+P+D", "E+PD", "P+D"])
@@ -323,38 +335,56 @@ class BreaksOff:
 def test_answer_that_breaks_off_goes_on_where_it_was(
     make_client: Make, without: tuple[Stage, ...], kind: RequestOutputKind
 ) -> None:
-    decode = BreaksOff(last=7, said=2, times=2)
-    pipeline = FakePipeline(without, generate=decode)
-    outputs, record = traced(
-        make_client, pipeline, "red", max_tokens=7, min_tokens=3, prompt_logprobs=1, output_kind=kind
-    )
-    assert "".join(texts(outputs)) == "1 2 3 4 5 6 7 "
-    assert [token for output in outputs for token in output.outputs[0].token_ids] == [1, 2, 3, 4, 5, 6, 7]
-    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
-    assert [(call.params.max_tokens, call.params.min_tokens) for call in decode.calls] == [(7, 3), (5, 1), (3, 0)]
-    asked = pipeline.decoder if Stage.PREFILL in without else pipeline.prefiller
-    method = "generate" if Stage.PREFILL in without else "prefill"
-    assert [call.params.prompt_logprobs for call in asked.requests(method)] == [1, None, None]
-    assert outputs[-1].num_cached_tokens == outputs[0].num_cached_tokens, "of the client's own prompt"
-    assert (record.rungs, record.output_tokens) == (["decode-again"] * 2, 7)
-    assert pipeline.released() == []
+    async def main() -> None:
+        decode, record = BreaksOff(said=2, times=2), Trace("req")
+        pipeline = FakePipeline(without, generate=decode)
+        client = decode.speak_as(make_client(pipeline.stages))
+        length = len(decode.tokens)
+        token = trace.current.set(record)
+        outputs = await run(client, "red", max_tokens=length, min_tokens=3, prompt_logprobs=1, output_kind=kind)
+        trace.current.reset(token)
+        await background(client)
+        said = [token for output in outputs for token in output.outputs[0].token_ids]
+        assert ("".join(texts(outputs)), said) == (SAYS, decode.tokens)
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        asked = [(call.params.max_tokens, call.params.min_tokens) for call in decode.calls]
+        assert asked == [(length, 3), (length - 2, 1), (length - 4, 0)]
+        prefills = decode.calls if Stage.PREFILL in without else pipeline.prefiller.requests("prefill")
+        assert [call.params.prompt_logprobs for call in prefills] == [1, None, None]
+        assert outputs[-1].num_cached_tokens == outputs[0].num_cached_tokens, "of the client's own prompt"
+        assert (record.rungs, record.output_tokens) == (["decode-again"] * 2, length)
+        assert pipeline.released() == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("said", range(1, 15))
+def test_text_is_whole_wherever_the_answer_breaks_off(make_client: Make, said: int) -> None:
+    """Within a character too: the next engine then takes the first bytes of it for the end of its prompt."""
+
+    async def main() -> None:
+        decode = BreaksOff(said)
+        client = decode.speak_as(make_client(FakePipeline(generate=decode).stages))
+        assert "".join(texts(await run(client, max_tokens=99))) == SAYS
+        assert said < len(decode.tokens) and len(decode.calls) == 2
+
+    asyncio.run(main())
 
 
 def test_answer_that_goes_on_has_a_deadline_of_its_own(make_client: Make) -> None:
-    async def main() -> list[RequestOutput]:
-        late = asyncio.Event()
-        breaks_off = BreaksOff(last=3, said=1)
+    async def main() -> None:
+        decode, late = BreaksOff(), asyncio.Event()
 
-        async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
-            async for each in breaks_off(request):
+        async def slow(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+            async for each in decode(request):
                 yield each
                 await late.wait()
 
-        client = make_client(FakePipeline(generate=decode).stages, request_timeout_s=0.2)
+        client = decode.speak_as(make_client(FakePipeline(generate=slow).stages, request_timeout_s=0.2))
         asyncio.get_running_loop().call_later(0.3, late.set)
-        return await run(client)
+        assert "".join(texts(await run(client, max_tokens=99))) == SAYS
 
-    assert "".join(texts(asyncio.run(main()))) == "1 2 3 "
+    asyncio.run(main())
 
 
 def test_what_fails_while_an_answer_goes_on_is_tried_again_too(make_client: Make) -> None:
@@ -367,9 +397,13 @@ def test_what_fails_while_an_answer_goes_on_is_tried_again_too(make_client: Make
             raise PREFILL_GONE
         return PrefillReply({"remote_block_ids": [prefills]}, None, 0, "prefill-0")
 
-    outputs, record = traced(make_client, FakePipeline(generate=BreaksOff(last=3, said=1), prefill=prefill), "red")
-    assert "".join(texts(outputs)) == "1 2 3 "
-    assert record.rungs == ["decode-again", "prefill-again"]
+    async def main() -> None:
+        decode = BreaksOff()
+        client = decode.speak_as(make_client(FakePipeline(generate=decode, prefill=prefill).stages))
+        assert "".join(texts(await run(client, max_tokens=99))) == SAYS
+        assert prefills == 3
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
@@ -381,30 +415,35 @@ def test_what_fails_while_an_answer_goes_on_is_tried_again_too(make_client: Make
         {"presence_penalty": 0.1},
         {"frequency_penalty": -0.1},
         STRUCTURE,
+        {"logprobs": 0},
         {"extra_args": {"mine": 1}},
     ],
     ids=lambda more: next(iter(more)),
 )
 def test_answer_whose_tokens_do_not_tell_all_ends_where_it_breaks_off(make_client: Make, more: dict[str, Any]) -> None:
-    decode = BreaksOff(last=3, said=1)
     seen: list[str] = []
 
     async def main() -> None:
-        client = make_client(FakePipeline(generate=decode).stages)
+        decode = BreaksOff()
+        client = decode.speak_as(make_client(FakePipeline(generate=decode).stages))
         prompt = await render(client, "red")
         with pytest.raises(GracefulHTTPError, match=str(DECODE_GONE)):
             async for output in client.generate(prompt, params(**more), "req"):
                 seen.append(output.outputs[0].text)
+        assert len(decode.calls) == 1
         await background(client)
 
     asyncio.run(main())
-    assert seen == ["1 "]
-    assert len(decode.calls) == 1
+    assert seen == ["h"]
 
 
 def test_greedy_answer_with_a_seed_goes_on(make_client: Make) -> None:
-    outputs = generate(make_client, FakePipeline(generate=BreaksOff(last=3, said=1)), seed=7, temperature=0)
-    assert "".join(texts(outputs)) == "1 2 3 "
+    async def main() -> None:
+        decode = BreaksOff()
+        client = decode.speak_as(make_client(FakePipeline(generate=decode).stages))
+        assert "".join(texts(await run(client, max_tokens=99, seed=7, temperature=0))) == SAYS
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("without", [(), (Stage.PREFILL,), (Stage.ENCODER,)], ids=["E+P+D", "E+PD", "P+D"])
