@@ -82,6 +82,7 @@ class EngineReplica:
     def __init__(self, config: EPDConfig) -> None:
         context = serve.get_replica_context()
         self.replica: str = context.replica_id.unique_id
+        self.node: str = ray.get_runtime_context().get_node_id()
         claims = config.stages[self.stage], config.accelerator
         check_claims(self.stage, *claims, ray.get_runtime_context().get_assigned_resources(), os.environ)
         self.scratch = tempfile.mkdtemp(prefix="epd-")

@@ -27,7 +27,13 @@ class Prefill(EngineReplica):
         ran_s = time.perf_counter() - began - queue_s(output)
         ec_s = (output.ec_transfer_params or {}).get(READ_S, 0.0)
         return PrefillReply(
-            output.kv_transfer_params, output.prompt_logprobs, output.num_cached_tokens, self.replica, ran_s, ec_s
+            output.kv_transfer_params,
+            output.prompt_logprobs,
+            output.num_cached_tokens,
+            self.replica,
+            ran_s,
+            ec_s,
+            self.node,
         )
 
     def holds(self) -> bool:

@@ -27,7 +27,16 @@ from serve_app.admission import Admission, size_of
 from serve_app.config import EPDConfig, Stage
 from serve_app.encoding import Encoded, EncodeStage, Replies
 from serve_app.engine import from_engine_input
-from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout, StageUnavailable
+from serve_app.errors import (
+    BadRequest,
+    EngineDead,
+    EPDError,
+    HandoffLost,
+    Overloaded,
+    StageError,
+    StageTimeout,
+    StageUnavailable,
+)
 from serve_app.from_media import FromMedia, ItemProcessor, declared_fields
 from serve_app.guard import GuardedInputProcessor, check_params, guard_renderer
 from serve_app.handoff import Chunk, Media, PrefillReply, Prompt, StageRequest
@@ -73,6 +82,9 @@ class EPDClient(EngineClient):
         self.metrics = IngressMetrics()
         self.admission = Admission(config.admission, embed_size_bytes(self.model_config), self.metrics.outstanding)
         self._retries = Retries(config.retry)
+        # Marks and the processors of users may look at the answer alone.
+        processors = self.model_config.logits_processors or config.decode.engine_args.get("logits_processors")
+        self._engines_go_on = vllm_config.watermark_config is None and not processors
         encoder = stages.get(Stage.ENCODER)
         self._encoders: EncodeStage | None = None
         if encoder is not None:
@@ -186,8 +198,10 @@ class EPDClient(EngineClient):
         What was said goes on from there, with a deadline of its own, where its tokens tell all (``handoff.can_go_on``). Else
         a choice that is not streamed, and so held back to its end, is made anew within the deadline.
         """
-        streamed, goes_on = handoff.is_streamed(request.params), handoff.can_go_on(request.params)
-        attempt = lost = undecoded = unprefilled = 0
+        streamed = handoff.is_streamed(request.params)
+        goes_on = self._engines_go_on and handoff.can_go_on(request.params)
+        attempt = lost = undecoded = unprefilled = died = 0
+        finished = False
         said: list[int] = []
         held: list[Chunk] = []
         cached_tokens: int | None = None
@@ -210,20 +224,22 @@ class EPDClient(EngineClient):
                     async for chunk in chunks:
                         if words is not None:
                             chunk = msgspec.structs.replace(words(chunk), num_cached_tokens=cached_tokens)
-                        elif not said:
+                        elif cached_tokens is None and not said:
                             cached_tokens = chunk.num_cached_tokens
                             record.cached_tokens += (cached_tokens or 0) if index == 0 else 0
                         said += chunk.token_ids
+                        finished = chunk.finish_reason is not None
                         if streamed:
                             yield chunk
                         else:
                             held.append(chunk)
-                for chunk in held:
-                    yield chunk
-                return
+                break
             except StageError as error:
+                if finished:  # the replica went after its last word
+                    break
                 unprefilled += isinstance(error, StageUnavailable) and error.stage is Stage.PREFILL
                 undecoded += isinstance(error, HandoffLost) and error.stage is Stage.DECODE
+                died += isinstance(error, EngineDead) and error.stage is Stage.DECODE
                 if alone and undecoded > 1:
                     raise BadRequest(
                         "The structure asked for cannot be decoded: its grammar does not compile, or leaves no token "
@@ -232,17 +248,21 @@ class EPDClient(EngineClient):
                 if isinstance(error, HandoffLost) and encoded.hashes and self._encoders is not None:
                     lost += 1
                     self._encoders.forget(encoded.hashes)
-                now = asyncio.get_running_loop().time()
-                ends = bool(said) and not goes_on and (streamed or now > deadline.at)
-                if said and goes_on:
-                    deadline = Deadline(now + deadline.seconds, deadline.seconds)
-                elif held:
+                now, begun = asyncio.get_running_loop().time(), bool(said) and goes_on
+                # Two engines that died of it are enough.
+                ends = died > 1 or (bool(said) and not begun and (streamed or now > deadline.at))
+                again = not ends and self._retries.allow(error, attempt, begun)
+                if held and not (again and begun):
                     record.output_tokens -= len(said)
                     said, held = [], []
-                if ends or not self._retries.allow(error, attempt):
+                if not again:
                     raise
+                if begun:
+                    deadline = Deadline(now + deadline.seconds, deadline.seconds)
                 record.rung(f"{error.stage}-again")
                 await deadline.within(error.stage, self._retries.pause(attempt))
+        for chunk in held:
+            yield chunk
 
     async def _encode(self, request: StageRequest, record: Trace, first: bool, without_encoders: bool) -> Encoded:
         """Where no encoder is needed the prompt goes on as it is."""
@@ -269,7 +289,7 @@ class EPDClient(EngineClient):
         params = handoff.decode_params(request.params, kv, encoded.ec_transfer_params, index)
         streamed = handoff.is_streamed(request.params)
         decode = StageRequest(request.request_id, encoded.prompt, params, request.options, streamed)
-        source = self.stages[Stage.PREFILL].actor(prefilled.replica) if prefilled else ""
+        source = prefilled.node if prefilled else ""
         pulled = False
         try:
             async with aclosing(self._decode(decode, source, index, deadline, record)) as chunks:

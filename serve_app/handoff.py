@@ -167,6 +167,8 @@ class PrefillReply(msgspec.Struct, frozen=True):
     ran_s: float = 0.0
     ec_s: float = 0.0
     """Of these, what reading embeddings took. 0 where none was read, or the connector does not tell."""
+    node: str = ""
+    """Ray's id of the node that holds the blocks."""
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -330,9 +332,7 @@ TELLS_APART = (
     "repetition_detection",
     "stop",
     "structured_outputs",
-    "thinking_token_budget",
     "trace_decode_token_ids",
-    "watermarking",
 )
 """Sampling parameters that look at the answer and not at the prompt, or have a state of their own."""
 
@@ -343,7 +343,8 @@ def can_go_on(params: Any) -> bool:
     Not with logprobs either: which characters a token completes is told from those before it.
     """
     seeded = params.seed is not None and params.temperature > 0
-    return not seeded and params.logprobs is None and not any(getattr(params, name) for name in TELLS_APART)
+    counted = params.num_logprobs is not None or params.thinking_token_budget is not None
+    return not (seeded or counted or any(getattr(params, name) for name in TELLS_APART))
 
 
 def rest_of(request: StageRequest, said: list[int]) -> StageRequest:

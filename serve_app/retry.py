@@ -52,13 +52,14 @@ class Retries:
     def accepted(self) -> None:
         self._budget.earn()
 
-    def allow(self, error: Exception, attempt: int) -> bool:
+    def allow(self, error: Exception, attempt: int, begun: bool = False) -> bool:
         """Whether attempt number ``attempt`` (from 1) may be followed by another after this failure.
 
-        Only failures that say nothing about the request itself: a replica gone, a hand-off lost.
+        Only failures that say nothing about the request itself: a replica gone, a hand-off lost. ``begun``: the client has a
+        part of the answer. The rest is no more work than was under way, so it needs no budget.
         """
         transient = isinstance(error, StageUnavailable | HandoffLost)
-        return transient and attempt < self._config.attempts and self._budget.spend()
+        return transient and attempt < self._config.attempts and (begun or self._budget.spend())
 
     async def pause(self, attempt: int) -> None:
         """Wait before the next attempt: at random up to ``backoff_s``, doubled each time, so that not all come at once."""

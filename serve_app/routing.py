@@ -8,7 +8,7 @@ import contextvars
 import pickle
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -56,14 +56,14 @@ SILENT_S = 10.0
 
 @dataclass(eq=False)
 class Call:
-    """One call of a replica, while it is under way. Replicas are named as Ray names their actors."""
+    """One call of a replica, while it is under way."""
 
     seen: float
     """When it last gave a sign of life."""
     source: str = ""
-    """The replica that holds what its first item needs."""
+    """The node that holds what its first item needs."""
     replica: str = ""
-    """Where it was sent, told by the deployment's router (``balance.py``)."""
+    """Where it was sent, as Ray names its actor: told by the deployment's router (``balance.py``), then by its items."""
     response: Any = None
     lost: Exception | None = None
 
@@ -73,7 +73,8 @@ class Call:
 
     def cancel(self) -> None:
         if self.response is not None:
-            self.response.cancel()
+            with suppress(Exception):  # Ray raises what the call has failed with already
+                self.response.cancel()
 
 
 sending: contextvars.ContextVar[Call | None] = contextvars.ContextVar("sending", default=None)
@@ -111,6 +112,14 @@ def is_alive(replica: str) -> bool:
     return True
 
 
+def dead_nodes() -> set[str]:
+    """Ids of the nodes that Ray has lost or let go. Waits for Ray."""
+    try:
+        return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+    except RayError:
+        return set()
+
+
 class StageHandle:
     """The replicas of one stage, as the ingress sees them."""
 
@@ -142,12 +151,12 @@ class StageHandle:
     async def stream(self, method: str, *args: Any, source: str = "") -> AsyncGenerator[tuple[Any, str]]:
         """Stream from one replica, whose id comes with each item; closing the iterator early cancels the call.
 
-        ``source``: the replica (``actor``) that holds what the first item needs: ``HandoffLost`` if it is gone by then.
+        ``source``: the node that holds what the first item needs: ``HandoffLost`` if Ray loses it before.
         """
         handle = self._light_stream if all(map(is_light, args)) else self._stream
         with self._calling(handle, method, args, Call(time.monotonic(), source)) as call:
             async for item in call.response:
-                call.seen, call.source = time.monotonic(), ""
+                call.seen, call.source, call.replica = time.monotonic(), "", self.actor(item[1])
                 yield item
 
     @contextmanager
@@ -163,7 +172,10 @@ class StageHandle:
             yield call
         except (Exception, asyncio.CancelledError) as error:
             task = asyncio.current_task()
-            if call.lost is not None and task is not None and not task.cancelling():
+            if task is not None and task.cancelling():  # whatever it looks like: Ray has errors of its own for it
+                call.cancel()
+                raise asyncio.CancelledError from error
+            if call.lost is not None:
                 raise call.lost from error
             if isinstance(error, Exception):
                 mapped = to_stage_error(self.stage, error)
@@ -183,7 +195,8 @@ class StageHandle:
 
         Where a process ends, its connections say so. Where a node loses power or its network nothing does for minutes (the
         keepalive of Ray's gRPC clients: 300 s and 120 s; UCX, which moves KV blocks, has none that would notice). Ray knows
-        earlier, so a call that has been silent asks Ray.
+        earlier, so a call that has been silent asks Ray. Of the source of blocks only its node is asked for: a replica that
+        ends in order has had them pulled.
         """
         self._calls.add(call)
         if self._watching is None or self._watching.done():
@@ -194,14 +207,17 @@ class StageHandle:
             await asyncio.sleep(SILENT_S / 2)
             since = time.monotonic() - SILENT_S
             silent = [call for call in self._calls if call.seen < since and call.lost is None]
-            for replica in {replica for call in silent for replica in (call.replica, call.source) if replica}:
-                if await asyncio.to_thread(is_alive, replica):
-                    continue
+            for replica in {call.replica for call in silent if call.replica}:
+                if not await asyncio.to_thread(is_alive, replica):
+                    avoid(replica)
+                    for call in silent:
+                        if call.replica == replica:
+                            call.lose(to_stage_error(self.stage, RayActorError()))
+            if any(call.source for call in silent):
+                dead = await asyncio.to_thread(dead_nodes)
                 for call in silent:
-                    if call.replica == replica:
-                        call.lose(to_stage_error(self.stage, RayActorError()))
-                    elif call.source == replica:
-                        call.lose(HandoffLost(self.stage, "waits for KV blocks of a replica that is gone"))
+                    if call.source in dead and call.lost is None:
+                        call.lose(HandoffLost(self.stage, "waits for KV blocks of a node that is gone"))
 
     async def broadcast(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[Any]:
         """Call every replica; one result or exception of each."""

@@ -46,9 +46,6 @@ class FakeStage:
         self._called(method, args)
         return await self._methods[method](*args)
 
-    def actor(self, replica: str) -> str:
-        return f"the actor of {replica}"
-
     async def stream(self, method: str, *args: Any, source: str = "") -> AsyncIterator[Any]:
         self.sources.append(source)
         self._called(method, args)
@@ -124,7 +121,7 @@ class FakePipeline:
 
     async def prefill(self, request: StageRequest) -> PrefillReply:
         self.prefills += 1
-        return PrefillReply({"remote_block_ids": [self.prefills]}, None, 3, "prefill-0")
+        return PrefillReply({"remote_block_ids": [self.prefills]}, None, 3, "prefill-0", node="node-0")
 
     async def generate(self, request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
         yield Chunk("a", [1]), "decode-0"
@@ -175,6 +172,8 @@ class FakeBroadcast:
 class FakeHandle:
     """A ``DeploymentHandle``: ``answer(method, *args, streaming=)`` makes the response of a call. ``used``: the options of
     each call, of handles made from this one too."""
+
+    deployment_name, app_name = "Stage", "shop"
 
     def __init__(self, answer: Callable[..., Any]) -> None:
         self._answer = answer

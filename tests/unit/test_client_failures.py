@@ -2,6 +2,7 @@
 back, once."""
 
 import asyncio
+import copy
 import functools
 import time
 from collections.abc import AsyncIterator
@@ -17,7 +18,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from serve_app import handoff, trace
 from serve_app.client import EPDClient
 from serve_app.config import RetryConfig, Stage
-from serve_app.errors import BadRequest, ConfigError, HandoffLost, StageTimeout, StageUnavailable
+from serve_app.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageTimeout, StageUnavailable
 from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
 from serve_app.retry import Retries
 from serve_app.trace import Trace
@@ -416,6 +417,7 @@ def test_what_fails_while_an_answer_goes_on_is_tried_again_too(make_client: Make
         {"frequency_penalty": -0.1},
         STRUCTURE,
         {"logprobs": 0},
+        {"logprob_token_ids": [1]},
         {"extra_args": {"mine": 1}},
     ],
     ids=lambda more: next(iter(more)),
@@ -435,6 +437,72 @@ def test_answer_whose_tokens_do_not_tell_all_ends_where_it_breaks_off(make_clien
 
     asyncio.run(main())
     assert seen == ["h"]
+
+
+@pytest.mark.parametrize("of", ["marks", "processors"])
+def test_answer_goes_on_only_where_its_engines_look_at_the_prompt_too(make_client: Make, of: str) -> None:
+    async def main() -> None:
+        decode = BreaksOff()
+        given: dict[str, Any] = (
+            {"decode": {"engine_args": {"logits_processors": ["a:B"]}}} if of == "processors" else {}
+        )
+        client = decode.speak_as(make_client(FakePipeline(generate=decode).stages, **given))
+        if of == "marks":
+            vllm_config = copy.copy(client.vllm_config)
+            vllm_config.watermark_config = object()  # type: ignore[assignment]
+            client = EPDClient(client._config, vllm_config, client.stages)
+        with pytest.raises(GracefulHTTPError):
+            await run(client)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY], ids=["streamed", "whole"])
+def test_answer_whose_replica_goes_after_its_last_word_is_whole(make_client: Make, kind: RequestOutputKind) -> None:
+    async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+        yield Chunk("a", [1]), "decode-0"
+        yield Chunk("b", [2], finish_reason="stop"), "decode-0"
+        raise DECODE_GONE
+
+    pipeline = FakePipeline(generate=decode)
+    outputs, record = traced(make_client, pipeline, output_kind=kind)
+    assert "".join(texts(outputs)) == "ab"
+    assert (record.rungs, record.error, len(pipeline.decoder.requests("generate"))) == ([], None, 1)
+
+
+def test_all_answers_of_a_lost_replica_go_on(make_client: Make) -> None:
+    """More of them than the budget of retries has: they are no more work than there was."""
+
+    async def main() -> None:
+        decodes = {f"req{index}": BreaksOff() for index in range(40)}
+        all_said = asyncio.Barrier(len(decodes))
+
+        async def generate(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+            decode = decodes[request.request_id]
+            async for each in decode(request):
+                yield each
+                if len(decode.calls) == 1:
+                    await all_said.wait()
+
+        client = make_client(FakePipeline(generate=generate).stages)
+        prompt = await render(client)
+
+        async def one(request_id: str) -> None:
+            decodes[request_id].speak_as(client)
+            outputs = [output async for output in client.generate(prompt, params(max_tokens=99), request_id)]
+            assert "".join(texts(outputs)) == SAYS
+
+        await asyncio.gather(*map(one, decodes))
+
+    asyncio.run(main())
+
+
+def test_request_that_two_engines_died_of_is_not_given_to_a_third(make_client: Make) -> None:
+    dead = EngineDead(Stage.DECODE, "failed: its engine is dead")
+    pipeline = FakePipeline(fails={"generate": [dead] * 9})
+    with pytest.raises(GracefulHTTPError, match="engine is dead"):
+        generate(make_client, pipeline)
+    assert len(pipeline.decoder.requests("generate")) == 2
 
 
 def test_greedy_answer_with_a_seed_goes_on(make_client: Make) -> None:
@@ -521,10 +589,10 @@ def test_hand_off_is_never_used_twice(make_client: Make) -> None:
     assert [args[1]["remote_block_ids"] for args in pipeline.released()] == [[1], [2]]
 
 
-def test_decode_waits_no_longer_for_blocks_than_their_prefill_lives(make_client: Make) -> None:
+def test_decode_waits_no_longer_for_blocks_than_their_node_lives(make_client: Make) -> None:
     pipeline = FakePipeline()
     generate(make_client, pipeline, "red")
-    assert pipeline.decoder.sources == ["the actor of prefill-0"]
+    assert pipeline.decoder.sources == ["node-0"]
 
 
 @pytest.mark.parametrize("attempts", [1, 3, 4])

@@ -256,6 +256,40 @@ def test_sampling_params_have_the_fields_that_we_set() -> None:
     )
 
 
+def test_sampling_params_are_those_that_we_know_to_go_on_or_not() -> None:
+    from vllm.sampling_params import SamplingParams
+
+    from serve_app.handoff import TELLS_APART
+
+    alike = (
+        "temperature top_p top_k min_p repetition_penalty logit_bias allowed_token_ids min_tokens max_tokens ignore_eos"
+    )
+    alike += " stop_token_ids _eos_token_id _all_stop_token_ids"
+    shape = "n output_kind stream_interval detokenize skip_special_tokens spaces_between_special_tokens skip_clone"
+    shape += (
+        " include_stop_str_in_output output_text_buffer_length skip_reading_prefix_cache routed_experts_prompt_start"
+    )
+    prompt = "prompt_logprobs prompt_logprob_token_ids prompt_logprob_start"
+    asked = "seed logprobs logprob_token_ids flat_logprobs thinking_token_budget _bad_words_token_ids"
+    engines = "watermarking _watermarking_skipped"
+    known = set(f"{alike} {shape} {prompt} {asked} {engines}".split()) | set(TELLS_APART)
+    assert set(SamplingParams.__struct_fields__) == known, (
+        "serve_app/handoff.py can_go_on: may an answer go on with it?"
+    )
+
+
+def test_text_of_an_answer_is_made_by_vllms_detokenizer() -> None:
+    """By ``words_after`` with the few fields of a request that it reads."""
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    used = list(inspect.signature(EngineCoreRequest).parameters)[:9]
+    expected = ["request_id", "prompt_token_ids", "mm_features", "sampling_params", "pooling_params", "arrival_time"]
+    assert used == [*expected, "lora_request", "cache_salt", "data_parallel_rank"], "serve_app/outputs.py words_after"
+    for name in ("from_new_request", "update", "get_next_output_text"):
+        assert hasattr(IncrementalDetokenizer, name), f"serve_app/outputs.py words_after: {name}"
+
+
 def test_prefill_that_reaches_its_length_is_what_nixl_hands_over() -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl import pull_scheduler
 

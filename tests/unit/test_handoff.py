@@ -21,6 +21,7 @@ from serve_app.handoff import (
     PrefillReply,
     Prompt,
     StageRequest,
+    can_go_on,
     child_id,
     decode_params,
     distinct,
@@ -28,6 +29,7 @@ from serve_app.handoff import (
     is_streamed,
     merge_ec_params,
     prefill_params,
+    rest_of,
     salted,
     without_pixels,
 )
@@ -311,3 +313,31 @@ def test_mask_and_tensors_cross_a_handle() -> None:
 def test_what_crosses_a_handle_cannot_be_changed(value: Any) -> None:
     with pytest.raises(AttributeError, match="immutable"):
         setattr(value, value.__struct_fields__[0], None)
+
+
+@pytest.mark.parametrize(
+    ("more", "goes_on"),
+    [
+        ({}, True),
+        ({"temperature": 0, "seed": 7, "repetition_penalty": 1.1, "stop_token_ids": [1], "ignore_eos": True}, True),
+        ({"logit_bias": {1: 2.0}, "allowed_token_ids": [1], "prompt_logprobs": 1, "top_k": 3}, True),
+        ({"seed": 7}, False),
+        ({"logprobs": 0}, False),
+        ({"thinking_token_budget": 0}, False),
+        ({"trace_decode_token_ids": [1]}, False),
+    ],
+)
+def test_answer_goes_on_where_only_the_tokens_before_it_count(more: dict[str, Any], goes_on: bool) -> None:
+    assert can_go_on(SamplingParams(**more)) is goes_on
+
+
+def test_rest_of_an_answer_has_what_was_said_at_the_end_of_its_prompt() -> None:
+    params = SamplingParams(max_tokens=10, min_tokens=2, prompt_logprobs=1)
+    request = StageRequest("r", Prompt([1, 2], cache_salt="s"), params, {"priority": 1})
+    assert rest_of(request, []) is request
+    rest = rest_of(request, [3, 4, 5])
+    assert rest.prompt == Prompt([1, 2, 3, 4, 5], cache_salt="s")
+    assert (rest.params.max_tokens, rest.params.min_tokens, rest.params.prompt_logprobs) == (7, 0, None)
+    assert (params.max_tokens, params.min_tokens, params.prompt_logprobs) == (10, 2, 1)
+    assert (rest.request_id, rest.options) == ("r", {"priority": 1})
+    assert rest_of(StageRequest("r", Prompt([1]), SamplingParams(max_tokens=None)), [3]).params.max_tokens is None

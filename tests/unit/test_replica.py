@@ -46,7 +46,15 @@ class FakeEngine:
 
 def replica(name: str, engine: FakeEngine, **attributes: Any) -> EngineReplica:
     made = object.__new__(CLASSES[name])
-    state = {"engine": engine, "work": Meter(), "_gpus": 0.5, "replica": "r", "_lease_s": 0.0, "_answered_at": 0.0}
+    state = {
+        "engine": engine,
+        "work": Meter(),
+        "_gpus": 0.5,
+        "replica": "r",
+        "node": "n",
+        "_lease_s": 0.0,
+        "_answered_at": 0.0,
+    }
     made.__dict__.update(state | attributes)
     return made
 
@@ -148,7 +156,7 @@ def test_prefill_takes_cache_hits_off_its_work() -> None:
     request: Any = SimpleNamespace(prompt=SimpleNamespace(token_ids=[0] * 100))
     reply = asyncio.run(prefill.prefill(request))
     assert prefill.work.stats()["done"] == 40
-    assert reply.ec_s == 0.5
+    assert (reply.ec_s, reply.node) == (0.5, "n")
 
 
 @pytest.mark.parametrize(

@@ -182,8 +182,13 @@ def test_silent_call_ends_when_what_it_waits_for_is_gone_without_a_word(
         cancelled = asyncio.Event()
 
         def is_alive(replica: str) -> bool:
-            loop.call_soon_threadsafe(asked.put_nowait, replica)
-            return replica != gone
+            loop.call_soon_threadsafe(asked.put_nowait, "replica")
+            assert replica == actor
+            return gone != "replica"
+
+        def dead_nodes() -> set[str]:
+            loop.call_soon_threadsafe(asked.put_nowait, "source")
+            return {"another", gone}
 
         async def silent() -> None:
             await cancelled.wait()
@@ -195,13 +200,17 @@ def test_silent_call_ends_when_what_it_waits_for_is_gone_without_a_word(
             await silent()
 
         def send(*_: Any, streaming: bool) -> FakeResponse:
-            routing.sending.get().replica = "replica"  # type: ignore[union-attr]  # as a router does
+            if kind != "a stream that has begun":  # there its items tell, whose router it was
+                routing.sending.get().replica = actor  # type: ignore[union-attr]  # as ours does
             response = FakeResponse(items() if streaming else silent())
             monkeypatch.setattr(response, "cancel", cancelled.set)
             return response
 
         monkeypatch.setattr(routing, "is_alive", is_alive)
+        monkeypatch.setattr(routing, "dead_nodes", dead_nodes)
+        monkeypatch.setattr(routing, "_avoided", {})
         stage = StageHandle(Stage.DECODE, FakeHandle(send))  # type: ignore[arg-type]
+        actor = stage.actor("r1")
 
         async def read() -> None:
             if kind == "a call":
@@ -214,9 +223,10 @@ def test_silent_call_ends_when_what_it_waits_for_is_gone_without_a_word(
         if gone in waits_for:
             error: Any = pytest.raises(StageUnavailable, match=LOST)
             if gone == "source":
-                error = pytest.raises(HandoffLost, match="waits for KV blocks of a replica that is gone")
+                error = pytest.raises(HandoffLost, match="waits for KV blocks of a node that is gone")
             with error:
                 await asyncio.wait_for(reader, 5)
+            assert bool(routing._avoided) == (gone == "replica")
         else:
             seen = {await asyncio.wait_for(asked.get(), 5) for _ in range(2 * len(waits_for))}
             assert seen == waits_for
@@ -225,6 +235,31 @@ def test_silent_call_ends_when_what_it_waits_for_is_gone_without_a_word(
             with pytest.raises(asyncio.CancelledError):
                 await reader
         assert cancelled.is_set()
+
+    asyncio.run(main())
+
+
+def test_caller_that_leaves_a_call_that_is_lost_is_cancelled() -> None:
+    """Ray tells of a cancelled call by an error of its own, whoever was cancelled."""
+
+    async def main() -> None:
+        reached = asyncio.Event()
+
+        async def hang() -> None:
+            reached.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise RequestCancelledError("r") from None
+
+        stage = handle(FakeResponse(hang()))
+        call = asyncio.create_task(stage.call("prefill"))
+        await reached.wait()
+        for under_way in stage._calls:
+            under_way.lose(StageUnavailable(Stage.PREFILL, "is gone"))
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
 
     asyncio.run(main())
 
