@@ -6,6 +6,7 @@ items. Nothing of a request is kept here after its last token, so any ingress re
 
 import asyncio
 import contextvars
+import itertools
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping
@@ -29,20 +30,18 @@ from serve_app.encoding import Encoded, EncodeStage, Replies
 from serve_app.engine import from_engine_input
 from serve_app.errors import (
     BadRequest,
-    EngineDead,
     EPDError,
     HandoffLost,
     Overloaded,
     StageError,
     StageTimeout,
-    StageUnavailable,
 )
 from serve_app.from_media import FromMedia, ItemProcessor, declared_fields
 from serve_app.guard import GuardedInputProcessor, check_params, guard_renderer
 from serve_app.handoff import Chunk, Media, PrefillReply, Prompt, StageRequest
 from serve_app.ingress_metrics import IngressMetrics
 from serve_app.outputs import assemble, merge, with_prefill, words_after
-from serve_app.retry import Retries
+from serve_app.retry import Ladder, Retries
 from serve_app.routing import StageHandle
 from serve_app.trace import Trace
 from serve_app.vllm_errors import to_vllm_error
@@ -187,39 +186,32 @@ class EPDClient(EngineClient):
     async def _choice(
         self, request: StageRequest, index: int, deadline: Deadline, record: Trace
     ) -> AsyncGenerator[Chunk]:
-        """Encode, prefill and decode one choice, and again while a retry may help.
-
-        Each attempt has hand-offs of its own: ``kv_transfer_params`` are used once. Where embeddings were lost twice, the
-        next attempt does without encoders; where prefill was not there or its blocks were lost, twice in all, decode
-        prefills. An engine ends a request in the same way whether its KV blocks or embeddings were lost or its grammar
-        cannot be compiled or followed; so decode does a structured request alone where that happened, and where it happens
-        again it is the grammar.
+        """Encode, prefill and decode one choice, and again while a retry may help: down the ``Ladder``, and each time with
+        hand-offs of its own, as ``kv_transfer_params`` are used once.
 
         What was said goes on from there, with a deadline of its own, where its tokens tell all (``handoff.can_go_on``). Else
         a choice that is not streamed, and so held back to its end, is made anew within the deadline.
         """
         streamed = handoff.is_streamed(request.params)
         goes_on = self._engines_go_on and handoff.can_go_on(request.params)
-        attempt = lost = undecoded = unprefilled = died = 0
-        finished = False
+        ladder = Ladder(structured=request.params.structured_outputs is not None)
         said: list[int] = []
         held: list[Chunk] = []
         cached_tokens: int | None = None
-        while True:
-            attempt += 1
+        finished = False
+        for attempt in itertools.count(1):
             rest = handoff.rest_of(request, said)
-            alone = undecoded > 0 and request.params.structured_outputs is not None
-            at_decode = self._prefill_at_decode(rest.prompt, failed=alone or unprefilled + undecoded >= 2)
-            prefill = Stage.PREFILL in self.stages and at_decode is None
+            words = words_after(self.renderer.tokenizer, request, said) if said else None
+            at_decode = self._prefill_at_decode(rest.prompt, ladder.without_prefill)
             # An answer that came while the prompt was rendered serves all choices, or the first alone.
             first = attempt == 1 and (index == 0 or self._config.ec.shareable)
             encoded = Encoded(rest.prompt, None)
-            words = words_after(self.renderer.tokenizer, request, said) if said else None
             try:
-                work = self._encode(rest, record, first, without_encoders=alone or lost >= 2)
+                work = self._encode(rest, record, first, ladder.without_encoders)
                 encoded = await deadline.within(Stage.ENCODER, work)
                 if at_decode is not None:
                     record.rung(f"prefill-at-decode({at_decode})")
+                prefill = Stage.PREFILL in self.stages and at_decode is None
                 async with aclosing(self._attempt(rest, encoded, index, prefill, deadline, record)) as chunks:
                     async for chunk in chunks:
                         if words is not None:
@@ -237,21 +229,17 @@ class EPDClient(EngineClient):
             except StageError as error:
                 if finished:  # the replica went after its last word
                     break
-                unprefilled += isinstance(error, StageUnavailable) and error.stage is Stage.PREFILL
-                undecoded += isinstance(error, HandoffLost) and error.stage is Stage.DECODE
-                died += isinstance(error, EngineDead) and error.stage is Stage.DECODE
-                if alone and undecoded > 1:
+                ladder.failed(error, encoded=bool(encoded.hashes))
+                if ladder.cannot_be_structured:
                     raise BadRequest(
                         "The structure asked for cannot be decoded: its grammar does not compile, or leaves no token "
                         "that the other parameters allow."
                     ) from error
-                if isinstance(error, HandoffLost) and encoded.hashes and self._encoders is not None:
-                    lost += 1
+                if isinstance(error, HandoffLost) and self._encoders is not None:
                     self._encoders.forget(encoded.hashes)
                 now, begun = asyncio.get_running_loop().time(), bool(said) and goes_on
-                # Two engines that died of it are enough.
-                ends = died > 1 or (bool(said) and not begun and (streamed or now > deadline.at))
-                again = not ends and self._retries.allow(error, attempt, begun)
+                too_late = bool(said) and not begun and (streamed or now > deadline.at)
+                again = not (too_late or ladder.deadly) and self._retries.allow(error, attempt, begun)
                 if held and not (again and begun):
                     record.output_tokens -= len(said)
                     said, held = [], []

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve_app.config import RetryConfig
-from serve_app.errors import HandoffLost, StageUnavailable
+from serve_app.config import RetryConfig, Stage
+from serve_app.errors import EngineDead, HandoffLost, StageError, StageUnavailable
 
 
 @dataclass
@@ -39,6 +39,52 @@ class RetryBudget:
             return False
         self._tokens -= 1
         return True
+
+
+@dataclass
+class Ladder:
+    """What failed for a choice so far, and what its next attempt does without.
+
+    Where embeddings were lost twice, it does without encoders; where prefill was not there or its blocks were lost, twice in
+    all, decode prefills. An engine ends a request in the same way whether its KV blocks or embeddings were lost or its
+    grammar cannot be compiled or followed; so decode does a structured request alone where that happened, and where it
+    happens again it is the grammar.
+    """
+
+    structured: bool
+    embeddings_lost: int = 0
+    prefills_lost: int = 0
+    blocks_lost: int = 0
+    engines_died: int = 0
+
+    def failed(self, error: StageError, encoded: bool) -> None:
+        """``encoded``: whether encoders had encoded something of the attempt."""
+        at_decode, lost = error.stage is Stage.DECODE, isinstance(error, HandoffLost)
+        self.embeddings_lost += lost and encoded
+        self.blocks_lost += lost and at_decode
+        self.prefills_lost += isinstance(error, StageUnavailable) and error.stage is Stage.PREFILL
+        self.engines_died += isinstance(error, EngineDead) and at_decode
+
+    @property
+    def alone(self) -> bool:
+        return self.structured and self.blocks_lost > 0
+
+    @property
+    def without_encoders(self) -> bool:
+        return self.alone or self.embeddings_lost >= 2
+
+    @property
+    def without_prefill(self) -> bool:
+        return self.alone or self.prefills_lost + self.blocks_lost >= 2
+
+    @property
+    def cannot_be_structured(self) -> bool:
+        return self.structured and self.blocks_lost >= 2
+
+    @property
+    def deadly(self) -> bool:
+        """Two engines that died with it are enough."""
+        return self.engines_died >= 2
 
 
 class Retries:
