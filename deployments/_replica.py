@@ -80,11 +80,11 @@ class EngineReplica:
     work: Meter
 
     def __init__(self, config: EPDConfig) -> None:
-        context = serve.get_replica_context()
+        context, worker = serve.get_replica_context(), ray.get_runtime_context()
         self.replica: str = context.replica_id.unique_id
-        self.node: str = ray.get_runtime_context().get_node_id()
+        self.node: str = worker.get_node_id()
         claims = config.stages[self.stage], config.accelerator
-        check_claims(self.stage, *claims, ray.get_runtime_context().get_assigned_resources(), os.environ)
+        check_claims(self.stage, *claims, worker.get_assigned_resources(), os.environ)
         self.scratch = tempfile.mkdtemp(prefix="epd-")
         env = {REPLICA_ENV: self.replica, SCRATCH_ENV: self.scratch, "VLLM_RPC_BASE_PATH": self.scratch}
         env |= replica_env(config, self.stage)

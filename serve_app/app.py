@@ -65,24 +65,25 @@ def build_app(args: dict[str, Any]) -> Application:
 def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
     """Ray Serve's options of a stage, besides what ``deployments:`` sets."""
     stage_config = config.stages[stage]
-    options: dict[str, Any] = {
+    if stage is Stage.ENCODER:
+        router = RequestRouterConfig(
+            request_router_class="serve_app.balance:LeastCostRouter",
+            request_router_kwargs={"headroom": config.encode.affinity_headroom},
+        )
+    else:
+        router = RequestRouterConfig(
+            request_router_class="serve_app.balance:TwoChoicesRouter",
+            # What prefill does not do, decode does; what decode does not do, nobody does.
+            request_router_kwargs={"waits": stage is Stage.DECODE},
+        )
+    return {
         "ray_actor_options": actor_options(stage_config, config.accelerator),
         "logging_config": NO_ACCESS_LOG,
         "max_ongoing_requests": stage_config.max_ongoing_requests,
         "max_queued_requests": stage_config.max_queued_requests,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
-        "request_router_config": RequestRouterConfig(
-            request_router_class="serve_app.balance:TwoChoicesRouter",
-            # What prefill does not do, decode does; what decode does not do, nobody does.
-            request_router_kwargs={"waits": stage is Stage.DECODE},
-        ),
+        "request_router_config": router,
     }
-    if stage is Stage.ENCODER:
-        options["request_router_config"] = RequestRouterConfig(
-            request_router_class="serve_app.balance:LeastCostRouter",
-            request_router_kwargs={"headroom": config.encode.affinity_headroom},
-        )
-    return options
 
 
 def parse(args: dict[str, Any]) -> EPDConfig:

@@ -28,14 +28,7 @@ from serve_app.admission import Admission, size_of
 from serve_app.config import EPDConfig, Stage
 from serve_app.encoding import Encoded, EncodeStage, Replies
 from serve_app.engine import from_engine_input
-from serve_app.errors import (
-    BadRequest,
-    EPDError,
-    HandoffLost,
-    Overloaded,
-    StageError,
-    StageTimeout,
-)
+from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout
 from serve_app.from_media import FromMedia, ItemProcessor, declared_fields
 from serve_app.guard import GuardedInputProcessor, check_params, guard_renderer
 from serve_app.handoff import Chunk, Media, PrefillReply, Prompt, StageRequest
@@ -193,7 +186,6 @@ class EPDClient(EngineClient):
         a choice that is not streamed, and so held back to its end, is made anew within the deadline.
         """
         streamed = handoff.is_streamed(request.params)
-        goes_on = self._engines_go_on and handoff.can_go_on(request.params)
         ladder = Ladder(structured=request.params.structured_outputs is not None)
         said: list[int] = []
         held: list[Chunk] = []
@@ -237,7 +229,8 @@ class EPDClient(EngineClient):
                     ) from error
                 if isinstance(error, HandoffLost) and self._encoders is not None:
                     self._encoders.forget(encoded.hashes)
-                now, begun = asyncio.get_running_loop().time(), bool(said) and goes_on
+                now = asyncio.get_running_loop().time()
+                begun = bool(said) and self._engines_go_on and handoff.can_go_on(request.params)
                 too_late = bool(said) and not begun and (streamed or now > deadline.at)
                 again = not (too_late or ladder.deadly) and self._retries.allow(error, attempt, begun)
                 if held and not (again and begun):

@@ -138,7 +138,7 @@ class StageEngine:
     async def generate(self, request: StageRequest) -> AsyncGenerator[RequestOutput]:
         """Run a request; closing the iterator aborts it.
 
-        Raises ``BadRequest`` when the engine refuses it, ``StageUnavailable`` when the engine is dead or full, and
+        Raises ``BadRequest`` when the engine refuses it, ``EngineDead`` or, where it is full, ``StageUnavailable``, and
         ``HandoffLost`` when what an earlier stage handed over could not be loaded: ``AsyncLLM`` does not raise then.
         """
         stream = self._llm.generate(

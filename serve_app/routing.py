@@ -7,7 +7,7 @@ import asyncio
 import contextvars
 import pickle
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ class Call:
     source: str = ""
     """The node that holds what its first item needs."""
     replica: str = ""
-    """Where it was sent, as Ray names its actor: told by the deployment's router (``balance.py``), then by its items."""
+    """Where it was sent, as Ray names its actor: told by its router (``balance.py``), then by its first item."""
     response: Any = None
     lost: Exception | None = None
 
@@ -89,16 +89,17 @@ _avoided: dict[str, float] = {}
 
 def avoid(replica: str) -> None:
     """Have routers of this process pass by a replica whose engine is dead: always idle, it would be taken first."""
-    now = time.monotonic()
-    for other in [other for other, until in _avoided.items() if until < now]:
-        del _avoided[other]
-    _avoided[replica] = now + AVOID_S
+    _avoided[replica] = time.monotonic() + AVOID_S
 
 
-def sound(replicas: Sequence[RunningReplica]) -> list[RunningReplica]:
-    """Those that are not to be avoided."""
+def sound(replicas: list[RunningReplica]) -> list[RunningReplica]:
+    """Those that are not to be avoided. Routers ask with each call: next to nothing where none is, as nearly always."""
+    if not _avoided:
+        return replicas
     now = time.monotonic()
-    return [replica for replica in replicas if _avoided.get(replica.replica_id.to_full_id_str(), 0.0) < now]
+    for replica in [replica for replica, until in list(_avoided.items()) if until < now]:
+        _avoided.pop(replica, None)
+    return [replica for replica in replicas if replica.replica_id.to_full_id_str() not in _avoided]
 
 
 def is_alive(replica: str) -> bool:
@@ -108,7 +109,7 @@ def is_alive(replica: str) -> bool:
     except ValueError:
         return False
     except RayError:
-        return True
+        pass
     return True
 
 
@@ -145,7 +146,7 @@ class StageHandle:
     async def call(self, method: str, *args: Any) -> Any:
         """Call one replica. Cancelling the caller cancels the call, and with it the replica's engine request."""
         handle = self._light if all(map(is_light, args)) else self._unary
-        with self._calling(handle, method, args, Call(time.monotonic())) as call:
+        with self._calling(handle, method, args) as call:
             return await call.response
 
     async def stream(self, method: str, *args: Any, source: str = "") -> AsyncGenerator[tuple[Any, str]]:
@@ -154,14 +155,20 @@ class StageHandle:
         ``source``: the node that holds what the first item needs: ``HandoffLost`` if Ray loses it before.
         """
         handle = self._light_stream if all(map(is_light, args)) else self._stream
-        with self._calling(handle, method, args, Call(time.monotonic(), source)) as call:
+        with self._calling(handle, method, args, source) as call:
+            first = True
             async for item in call.response:
-                call.seen, call.source, call.replica = time.monotonic(), "", self.actor(item[1])
+                call.seen = time.monotonic()
+                if first:
+                    call.source, call.replica, first = "", self.actor(item[1]), False
                 yield item
 
     @contextmanager
-    def _calling(self, handle: DeploymentHandle[Any], method: str, args: tuple[Any, ...], call: Call) -> Iterator[Call]:
+    def _calling(
+        self, handle: DeploymentHandle[Any], method: str, args: tuple[Any, ...], source: str = ""
+    ) -> Iterator[Call]:
         """Make a call: watched while it is under way, cancelled with its caller, failing only with errors of ours."""
+        call = Call(time.monotonic(), source)
         token = sending.set(call)
         try:
             try:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.chaos.load import DEADLINE_S, Load, Outcome, asks, leave
 from tests.chaos.usage import grown, usage
-from tests.integration.servers import DEPLOYMENTS, Server, engine_pids, missing, serve_run
+from tests.integration.servers import DEPLOYMENTS, Server, engine_pids, serve_run, wait_for_replicas
 
 ROUNDS = int(os.environ.get("EPD_CHAOS_ROUNDS", "1"))
 EC_BYTES = 100_000
@@ -47,7 +47,7 @@ def server(baseline: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
 def before(server: Server, baseline: dict[str, Any]) -> dict[psutil.Process, Any]:
     """What each process uses after a hundred requests, before the faults. Of all replicas: the server is ready with one of
     each stage, and the one that lives through all may be the last to start."""
-    server.wait_until(lambda: not missing(server, 2), lambda: missing(server, 2), 240, every_s=1.0)
+    wait_for_replicas(server, 2)
     with Load(server, asks(baseline)[0]) as load:
         server.wait_until(lambda: len(load.outcomes) >= 100, "the first requests", 120)
     assert not failed(load.outcomes) and not wrong(load.outcomes)
@@ -196,7 +196,7 @@ def wait_idle(server: Server) -> None:
 def test_fault(server: Server, load: Load, baseline: dict[str, Any], table: list[str], name: str) -> None:
     began = FAULTS[name](server, load, baseline)
     server.wait_until(lambda: len(load.begun_since(began)) >= 20, "requests after the fault", 120)
-    server.wait_until(lambda: not missing(server, 2), lambda: missing(server, 2), 240, every_s=1.0)
+    wait_for_replicas(server, 2)
     back = time.monotonic()
     server.wait_until(lambda: len(load.begun_since(back)) >= 20, "requests after the recovery", 120)
 

@@ -1,6 +1,7 @@
 """Answers reduced to what must be equal: token ids, texts, reasons, usage, log-probabilities; no ids, no times."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import requests
@@ -43,10 +44,16 @@ def differences(ours: Any, baseline: Any, where: str = "") -> list[str]:
     return [] if ours == baseline else [f"{where}: ours {ours!r}, baseline {baseline!r}"]
 
 
+def arriving(response: requests.Response) -> Iterator[dict[str, Any]]:
+    """The JSON events of a stream, as they come."""
+    for line in response.iter_lines():
+        if line.startswith(b"data: ") and line != b"data: [DONE]":
+            yield json.loads(line[6:])
+
+
 def events(response: requests.Response) -> list[dict[str, Any]]:
     """The JSON events of a stream."""
-    lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
+    return list(arriving(response))
 
 
 def gather(stream: list[dict[str, Any]]) -> dict[str, Any]:

@@ -314,3 +314,7 @@ def missing(server: Server, replicas: int) -> str:
     if len(engines) != 3 * replicas:
         return f"{3 * replicas} engines on the metrics page, not {sorted(engines)}"
     return "" if server.healthy() else "/health"
+
+
+def wait_for_replicas(server: Server, replicas: int) -> None:
+    server.wait_until(lambda: not missing(server, replicas), lambda: missing(server, replicas), 240, every_s=1.0)

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-import requests
 import yaml
 
 from serve_app.transfer import free_ports
+from tests.integration.answers import arriving, gather
 from tests.integration.cases import chat, image, text
 from tests.integration.servers import (
     REPOSITORY,
@@ -52,6 +52,11 @@ def replica_tree(server: Server, deployment: str) -> tuple[psutil.Process, list[
     return replica, replica.children(recursive=True)
 
 
+def engine_core(below: list[psutil.Process]) -> psutil.Process:
+    """Of the processes below a replica. The others are multiprocessing's helpers."""
+    return max(below, key=lambda process: process.memory_info().rss)
+
+
 def recovers(server: Server, deployment: str, old: int) -> bool:
     pids = engine_pids(server).get(deployment, [])
     return old not in pids and len(pids) == 1 and server.healthy() and server.post(*ASK).status_code == 200
@@ -75,35 +80,25 @@ def test_answer_under_way_goes_on_where_its_decode_was_lost(server: Server, way:
     path, body = chat(text("Describe."), image(1), max_tokens=1500, ignore_eos=True)
     whole = server.post(path, body).json()["choices"][0]
     replica, below = replica_tree(server, "Decode")
-    victim = replica if "replica" in way else max(below, key=lambda process: process.memory_info().rss)
-    tokens: list[int] = []
-    words, finished, lost_after = "", None, 0
+    victim = replica if "replica" in way else engine_core(below)
+    heard: list[dict[str, Any]] = []
+    lost_after = 0
     with server.session.post(server.url + path, json=body | {"stream": True}, stream=True, timeout=240) as response:
-        for event in events(response):
-            (choice,) = event["choices"]
-            tokens += choice.get("token_ids") or []
-            words += choice["delta"].get("content") or ""
-            finished = choice["finish_reason"] or finished
-            if tokens and not lost_after:
+        for event in arriving(response):
+            heard.append(event)
+            if not lost_after and (lost_after := len(gather(heard)["choices"][0]["token_ids"])):
                 victim.kill()
                 victim.wait()
-                lost_after = len(tokens)
-    assert lost_after < len(tokens) / 2
-    assert (tokens, words, finished) == (whole["token_ids"], whole["message"]["content"], "length")
+    answer = gather(heard)["choices"][0]
+    assert lost_after < len(answer["token_ids"]) / 2
+    assert (answer["token_ids"], answer["text"]) == (whole["token_ids"], whole["message"]["content"])
+    assert answer["finish_reason"] == "length"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
-
-
-def events(response: requests.Response) -> Iterator[dict[str, Any]]:
-    for line in response.iter_lines():
-        if line.startswith(b"data: {"):
-            event = json.loads(line[6:])
-            assert "error" not in event, event
-            yield event
 
 
 def test_crashed_engine_makes_its_replica_unhealthy_and_serve_replaces_it(server: Server) -> None:
     replica, below = replica_tree(server, "Decode")
-    core = max(below, key=lambda process: process.memory_info().rss)  # the others are multiprocessing's helpers
+    core = engine_core(below)
     core.kill()
     server.wait_until(lambda: not server.healthy(), "the health to show it", 60)
     states = server.get("/health").json()
@@ -115,7 +110,7 @@ def test_crashed_engine_makes_its_replica_unhealthy_and_serve_replaces_it(server
 
 def test_engine_that_hangs_is_killed_with_its_replica_and_replaced(server: Server) -> None:
     replica, below = replica_tree(server, "Decode")
-    core = max(below, key=lambda process: process.memory_info().rss)
+    core = engine_core(below)
     core.suspend()
     assert server.post(*ASK).status_code == 200, "it waits for the one that comes"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.config import Stage
 from serve_app.transfer import free_ports
 from tests.chaos.load import Load, asks
 from tests.integration.servers import (
@@ -21,15 +22,15 @@ from tests.integration.servers import (
     Server,
     kill_all,
     marked_environment,
-    missing,
     serve_deploy,
+    wait_for_replicas,
     wait_gone,
 )
 from tests.integration.test_lifecycle import BIN
 
 HEAD, NODE = "10.77.0.1", "10.77.0.2"
 NET, BRIDGE, HEAD_CABLE, NODE_CABLE, NAMESPACE = "epd-net", "epd-bridge", "epd-head", "epd-node", "epd-node"
-STAGES = ("encoder", "prefill", "decode")
+STAGES = tuple(stage.value for stage in Stage)
 RAY = {
     "UCX_NET_DEVICES": NET,  # the same name in both places; the machine's other network does not reach the node
     "RAY_AUTH_MODE": "disabled",  # else it depends on whether this user has a token
@@ -102,7 +103,7 @@ def server(network: None, baseline: dict[str, Any], tmp_path_factory: pytest.Tem
         ray_start("--num-cpus=1", *address, within=("ip", "netns", "exec", NAMESPACE))
         two = {name: {"num_replicas": 2} for name in DEPLOYMENTS}
         server = serve_deploy(folder, f"http://127.0.0.1:{dashboard}", environment, http_port, args, two)
-        server.wait_until(lambda: not missing(server, 2), lambda: missing(server, 2), 240, every_s=1.0)
+        wait_for_replicas(server, 2)
         yield server
     finally:
         kill_all(mark)

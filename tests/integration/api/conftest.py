@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import MEDIA_RULES
-from tests.integration.servers import DEPLOYMENTS, Server, missing, serve_run
+from tests.integration.servers import DEPLOYMENTS, Server, serve_run, wait_for_replicas
 
 
 @pytest.fixture(scope="package")
@@ -23,5 +23,5 @@ def epd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "engine_args": {"enable_log_requests": True, "profiler_config": profiler},
     }
     with serve_run(folder, args, two) as server:
-        server.wait_until(lambda: not missing(server, 2), lambda: missing(server, 2), 240, every_s=1.0)
+        wait_for_replicas(server, 2)
         yield server
