@@ -5,8 +5,10 @@ import functools
 import os
 import re
 import subprocess
+import tempfile
 import tomllib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from ray.serve._private.application_state import _get_shared_build_app_label_sel
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from serve_app.app import ONE_LOOP, check_vllm_args, parse
-from serve_app.config import EPDConfig
+from serve_app.config import EPDConfig, StageConfig
 from serve_app.placement import Cluster, actor_options, resolve
 from serve_app.transfer import storage_path
 from tests.unit.test_examples import keys_that_ray_would_drop
@@ -31,15 +33,28 @@ from tests.unit.test_examples import keys_that_ray_would_drop
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 SCHEMA = yaml.safe_load((Path(__file__).parent / "rayservice_v1.yaml").read_text())
-FILES = {"rayservice.yaml": "E+P+D", "rayservice-one-gpu.yaml": "E+P+D", "rayservice-cpu.yaml": "E+P+D"}
+FILES = {"rayservice.yaml": "E+PD", "rayservice-one-gpu.yaml": "E+P+D", "rayservice-cpu.yaml": "E+P+D"}
+# What the patch makes of rayservice.yaml is one more of them.
+VARIANTS = FILES | {"rdma.patch": "E+P+D"}
 KUBERNETES = ["1.31", kubernetes_validate.latest_version()]
 
-every_file = pytest.mark.parametrize("name", FILES)
+every_file = pytest.mark.parametrize("name", VARIANTS)
+
+
+def text_of(name: str) -> str:
+    if not name.endswith(".patch"):
+        return (K8S / name).read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "k8s/rayservice.yaml"
+        copy.parent.mkdir()
+        copy.write_text(text_of("rayservice.yaml"))
+        subprocess.run(["git", "apply", K8S / name], cwd=folder, check=True)
+        return copy.read_text()
 
 
 @functools.cache
 def documents(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((K8S / name).read_text()))
+    return list(yaml.safe_load_all(text_of(name)))
 
 
 def service(name: str) -> dict[str, Any]:
@@ -84,7 +99,7 @@ def resolved(name: str) -> EPDConfig:
 
 
 def test_every_file_is_tested() -> None:
-    assert {path.name for path in K8S.glob("*.yaml")} == set(FILES)
+    assert {path.name for path in K8S.iterdir() if path.suffix in (".yaml", ".patch")} == set(VARIANTS)
 
 
 # ---- KubeRay and Kubernetes
@@ -211,7 +226,7 @@ def test_args_make_the_topology_that_the_deployments_name(name: str) -> None:
     config = parse(application(name)["args"])
     check_vllm_args(config)
 
-    assert config.topology == FILES[name]
+    assert config.topology == VARIANTS[name]
     assert [deployment["name"] for deployment in application(name)["deployments"]] == [
         "Ingress",
         *(stage.capitalize() for stage in config.stages),
@@ -235,27 +250,96 @@ def test_nothing_is_left_to_what_the_cluster_has_when_it_is_read(name: str) -> N
     assert config.accelerator == "cpu" or all(s.gpus_per_replica is not None for s in config.stages.values())
 
 
+def stages_of(name: str) -> dict[str, list[StageConfig]]:
+    """The stages of which a pod of the group can have a replica, by group."""
+    stages = resolved(name).stages
+    of = {
+        group["groupName"]: [s for s in stages.values() if s.label_selector.items() <= group.get("labels", {}).items()]
+        for group in groups(name)
+        if group.get("labels") != {"epd-stage": "ingress"}
+    }
+    assert all(of.values())
+    return of
+
+
+def gib(quantity: str) -> int:
+    """Bytes of what Kubernetes writes as 8Gi."""
+    return int(quantity.removesuffix("Gi")) << 30
+
+
+def volume_at(template: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The volume that a container finds there."""
+    mounts = {mount["mountPath"]: mount["name"] for mount in container(template).get("volumeMounts", [])}
+    (inside,) = [mount for mount in mounts if path.is_relative_to(mount)]
+    (volume,) = [v for v in template["spec"]["volumes"] if v["name"] == mounts[inside]]
+    return dict(volume)
+
+
 @every_file
-def test_stages_share_the_folder_of_embeddings(name: str) -> None:
-    """Every pod that runs a stage mounts one volume there, and the volume holds what the folder may."""
+def test_embeddings_have_room(name: str) -> None:
+    """Buffers in each pod's /dev/shm, beside Ray's objects; or a folder, which is one pod's own here."""
     config = resolved(name)
-    stages = [group for group in groups(name) if group.get("labels") != {"epd-stage": "ingress"}]
-    if len(stages) == 1 and config.ec.storage_path is None:
-        return  # one pod: its temp folder
-    backings = set()
-    for group in stages:
-        mounts = {mount["mountPath"]: mount["name"] for mount in container(group["template"])["volumeMounts"]}
-        (inside,) = [path for path in mounts if storage_path(config).is_relative_to(path)]
-        (volume,) = [v for v in group["template"]["spec"]["volumes"] if v["name"] == mounts[inside]]
-        backings.add(yaml.safe_dump(volume))
-    (backing,) = map(yaml.safe_load, backings)
-    if claim := backing.get("persistentVolumeClaim"):
-        (pvc,) = [d for d in documents(name) if d["metadata"]["name"] == claim["claimName"]]
-        size = pvc["spec"]["resources"]["requests"]["storage"]
-    else:
-        assert len(stages) == 1, "an emptyDir is one pod's"
-        size = backing["emptyDir"]["sizeLimit"]
-    assert int(size.removesuffix("Gi")) << 30 > config.ec.bounds["max_bytes"]
+    for group in groups(name):
+        stages = stages_of(name).get(group["groupName"], [])
+        if not stages or (config.ec.uses_folder and config.ec.storage_path is None):
+            continue  # the temp folder
+        assert config.ec.uses_nixl or len(groups(name)) == 1, "a folder that several pods have takes a shared volume"
+        where = Path("/dev/shm") if config.ec.uses_nixl else storage_path(config)
+        room = volume_at(group["template"], where)["emptyDir"]
+        objects = int(group["rayStartParams"]["object-store-memory"]) if config.ec.uses_nixl else 0
+        each = config.ec.buffer_bytes * len(stages) if config.ec.uses_nixl else config.ec.bounds["max_bytes"]
+        assert room["medium"] == "Memory"  # on a disk an engine's step waits for it
+        assert gib(room["sizeLimit"]) >= objects + each + (1 << 30), group["groupName"]
+
+
+@every_file
+def test_what_is_kept_in_memory_leaves_pods_room_for_their_processes(name: str) -> None:
+    """KubeRay adds a /dev/shm where there is none; Ray's objects take 30 % of the pod's memory unless told otherwise."""
+    for group in groups(name):
+        memory = gib(container(group["template"])["resources"]["limits"]["memory"])
+        kept = sum(
+            gib(v["emptyDir"]["sizeLimit"]) for v in group["template"]["spec"].get("volumes", []) if "emptyDir" in v
+        )
+        if "object-store-memory" not in group["rayStartParams"]:
+            kept += memory * 3 // 10
+        assert kept <= memory // 2, group["groupName"]
+
+
+@every_file
+def test_what_is_compiled_outlives_the_pod(name: str) -> None:
+    """In the volume of the models, which is there before the next pod. The demo model compiles nothing."""
+    if resolved(name).accelerator == "cpu":
+        return
+    for group in groups(name):
+        env = {entry["name"]: entry.get("value") for entry in container(group["template"])["env"]}
+        for variable in ("HF_HOME", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"):
+            assert "persistentVolumeClaim" in volume_at(group["template"], Path(env[variable])), variable
+
+
+def test_nixl_has_its_cores() -> None:
+    """A thread of each of its agents never sleeps on a card: one for embeddings, one for KV blocks. And one for Ray."""
+    for name in ("rayservice.yaml", "rayservice-one-gpu.yaml", "rdma.patch"):
+        config = resolved(name)
+        for group in groups(name):
+            stages = stages_of(name).get(group["groupName"], [])
+            agents = sum(config.ec.uses_nixl + (config.prefill is not None and s != config.encoder) for s in stages)
+            claimed = sum(s.cpus_per_replica or 0 for s in stages)
+            if len(groups(name)) == 1 or not stages:
+                claimed += config.ingress_cpus or 0
+            cpus = int(container(group["template"])["resources"]["requests"]["cpu"])
+            assert not stages or cpus >= claimed + agents + 1, (name, group["groupName"])
+
+
+def test_stages_that_hand_on_kv_blocks_have_rdma_or_one_pod() -> None:
+    """cudaIpc does not cross pods: what is left is TCP, 0.5 to 1 GB/s."""
+    for name in ("rayservice.yaml", "rayservice-one-gpu.yaml", "rdma.patch"):
+        of = stages_of(name)
+        config = resolved(name)
+        if config.prefill is None or any(config.prefill in s and config.decode in s for s in of.values()):
+            continue
+        for group in groups(name):
+            has = "rdma/ib" in container(group["template"])["resources"]["limits"]
+            assert has == (group["groupName"] in ("prefill", "decode")), group["groupName"]
 
 
 def test_ingress_keeps_the_environment_that_its_options_here_replace() -> None:
@@ -275,7 +359,7 @@ def secret_of(template: dict[str, Any], variable: str) -> dict[str, Any] | None:
     return None
 
 
-@pytest.mark.parametrize("name", ["rayservice.yaml", "rayservice-one-gpu.yaml"])
+@pytest.mark.parametrize("name", ["rayservice.yaml", "rayservice-one-gpu.yaml", "rdma.patch"])
 def test_keys_come_from_the_secret_and_only_where_they_are_used(name: str) -> None:
     ingress = [g["template"] for g in groups(name) if g.get("labels", {}).get("epd-stage") in (None, "ingress")]
     for group in groups(name):
@@ -286,10 +370,30 @@ def test_keys_come_from_the_secret_and_only_where_they_are_used(name: str) -> No
     assert "api_key" not in service(name)["spec"]["serveConfigV2"].replace("`api_key`", "")
 
 
-def test_the_nixl_variant_in_the_comment_is_a_config_that_is_taken() -> None:
-    (line,) = re.findall(r"#   (ec: .*)", (K8S / "rayservice.yaml").read_text())
-    args = application("rayservice.yaml")["args"] | yaml.safe_load(line)
-    assert EPDConfig.model_validate(args).ec.uses_nixl
+def commented(name: str, stages: Iterable[str]) -> dict[str, Any]:
+    """What a comment of the file says to write in place of these stages."""
+    lines = [re.findall(rf"^ *#   ({stage}: .*)$", text_of(name), re.MULTILINE) for stage in stages]
+    return {key: value for (line,) in lines for key, value in yaml.safe_load(line).items()}
+
+
+def test_two_cards_in_one_pod_as_the_comment_has_it() -> None:
+    name = "rayservice-one-gpu.yaml"
+    args = application(name)["args"] | commented(name, ("encoder", "prefill", "decode"))
+    config = resolve(parse(args), Cluster(gpus=2, cpus=8)).config
+    claims = {stage: actor_options(c, config.accelerator)["num_gpus"] for stage, c in config.stages.items()}
+
+    assert claims["encoder"] + claims["prefill"] <= 1  # on one card
+    assert claims["decode"] == 1
+    assert sum(claims.values()) == 2
+    assert all(
+        args[stage]["cpus_per_replica"] == application(name)["args"][stage]["cpus_per_replica"] for stage in claims
+    )
+
+
+def test_a_small_card_can_do_without_prefill() -> None:
+    args = application("rayservice-one-gpu.yaml")["args"]
+    decode = args["decode"] | {"gpus_per_replica": 1 - args["encoder"]["gpus_per_replica"]}
+    assert parse(args | {"prefill": None, "decode": decode}).topology == "E+PD"
 
 
 # ---- leaving
@@ -432,8 +536,8 @@ def test_a_replica_that_finds_no_group_is_seen(name: str) -> None:
             pods_for(name, [lost])
 
 
-def test_each_stage_has_pods_of_its_own_group_and_one_to_spare() -> None:
-    name = "rayservice.yaml"
+@pytest.mark.parametrize("name", ["rayservice.yaml", "rdma.patch"])
+def test_each_stage_has_pods_of_its_own_group_and_one_to_spare(name: str) -> None:
     largest = Counter(deployment for deployment, _ in replicas(name, "max"))
     for deployment, options in dict(replicas(name, "min")).items():
         group = deployment.lower()
@@ -487,6 +591,24 @@ def test_image_is_set_up_like_a_checkout() -> None:
     assert "PATH=/app/.venv/bin:$PATH" in text
 
 
+def test_image_of_the_gpu_build_gets_its_kernels_before_it_gives_up_root() -> None:
+    """Without a card vLLM has to be told which platform it is on, and torch would load a module that is copied later."""
+    lines = dockerfile()
+    (kernels,) = [i for i, line in enumerate(lines) if "vllm download-kernels" in line]
+    code = next(i for i, line in enumerate(lines) if line.startswith("COPY serve_app serve_app"))
+
+    assert "ARG EPD_KERNELS=1" in lines
+    assert '[ "$EPD_EXTRA" = gpu ] && [ "$EPD_KERNELS" = 1 ]' in lines[kernels]
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0 VLLM_TARGET_DEVICE=cpu" in lines[kernels]
+    assert kernels < code < len(lines) - 1
+
+
+def test_vllm_has_the_command_that_the_image_calls() -> None:
+    from vllm.entrypoints.cli.download_kernels import DownloadKernelsSubcommand
+
+    assert DownloadKernelsSubcommand.name == "download-kernels"
+
+
 # ---- k8s/README.md
 
 README = (K8S / "README.md").read_text()
@@ -509,7 +631,7 @@ def test_links_and_files_of_the_page_exist() -> None:
         assert not anchor or f"\n## {anchor.replace('-', ' ').capitalize()}\n" in (K8S / path).read_text(), target
     for name in re.findall(r"\bk8s/[\w.-]+", COMMANDS):
         assert (ROOT / name).is_file(), name
-    for name in (code for code in CODE if re.fullmatch(r"[\w-]+\.(yaml|sh)", code)):
+    for name in (code for code in CODE if re.fullmatch(r"[\w-]+\.(yaml|sh|patch)", code)):
         assert (K8S / name).is_file(), name
 
 
@@ -521,7 +643,7 @@ def test_every_file_is_on_the_page() -> None:
 def test_keys_on_the_page_exist() -> None:
     """As fields of KubeRay, Kubernetes or Ray Serve in the files, or as keys of this application."""
     known = keys_of(SCHEMA) | {"num_replicas", "gcsFaultToleranceOptions"} | set(EPDConfig.model_fields)
-    for name in FILES:
+    for name in VARIANTS:
         known |= keys_of(documents(name)) | keys_of(serve_config(name))
     for code in CODE:
         key = code.partition(":")[0]
@@ -534,7 +656,8 @@ def test_names_on_the_page_are_the_ones_in_the_files() -> None:
     (only,) = names
     assert set(re.findall(r"rayservice[/ ](\w+)", COMMANDS)) == names
     assert set(re.findall(r"service/(\S+-svc)", COMMANDS)) == {f"{only}-serve-svc"}
-    assert set(re.findall(r"ray\.io/group=(\w+)", COMMANDS)) <= {g["groupName"] for g in groups("rayservice.yaml")}
+    index, group = re.findall(r"workerGroupSpecs/(\d+)/.*ray\.io/group=(\w+)", COMMANDS, re.DOTALL)[0]
+    assert groups("rayservice.yaml")[int(index)]["groupName"] == group
     assert set(re.findall(r"-c (ray-\w+)", COMMANDS)) == {container(templates("rayservice.yaml")["head"])["name"]}
     images = {container(template)["image"] for name in FILES for template in templates(name).values()}
     assert set(re.findall(r"-t (\S+)", COMMANDS)) == images
