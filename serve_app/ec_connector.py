@@ -2,6 +2,7 @@
 
 Loaded by vLLM through ``ec_connector_module_path``; runs on any device and with both model runners. Encoders write the
 files and keep the folder within its bounds; every engine reads. How files are named, pinned and evicted: ``ec_store.py``.
+What the workers do is in ``ec_worker.py``; the rest of this file is the scheduler's half.
 
 Whatever happens to a file fails only the requests that need it, with vLLM's finish reason ``error``: send them again and
 the item is encoded again. To that end the *scheduler's* half reads the files and passes their bytes to the workers with
@@ -20,55 +21,35 @@ A consumer's answer is ``{READ_S: seconds}``, what reading the files of that req
 What the engine's own encoder cache holds needs no file on a consumer. On an encoder it does: others are about to look for
 it. So an encoder also *loads* an item that it finds in the folder, and writes again what it has and the folder has lost.
 
-Contract with vLLM 0.32.0: ``tests/unit/test_ec_connector.py`` and ``tests/unit/test_contracts_server.py``.
+Files are written by threads (``ec_writer.py``). ``request_finished``, which makes an encoder's reply, waits for those of its
+items. Workers in other processes end a step when they are written.
+
+Contract with vLLM 0.32.0: ``tests/unit/test_ec_connector.py``, ``test_contracts_server.py`` and ``test_contracts_ec.py``.
 """
 
 import hashlib
 import resource
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorMetadata, ECConnectorRole
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorRole
 from vllm.distributed.ec_transfer.ec_connector.utils import PlaceholderMetadataResolver, collect_ec_item_metadata
 from vllm.logger import init_logger
-from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from serve_app.ec_metrics import BYTES, FOLDER_BYTES, SharedFolderPromMetrics, SharedFolderStats
 from serve_app.ec_store import BrokenItem, Evictor, FolderStore, OpenItem, Shape
+from serve_app.ec_users import Users
+from serve_app.ec_worker import DTYPE_NAMES, FolderWorker, Load, StepMetadata, bytes_of, host_memory
+from serve_app.ec_writer import Writer
 from serve_app.handoff import READ_S
 
 logger = init_logger("vllm." + __name__)
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 STALE_FOR_GOOD = 1 << 62
 """More tokens than a request can have in flight."""
-
-
-@dataclass
-class Load:
-    """An embedding on its way to the workers."""
-
-    shape: Shape
-    data: bytearray | None
-    """None: zeros, for a request that has failed."""
-
-    def tensor(self) -> torch.Tensor:
-        size, dtype = (self.shape.rows, self.shape.width), DTYPES[self.shape.dtype]
-        if self.data is None or not self.data:
-            return torch.zeros(size, dtype=dtype)
-        return torch.frombuffer(self.data, dtype=dtype).reshape(size)
-
-
-@dataclass
-class StepMetadata(ECConnectorMetadata):
-    loads: dict[str, Load] = field(default_factory=dict)
-    writes: set[str] = field(default_factory=set)
-    """Items that an encoder holds and the folder does not."""
 
 
 @dataclass
@@ -79,7 +60,7 @@ class Pin:
     file: OpenItem | None
     """None: this process has too many files open; the item's lease protects it, and it is opened again to be read."""
     requests: set[str]
-    data: bytearray | None = None
+    data: torch.Tensor | None = None
     """Read, and not yet on its way: vLLM had no KV blocks for the request after all."""
 
 
@@ -108,14 +89,19 @@ class SharedFolderECConnector(ECConnectorBase):
         super().__init__(vllm_config, role)
         extra = vllm_config.ec_transfer_config.ec_connector_extra_config
         bounds = {key: extra[key] for key in ("max_bytes", "max_age_s", "lease_s") if key in extra}
-        self._store = FolderStore(Path(extra["shared_storage_path"]), **bounds)
+        in_memory = bool(extra.get("in_memory"))
+        self._store = FolderStore(Path(extra["shared_storage_path"]), strict=in_memory, **bounds)
         self._prefix = weights_of(vllm_config.model_config)
         self._item_width = vllm_config.model_config.get_inputs_embeds_size()
         self._dtype = DTYPE_NAMES.get(vllm_config.model_config.dtype, "F32")
         self._metadata_resolver = PlaceholderMetadataResolver(vllm_config.model_config)
-        self._evictor = Evictor(self._store) if self.is_producer and role is ECConnectorRole.SCHEDULER else None
+        schedules = role is ECConnectorRole.SCHEDULER
+        self._worker = None if schedules else FolderWorker(self._store, self._prefix)
+        self._users = Users(self._store.root) if schedules and in_memory else None
+        self._evictor = Evictor(self._store) if schedules and self.is_producer else None
+        self._writer = Writer(self._store) if schedules and self.is_producer else None
         self._stats = SharedFolderStats()
-        self._step = StepMetadata()
+        self._step = StepMetadata(writer=self._writer)
         self._pins: dict[str, Pin] = {}
         self._pinned_by: dict[str, set[str]] = {}
         self._read_s: dict[str, float] = {}
@@ -129,47 +115,43 @@ class SharedFolderECConnector(ECConnectorBase):
         self._widths: dict[str, int] = {}
 
     def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
         if self._evictor is not None:
             self._evictor.close()
+        if self._writer is not None:
+            self._writer.close()
         for pin in self._pins.values():
             if pin.file is not None:
                 pin.file.close()
         self._pins.clear()
+        if self._users is not None:
+            self._users.leave()
 
     # ---- worker side
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
-        self._load(encoder_cache)
+        self._workers_half.load(encoder_cache, self._metadata())
 
     def start_save_caches(self, **kwargs: Any) -> None:
         encoder_cache = kwargs["encoder_cache"]
-        self._load(encoder_cache)
+        self._workers_half.load(encoder_cache, self._metadata())
         for identifier in self._metadata().writes:
             if identifier in encoder_cache:  # else it is encoded in this step, and saved then
                 self.save_caches(encoder_cache, identifier)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
-        """Write an item. What cannot be written fails no step: the encoder's reply leaves out what is not there."""
-        if not self.is_producer:
-            return
-        try:
-            with gpu_sync_allowed():
-                tensor = encoder_cache[mm_hash].detach().cpu().contiguous()
-            rows, width = tensor.shape
-            data = memoryview(tensor.flatten().view(torch.uint8).numpy())
-            self._store.put(self._prefix + mm_hash, data, Shape(rows, width, DTYPE_NAMES[tensor.dtype]))
-        except (OSError, ValueError, KeyError) as error:  # disk full; not two-dimensional; not of floats
-            logger.error("Could not write the embedding of item %s: %s", mm_hash, error)
+        if self.is_producer:
+            self._workers_half.save(encoder_cache, mm_hash, self._metadata())
 
-    def _load(self, encoder_cache: dict[str, torch.Tensor]) -> None:
-        from vllm.platforms import current_platform
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
+        self._workers_half.end_step(self._metadata())
+        return None, None
 
-        device = current_platform.device_type
-        if current_platform.is_cuda_alike():  # a bare "cuda" would be the first card for every worker
-            device = f"{device}:{current_platform.current_device()}"
-        for identifier, load in self._metadata().loads.items():
-            with gpu_sync_allowed():
-                encoder_cache[identifier] = load.tensor().to(device)
+    @property
+    def _workers_half(self) -> FolderWorker:
+        assert self._worker is not None
+        return self._worker
 
     def _metadata(self) -> StepMetadata:
         metadata = self._get_connector_metadata()
@@ -192,7 +174,7 @@ class SharedFolderECConnector(ECConnectorBase):
                 if self.is_consumer and first_time:
                     # If the request is preempted, its items are read once more. Not its fault if they are gone now.
                     self._pin(request, feature, count=False)
-                if self.is_producer and to_be_read and self._shape(feature) is None:
+                if to_be_read and self._is_to_be_written(feature):
                     self._step.writes.add(identifier)
                     self._encoded.add(identifier)
                 continue
@@ -237,7 +219,7 @@ class SharedFolderECConnector(ECConnectorBase):
             self._held.pop(identifier, None)
             self._step.loads.pop(identifier, None)
             self._step.writes.discard(identifier)
-        step, self._step = self._step, StepMetadata()
+        step, self._step = self._step, StepMetadata(writer=self._writer)
         self._spoiled.clear()
         self._request = None
         return step
@@ -247,12 +229,17 @@ class SharedFolderECConnector(ECConnectorBase):
         return lost
 
     def request_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
-        """An encoder's reply: its items, without those whose file is not there. A consumer's: what reading took."""
+        """An encoder's reply: its items, without those whose file is not there. A consumer's: what reading took.
+
+        Waits for files under way, as an answer names only what can be read. The card is busy with the next step meanwhile if
+        vLLM schedules asynchronously.
+        """
         for identifier in self._pinned_by.pop(request.request_id, ()):
             self._unpin(identifier, request.request_id)
         read_s = self._read_s.pop(request.request_id, None)
-        if not self.is_producer:
+        if self._writer is None:
             return False, {READ_S: read_s} if read_s else None
+        self._writer.wait(*(self._prefix + feature.identifier for feature in request.mm_features))
         items = collect_ec_item_metadata(request.mm_features, self._metadata_resolver)
         there = {feature.identifier for feature in request.mm_features if self._is_published(feature)}
         return False, {identifier: item for identifier, item in items.items() if identifier in there} or None
@@ -326,7 +313,9 @@ class SharedFolderECConnector(ECConnectorBase):
                 if file is None or file.shape != pin.shape:
                     return False
                 began = time.perf_counter()
-                pin.data = file.read()
+                data = host_memory(pin.shape)
+                file.read_into(bytes_of(data))
+                pin.data = data
                 took = time.perf_counter() - began
                 self._stats.loaded_in(took)
                 self._read_s[request.request_id] = self._read_s.get(request.request_id, 0.0) + took
@@ -359,6 +348,12 @@ class SharedFolderECConnector(ECConnectorBase):
         """A whole file can still be another item's, or another model's. DeepStack packs several widths into one row."""
         rows = feature.mm_position.get_num_embeds()
         return shape.rows == rows and shape.width > 0 and shape.width % self._item_width == 0
+
+    def _is_to_be_written(self, feature: Any) -> bool:
+        """Whether an item that this encoder holds has neither a file nor a thread that writes one."""
+        if self._writer is None or self._writer.is_writing(self._prefix + feature.identifier):
+            return False
+        return self._shape(feature) is None
 
     def _is_published(self, feature: Any) -> bool:
         """Whether others can load an item that this engine was asked to encode. Counts what it wrote."""

@@ -11,7 +11,8 @@
   that it cannot get. The kernel drops the pins of a process that dies. On NFS, Linux passes ``flock`` to the server;
   where a file system has none, only the lease protects.
 - Used means touched: the modification time is the last use, by the file server's clock. For ``lease_s`` after that a file
-  is never removed, pinned or not: a request on its way from the encoder to its consumer has nobody to pin for it.
+  is never removed, pinned or not: a request on its way from the encoder to its consumer has nobody to pin for it. Where
+  the bounds are ``strict``, as in memory, they come first.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import struct
 import threading
 import time
@@ -36,6 +38,11 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Element types of an embedding by their safetensors names."""
 
 MAX_HEADER_BYTES = 4096
+
+RESERVE_BYTES = 1 << 30
+"""Left to others, or a tenth of a smaller file system. One in memory that is full kills who has mapped a file there: Ray's
+object store, PyTorch, vLLM."""
+
 STALE_TEMPORARY_S = 60.0
 
 
@@ -71,19 +78,17 @@ class OpenItem:
         self._start = start
         self.shape = shape
 
-    def read(self) -> bytearray:
-        """The elements, row by row. Raises ``BrokenItem``: a disk or an outsider can still fail us."""
-        data = bytearray(self.shape.size_bytes)
-        view, done = memoryview(data), 0
+    def read_into(self, memory: memoryview) -> None:
+        """Fill as many bytes as the item has, row by row. Raises ``BrokenItem``: a disk or an outsider can still fail us."""
+        done = 0
         try:
-            while done < len(data):
-                got = os.preadv(self._fd, [view[done:]], self._start + done)
+            while done < len(memory):
+                got = os.preadv(self._fd, [memory[done:]], self._start + done)
                 if not got:
-                    raise BrokenItem(f"ends after {done} of {len(data)} bytes")
+                    raise BrokenItem(f"ends after {done} of {len(memory)} bytes")
                 done += got
         except OSError as error:
             raise BrokenItem(str(error)) from error
-        return data
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -101,9 +106,17 @@ class FolderStore:
     """Every method may be called by any number of processes at once. Folders are made when first written to."""
 
     def __init__(
-        self, root: Path, *, max_bytes: int = 8 << 30, max_age_s: float = 86_400.0, lease_s: float = 60.0
+        self,
+        root: Path,
+        *,
+        max_bytes: int = 8 << 30,
+        max_age_s: float = 86_400.0,
+        lease_s: float = 60.0,
+        strict: bool = False,
     ) -> None:
+        """``strict``: leases yield to the bounds. 50 images of 11 MB per second with leases of a minute are 33 GB."""
         self.root = root
+        self.strict = strict
         self.max_bytes = max_bytes
         self.max_age_s = max_age_s
         self.lease_s = lease_s
@@ -126,6 +139,7 @@ class FolderStore:
         try:
             try:
                 _flock(fd, fcntl.LOCK_EX)  # its writer lives
+                _leave_room(fd, shape.size_bytes)
                 for part in (header, data):
                     _write(fd, memoryview(part).cast("B"))
             finally:
@@ -187,8 +201,9 @@ class FolderStore:
     def evict(self) -> Evicted | None:
         """Remove what is over the bounds, least recently used first; None while another process is at it.
 
-        Goes down to nine tenths of ``max_bytes``, so that the next write does not need it again. Pinned items and those
-        within their lease stay, whatever the bounds say. Also removes what dead writers left in ``tmp/``.
+        Goes down to nine tenths of ``max_bytes``, so that the next write does not need it again, or of half of what would be
+        free without them: the folder may lie in memory. Pinned items stay, whatever the bounds say; so do those within their
+        lease, unless ``strict``. Also removes what dead writers left in ``tmp/``.
 
         Cost: one look at each file (about 10 µs on a local disk). Never call it per write: see ``Evictor``.
         """
@@ -198,11 +213,13 @@ class FolderStore:
             self._sweep(now)
             items = sorted(self._scan())
             left = sum(size for _, size, _ in items)
-            target = self.max_bytes if left <= self.max_bytes else self.max_bytes * 9 // 10
+            most = min(self.max_bytes, (left + shutil.disk_usage(self.root).free) // 2)
+            target = most if left <= most else most * 9 // 10
             files = size_bytes = 0
             for used, size, path in items:
                 idle = (now - used) / 1e9
-                if idle < self.lease_s or (left <= target and idle <= self.max_age_s):
+                leased = idle < self.lease_s and not (self.strict and left > most)
+                if leased or (left <= target and idle <= self.max_age_s):
                     break  # and so are all that come after
                 if self._remove(path, used):
                     left -= size
@@ -336,6 +353,13 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
             return list(entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _leave_room(fd: int, size_bytes: int) -> None:
+    """Raise ``OSError`` if so many more bytes would fill the file system."""
+    of = os.statvfs(fd)
+    if of.f_bavail * of.f_frsize - size_bytes < min(RESERVE_BYTES, of.f_blocks * of.f_frsize // 10):
+        raise OSError(errno.ENOSPC, "too little would be left free on the file system")
 
 
 def _write(fd: int, data: memoryview) -> None:

@@ -1,14 +1,20 @@
 """An engine without a model: vLLM's own scheduler and our connector's two halves around it, on the CPU, in microseconds.
 
-What stands for the model runner does what ``v1/worker/gpu_model_runner.py`` of vLLM 0.32.0 does with embeddings, and dies
-of what that dies of. The token that it samples is a sum of the embeddings in the prompt, so a wrong one shows.
+What stands for the model runner does what those of vLLM 0.32.0 do with embeddings, and dies of what they die of: V1
+(``v1/worker/gpu_model_runner.py``, on the CPU) or V2 (``v1/worker/gpu/model_runner.py``, on cards), whose own
+``ActiveECConnector`` is around our connector here too. The token that it samples is a sum of the embeddings in the prompt: a
+wrong one shows.
 """
 
 import copy
+import pickle
 import uuid
 from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm.config import ECTransferConfig
@@ -28,6 +34,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.worker.gpu import ec_connector as runner_v2
 
 from serve_app.config import EPDConfig, Stage
 from serve_app.ec_metrics import LOAD_SECONDS
@@ -66,7 +73,8 @@ def embedding(name: str, width: int, length: int = LENGTH) -> torch.Tensor:
 
 
 class Engine:
-    """One stage. ``ahead``: with vLLM's asynchronous scheduler, one step scheduled before the last one's output is seen."""
+    """One stage. ``ahead``: with vLLM's asynchronous scheduler, one step scheduled before the last one's output is seen.
+    ``v2``: with its V2 model runner. ``apart``: with the worker in another process, as far as it can see."""
 
     def __init__(
         self,
@@ -75,6 +83,8 @@ class Engine:
         stage: Stage,
         *,
         ahead: bool = False,
+        v2: bool = False,
+        apart: bool = False,
         blocks: int = 100,
         cache: int | None = None,
         **ec: Any,
@@ -112,7 +122,9 @@ class Engine:
         self.replies: dict[str, dict[str, Any] | None] = {}
         self.encodings: list[str] = []
         self.counts: dict[str, int] = {}
-        self._ahead = ahead
+        self._ahead, self._apart = ahead, apart
+        with mock.patch.object(runner_v2, "get_ec_transfer", return_value=self.worker):
+            self._v2 = runner_v2.ActiveECConnector(config, self.encoder_cache) if v2 else None
         self._in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
 
     def _settings(self, stage: Stage, ec: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +136,8 @@ class Engine:
         return ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
 
     def close(self) -> None:
+        """In the order of ``EngineCore.shutdown``."""
+        self.worker.shutdown()
         self.connector.shutdown()
 
     def add(
@@ -190,39 +204,54 @@ class Engine:
                     self.counts[name] = self.counts.get(name, 0) + count
 
     def _execute(self, scheduled: Any) -> ModelRunnerOutput:
-        """``GPUModelRunner.execute_model``."""
+        """``GPUModelRunner.execute_model``, ``MMEncoderModelRunner.execute_model``."""
         for name in scheduled.free_encoder_mm_hashes:
             self.encoder_cache.pop(name, None)
         for new in scheduled.scheduled_new_reqs:
             self.computed[new.req_id] = new.num_computed_tokens
         cached = scheduled.scheduled_cached_reqs
         self.computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        if self._apart:
+            scheduled.ec_connector_metadata = pickle.loads(pickle.dumps(scheduled.ec_connector_metadata))
+        if not scheduled.num_scheduled_tokens and self._v2 is not None:
+            return self._v2.no_forward(scheduled)
         if not scheduled.num_scheduled_tokens and not self.worker.is_producer:
             return ModelRunnerOutput([], {})
+        with self._around_encoder(scheduled) as done:
+            self._encode(scheduled)
+        ids = list(scheduled.num_scheduled_tokens)
+        sampled = [] if self.worker.is_producer else [self._sample(id, scheduled) for id in ids]
+        return ModelRunnerOutput(ids, {id: index for index, id in enumerate(ids)}, sampled, ec_connector_output=done)
+
+    def _around_encoder(self, scheduled: Any) -> AbstractContextManager[ECConnectorOutput | None]:
+        return self._v1_output(scheduled) if self._v2 is None else self._v2.maybe_get_output(scheduled)
+
+    @contextmanager
+    def _v1_output(self, scheduled: Any) -> Iterator[ECConnectorOutput]:
+        """``ECConnectorModelRunnerMixin``."""
+        output = ECConnectorOutput()
         self.worker.bind_connector_metadata(scheduled.ec_connector_metadata)
         if self.worker.is_producer:
             self.worker.start_save_caches(encoder_cache=self.encoder_cache)
         if self.worker.is_consumer:
             self.worker.start_load_caches(self.encoder_cache)
-        self._encode(scheduled)
+        yield output
         self.worker.get_finished(scheduled.finished_req_ids)
-        done = ECConnectorOutput(ec_connector_worker_meta=self.worker.build_connector_worker_meta())
+        output.ec_connector_worker_meta = self.worker.build_connector_worker_meta()
         self.worker.clear_connector_metadata()
-        ids = list(scheduled.num_scheduled_tokens)
-        sampled = [] if self.worker.is_producer else [self._sample(id, scheduled) for id in ids]
-        return ModelRunnerOutput(ids, {id: index for index, id in enumerate(ids)}, sampled, ec_connector_output=done)
 
     def _encode(self, scheduled: Any) -> None:
         for request_id, indices in scheduled.scheduled_encoder_inputs.items():
             for index in indices:
                 item = self.requests[request_id].mm_features[index]
-                if item.data is None:
+                if item.data is None or (self._v2 is not None and item.identifier in self.encoder_cache):
                     continue
                 if "pixel_values" not in item.data:
                     raise EngineDied(f"nothing to encode {item.identifier} from")
                 self.encodings.append(item.identifier)
                 self.encoder_cache[item.identifier] = embedding(item.identifier, self.width, item.mm_position.length)
-                self.worker.save_caches(self.encoder_cache, item.identifier)
+                if self._v2 is None:  # it looks for what is new in the cache by itself
+                    self.worker.save_caches(self.encoder_cache, item.identifier)
 
     def _sample(self, request_id: str, scheduled: Any) -> list[int]:
         request = self.requests[request_id]

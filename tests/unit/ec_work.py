@@ -36,7 +36,9 @@ def read(store: FolderStore) -> int:
         item = store.open(name)
         if item is not None:
             with item:
-                assert bytes(item.read()) == CONTENTS[name]
+                data = bytearray(SHAPE.size_bytes)
+                item.read_into(memoryview(data))
+                assert data == CONTENTS[name]
             found += 1
     return found
 

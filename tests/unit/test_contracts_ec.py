@@ -90,3 +90,51 @@ def test_mooncake_still_wants_the_consumer_named_before_encoding() -> None:
 
     text: Any = inspect.getsource(ECMooncakeScheduler._prepare_push_spec)
     assert 'params.get("consumer_zmq")' in text and "if not consumer_zmq" in text
+
+
+# ---- what SharedFolderECConnector leans on
+
+
+def test_scheduler_replies_before_it_hears_of_its_workers() -> None:
+    """Why an encoder's reply waits for its files itself. Where this changes, the workers could report what is written."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    text = inspect.getsource(Scheduler.update_from_output)
+    assert text.index("self._free_request(request)") < text.index("update_connector_output("), (
+        "serve_app/ec_connector.py request_finished"
+    )
+    assert "self.ec_connector.request_finished(request)" in inspect.getsource(Scheduler._free_request)
+
+
+def test_all_workers_have_ended_a_step_when_the_scheduler_replies() -> None:
+    """Those in other processes: serve_app/ec_worker.py end_step."""
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    assert "init_ec_output_aggregator()" in inspect.getsource(EngineCore.__init__)
+    assert "ec_output_aggregator=self.ec_output_aggregator" in inspect.getsource(MultiprocExecutor.execute_model)
+
+
+def test_ranks_are_known_when_a_workers_connector_is_made() -> None:
+    from vllm.v1.worker import gpu_worker
+
+    text = inspect.getsource(gpu_worker.init_worker_distributed_environment)
+    assert text.index("ensure_model_parallel_initialized(") < text.index("ensure_ec_transfer_initialized("), (
+        "serve_app/ec_worker.py is_first_rank"
+    )
+
+
+def test_queue_to_workers_sends_the_memory_of_tensors_beside_the_step() -> None:
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+    assert "dispatch_table[torch.Tensor] = _reduce_tensor" in inspect.getsource(MessageQueue.enqueue), (
+        "serve_app/ec_worker.py Load"
+    )
+
+
+def test_workers_are_shut_down_before_the_scheduler() -> None:
+    """It closes the writer that they share with it."""
+    from vllm.v1.engine.core import EngineCore
+
+    text = inspect.getsource(EngineCore.shutdown)
+    assert text.index("self.model_executor.shutdown()") < text.index("self.scheduler.shutdown()")

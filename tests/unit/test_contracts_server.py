@@ -58,6 +58,7 @@ def test_settings_that_the_ingress_writes_exist(name: str) -> None:
         "build_connector_meta",
         "request_finished",
         "start_load_caches",
+        "get_finished",
         "start_save_caches",
         "shutdown",
     ],

@@ -1,18 +1,18 @@
 """serve_app.ec_connector: embeddings as files, with vLLM's real scheduler around it (``ec_engine.py``).
 
-Every test that can runs twice: with vLLM's plain scheduler, and with the asynchronous one that is a step ahead.
+Every test that can runs four times: with vLLM's plain scheduler, and with the asynchronous one that is a step ahead; in the
+model runner V1, as on the CPU, and in V2, as on cards.
 """
 
 import copy
 import os
-import pickle
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.config import ECTransferConfig
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
@@ -20,24 +20,30 @@ from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 from vllm.v1.request import RequestStatus
 
 from serve_app.config import EPDConfig, Stage
-from serve_app.ec_connector import DTYPE_NAMES, Load, SharedFolderECConnector, weights_of
+from serve_app.ec_connector import SharedFolderECConnector, weights_of
 from serve_app.ec_metrics import SharedFolderStats
 from serve_app.ec_store import FolderStore, Shape
+from serve_app.ec_writer import Writer
 from serve_app.handoff import READ_S
 from serve_app.transfer import ec_transfer_config
-from tests.unit.ec_engine import GRID, LENGTH, PIXELS, Engine, embedding, feature
+from tests.unit.ec_engine import GRID, LENGTH, PIXELS, Engine, feature
 
 MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "ahead"])
-def make(request: pytest.FixtureRequest, demo_vllm_config: Any, tmp_path: Path) -> Iterator[MakeEngine]:
-    """Make engines over one folder. At the end none may hold a pin or an open file."""
+def ahead(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["V1", "V2"])
+def make(request: pytest.FixtureRequest, ahead: bool, demo_vllm_config: Any, tmp_path: Path) -> Iterator[MakeEngine]:
+    """Make engines over one folder. At the end none may hold a pin or an open file, or leave a thread."""
     engines: list[Engine] = []
-    before = len(os.listdir("/proc/self/fd"))
+    before, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
 
     def make(stage: Stage, **options: Any) -> Engine:
-        engines.append(Engine(demo_vllm_config, tmp_path, stage, ahead=request.param, **options))
+        engines.append(Engine(demo_vllm_config, tmp_path, stage, ahead=ahead, v2=request.param, **options))
         return engines[-1]
 
     yield make
@@ -45,6 +51,7 @@ def make(request: pytest.FixtureRequest, demo_vllm_config: Any, tmp_path: Path) 
         pins = dict(engine.connector._pins), dict(engine.connector._pinned_by)
         engine.close()
         assert pins == ({}, {})
+    assert threading.active_count() <= threads
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
@@ -428,12 +435,62 @@ def test_reply_names_only_items_whose_file_is_there(encoder: Engine, monkeypatch
     assert path(encoder, "A").exists()
 
 
+@pytest.fixture
+def written_late(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Files are written when the scheduler waits for them, and not before. The items whose writing began."""
+    put, wait, awaited, begun = FolderStore.put, Writer.wait, threading.Event(), []
+
+    def put_late(store: FolderStore, identifier: str, data: memoryview, shape: Shape) -> int:
+        begun.append(identifier.rsplit(":", 1)[1])
+        assert awaited.wait(10), "nobody waits for it"
+        return put(store, identifier, data, shape)
+
+    def waits(writer: Writer, *keys: str) -> None:
+        awaited.set()
+        wait(writer, *keys)
+
+    monkeypatch.setattr(FolderStore, "put", put_late)
+    monkeypatch.setattr(Writer, "wait", waits)
+    return begun
+
+
+def test_reply_waits_for_the_files_of_its_items(encoder: Engine, written_late: list[str]) -> None:
+    assert encoder.ask("r", feature("A", PIXELS), feature("B", PIXELS)) == "stop"
+    assert set(encoder.replies["r"] or {}) == {"A", "B"} == set(written_late)
+
+
+def test_reply_waits_for_files_that_a_worker_in_another_process_writes(
+    make: MakeEngine, written_late: list[str]
+) -> None:
+    encoder = make(Stage.ENCODER, apart=True)
+    assert encoder.ask("r", feature("A", PIXELS), feature("B", PIXELS)) == "stop"
+    assert set(encoder.replies["r"] or {}) == {"A", "B"} == set(written_late)
+
+
+def test_item_whose_file_is_under_way_is_not_written_again(encoder: Engine, written_late: list[str]) -> None:
+    """An encoder holds it, the folder not yet, when the next request for it is scheduled."""
+    encoder.add("first", feature("A", PIXELS))
+    encoder.step()
+    encoder.add("second", feature("A", PIXELS))
+    encoder.run()
+    assert [set(encoder.replies[name] or {}) for name in ("first", "second")] == [{"A"}, {"A"}]
+    assert written_late == ["A"]
+    assert encoder.counts["encoded"] == 1
+
+
+def test_consumer_whose_worker_is_another_process_gets_its_items(make: MakeEngine, encoder: Engine) -> None:
+    publish(encoder, "A", "B")
+    prefill = make(Stage.PREFILL, apart=True)
+    assert prefill.ask("r", feature("A", GRID), feature("B", GRID)) == "length"
+    assert prefill.tokens["r"] == [prefill.answer("A", "B")]
+
+
 def test_encoder_evicts_and_says_so(make: MakeEngine, tmp_path: Path) -> None:
     half = Shape(64, 1024, "F64")
     for index in range(3):
         FolderStore(tmp_path).put(str(index), bytes(half.size_bytes), half)
     encoder = make(Stage.ENCODER, max_bytes=1024**2, lease_s=0)
-    encoder.close()  # waits for the first pass
+    encoder.connector._evictor.close()  # waits for the first pass
     publish(encoder, "A")
     assert encoder.counts["evicted"] == 2
     assert 2 * half.size_bytes < encoder.counts["bytes.evicted"] < 2 * half.size_bytes + 1000
@@ -471,48 +528,17 @@ def test_consumer_that_encodes_by_itself_keeps_nothing_of_it(prefill: Engine) ->
     assert not prefill.connector._encoded
 
 
-# ---- a worker's half
+# ---- halves
 
 
-def connector(config: Any, folder: Path, stage: Stage, role: ECConnectorRole) -> SharedFolderECConnector:
+def connector(config: Any, folder: Path, stage: Stage, role: ECConnectorRole, **extra: Any) -> SharedFolderECConnector:
     settings = ec_transfer_config(EPDConfig(ec={"storage_path": folder}), stage)
     assert settings is not None
+    settings["ec_connector_extra_config"] |= extra
     vllm_config = SimpleNamespace(model_config=config.model_config, ec_transfer_config=ECTransferConfig(**settings))
     made = ECConnectorFactory.create_connector(vllm_config, role)
     assert isinstance(made, SharedFolderECConnector)
     return made
-
-
-@pytest.mark.parametrize("dtype", list(DTYPE_NAMES))
-def test_embedding_is_what_it_was_in_every_precision(demo_vllm_config: Any, tmp_path: Path, dtype: torch.dtype) -> None:
-    tensor = torch.arange(12.0).reshape(3, 4).T.to(dtype)  # not contiguous
-    worker = connector(demo_vllm_config, tmp_path, Stage.ENCODER, ECConnectorRole.WORKER)
-    worker.save_caches({"A": tensor}, "A")
-    item = worker._store.open(worker._prefix + "A")
-    assert item is not None
-    with item:
-        load = pickle.loads(pickle.dumps(Load(item.shape, item.read())))  # as it goes to workers of other processes
-    assert load.tensor().dtype == dtype and torch.equal(load.tensor(), tensor)
-
-
-def test_zeros_have_the_shape_of_the_item() -> None:
-    assert torch.equal(Load(Shape(2, 3, "BF16"), None).tensor(), torch.zeros(2, 3, dtype=torch.bfloat16))
-    assert Load(Shape(0, 3, "F32"), bytearray()).tensor().shape == (0, 3)
-
-
-@pytest.mark.parametrize("tensor", [torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.int32)], ids=["3-d", "int"])
-def test_what_is_no_embedding_is_not_written_and_fails_no_step(
-    demo_vllm_config: Any, tmp_path: Path, tensor: torch.Tensor
-) -> None:
-    worker = connector(demo_vllm_config, tmp_path, Stage.ENCODER, ECConnectorRole.WORKER)
-    worker.save_caches({"A": tensor}, "A")
-    assert os.listdir(tmp_path) == []
-
-
-def test_only_encoders_write(demo_vllm_config: Any, tmp_path: Path) -> None:
-    worker = connector(demo_vllm_config, tmp_path, Stage.DECODE, ECConnectorRole.WORKER)
-    worker.save_caches({"A": embedding("A", 2)}, "A")
-    assert os.listdir(tmp_path) == []
 
 
 def test_only_the_scheduler_of_an_encoder_evicts(demo_vllm_config: Any, tmp_path: Path) -> None:
@@ -522,6 +548,23 @@ def test_only_the_scheduler_of_an_encoder_evicts(demo_vllm_config: Any, tmp_path
     assert scheduler._evictor is not None
     scheduler.shutdown()
     assert not scheduler._evictor._thread.is_alive()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_folder_in_memory_goes_with_the_last_scheduler_that_uses_it(
+    demo_vllm_config: Any, tmp_path: Path, in_memory: bool
+) -> None:
+    roles = [
+        (Stage.ENCODER, ECConnectorRole.WORKER),
+        (Stage.ENCODER, ECConnectorRole.SCHEDULER),
+        (Stage.DECODE, ECConnectorRole.SCHEDULER),
+    ]
+    halves = [connector(demo_vllm_config, tmp_path / "ec", *role, in_memory=in_memory) for role in roles]
+    halves[1]._store.put("A", bytes(24), Shape(2, 3, "F32"))
+    for half in halves:
+        assert (tmp_path / "ec").exists()
+        half.shutdown()
+    assert (tmp_path / "ec").exists() is not in_memory
 
 
 def test_workers_count_nothing(demo_vllm_config: Any, tmp_path: Path) -> None:

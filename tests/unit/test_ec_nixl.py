@@ -106,10 +106,6 @@ class NixlEngine(Engine):
     def half(self) -> Any:
         return self.connector.connector_scheduler
 
-    def close(self) -> None:
-        super().close()
-        self.host.shutdown()
-
     def encode(self, *names: str) -> dict[str, Any] | None:
         """What the encoder answers for the items."""
         request_id = f"encode-{len(self.replies)}"

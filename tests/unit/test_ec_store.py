@@ -35,7 +35,13 @@ def read(store: FolderStore, name: str) -> bytes | None:
     if item is None:
         return None
     with item:
-        return bytes(item.read())
+        return content(item)
+
+
+def content(item: OpenItem) -> bytes:
+    data = bytearray(item.shape.size_bytes)
+    item.read_into(memoryview(data))
+    return bytes(data)
 
 
 def files(store: FolderStore) -> list[Path]:
@@ -66,7 +72,7 @@ def test_item_comes_back_as_it_was_written(store: FolderStore) -> None:
     item = store.open("A")
     assert item is not None
     with item:
-        assert (item.shape, bytes(item.read())) == (SHAPE, DATA)
+        assert (item.shape, content(item)) == (SHAPE, DATA)
     assert store.shape("A") == SHAPE
     assert files(store) == [store.path("A")]  # nothing beside it
 
@@ -127,7 +133,7 @@ def test_item_of_another_shape_is_written_over_and_its_readers_keep_theirs(store
     with old:
         store.put("A", DATA[:8], Shape(1, 4, "F16"))
         assert store.shape("A") == Shape(1, 4, "F16")
-        assert bytes(old.read()) == DATA
+        assert content(old) == DATA
 
 
 def test_write_that_fails_leaves_nothing(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +212,7 @@ def test_file_that_is_cut_while_it_is_pinned_is_broken_when_it_is_read(store: Fo
     with item:
         os.truncate(store.path("A"), FILE_BYTES - 1)
         with pytest.raises(BrokenItem, match="ends after 23 of 24"):
-            item.read()
+            content(item)
 
 
 def test_folder_in_the_place_of_a_file_is_broken(store: FolderStore) -> None:
@@ -340,7 +346,7 @@ def test_folder_holds_what_a_model_of_it_holds(steps: list[tuple[str, str]], roo
                     use(name)
                     if step == "pin" and name not in pins:
                         pins[name] = stack.enter_context(item)
-                    item.read()
+                    content(item)
                     if pins.get(name) is not item:
                         item.close()
             assert set(Path(folder).rglob("*.safetensors")) == {store.path(other) for other in used}
@@ -429,6 +435,52 @@ def test_one_process_evicts_at_a_time(store: FolderStore) -> None:
         assert now is not None
         assert FolderStore(store.root).evict() is None
     assert store.evict() is not None
+
+
+def test_strict_bound_comes_before_leases(tmp_path: Path) -> None:
+    """The longest unused goes first, so the item whose request is on its way is the last to go. None of the pinned goes."""
+    store = FolderStore(tmp_path, max_bytes=2 * FILE_BYTES, lease_s=60, strict=True)
+    for age, name in enumerate(reversed(NAMES[:4])):
+        store.put(name, DATA, SHAPE)
+        last_used(store, name, 40 - 10 * age)
+    pinned = store.open(NAMES[3])
+    assert pinned is not None
+    with pinned:
+        last_used(store, NAMES[3], 50)
+        done = store.evict()
+    assert done is not None and done.left_bytes == 2 * FILE_BYTES
+    assert [store.shape(name) is not None for name in NAMES[:4]] == [True, False, False, True]
+
+
+def leave_free(monkeypatch: pytest.MonkeyPatch, free: int, of: int = 1 << 40) -> None:
+    """Let the file system have so many bytes."""
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((1, 1, of, free, free, 0, 0, 0, 0, 255)))
+
+
+def test_folder_takes_no_more_than_it_leaves_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lie in memory, where others want some too."""
+    store = FolderStore(tmp_path, lease_s=0)
+    for name in NAMES[:4]:
+        store.put(name, DATA, SHAPE)
+    leave_free(monkeypatch, free=4 * FILE_BYTES)
+    done = store.evict()
+    assert done is not None and done.files == 0
+    leave_free(monkeypatch, free=2 * FILE_BYTES)
+    done = store.evict()
+    assert done is not None and done.left_bytes == 2 * FILE_BYTES
+
+
+@pytest.mark.parametrize(("of", "reserve"), [(1 << 40, 1 << 30), (1 << 30, (1 << 30) // 10)], ids=["large", "small"])
+def test_last_bytes_of_a_file_system_are_left_to_others(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch, of: int, reserve: int
+) -> None:
+    leave_free(monkeypatch, reserve + SHAPE.size_bytes - 1, of)
+    with pytest.raises(OSError, match="too little would be left"):
+        store.put("A", DATA, SHAPE)
+    assert files(store) == []
+    leave_free(monkeypatch, reserve + SHAPE.size_bytes, of)
+    store.put("A", DATA, SHAPE)
+    assert read(store, "A") == DATA
 
 
 def test_many_processes_write_read_and_evict_at_once(tmp_path: Path) -> None:
