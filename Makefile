@@ -17,7 +17,7 @@ serve: setup ## Serve (CONFIG=serve_config.yaml)
 	@export PATH="$(CURDIR)/$(BIN):$$PATH" VLLM_LOGGING_LEVEL="$${VLLM_LOGGING_LEVEL:-WARNING}" \
 		RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.proxy:middlewares \
 		RAY_SERVE_PROXY_USE_GRPC=1 RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH=1073741824; \
-	python -m serve_app ready $(CONFIG) & exec serve run $(CONFIG)
+	exec python -m serve_app serve $(CONFIG)
 
 .PHONY: test
 test: setup ## Run the tests (ARGS="-k name -x")
@@ -32,6 +32,10 @@ chaos: setup ## Break things under load, 3 rounds (EPD_CHAOS_ROUNDS=n), and prin
 bench: setup ## Measure against the reference's proxy and one engine (ARGS=--quick; benchmarks/RESULTS.md)
 	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install -q -e ".[bench]"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.bench $(ARGS)
+
+.PHONY: gpu
+gpu: setup ## Measure on one card in under ten minutes (ARGS=--check: only say what is missing; benchmarks/gpu/RESULTS.md)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.gpu $(ARGS)
 
 .PHONY: autoscale
 autoscale: setup ## Drive text, images and quiet, and draw who is scaled when (benchmarks/results/autoscale.png)
@@ -53,6 +57,10 @@ check: setup ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+.PHONY: check-gpu
+check-gpu: ## Check what vLLM's GPU build makes of us, without a card (.venv-gpu: 10 GB, a quarter of an hour)
+	@bash scripts/check_gpu.sh $(ARGS)
+
 .PHONY: format
 format: setup ## Format, and fix what lint can fix
 	$(BIN)/ruff check --fix-only .
@@ -60,5 +68,5 @@ format: setup ## Format, and fix what lint can fix
 
 .PHONY: clean
 clean: ## Remove .venv, caches and build files
-	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-gpu .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

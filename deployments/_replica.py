@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import importlib
 import logging
 import os
 import shutil
@@ -11,16 +12,22 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 
-from serve_app.config import EPDConfig, Stage
+from serve_app import fit
+from serve_app.card_memory import visible_card_gib
+from serve_app.config import Accelerator, EPDConfig, Stage
+from serve_app.ec_folder import make_folder, remove_folder
+from serve_app.kv_layout import KVLayout
 from serve_app.placement import check_claims, shared_cards, xpu_affinity
 from serve_app.roles import engine_args, model_path, replica_env
-from serve_app.transfer import check_shared_memory, side_channel_env, storage_path
+from serve_app.start_failure import EngineFailed, hears_engine, says_why
+from serve_app.transfer import check_shared_memory, side_channel_env
 from serve_app.vllm_plugin import REPLICA_ENV, SCRATCH_ENV
 from serve_app.workload import Meter, page
 
@@ -31,14 +38,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 DRAIN_POLL_S = 0.1
+PORT_TRIES = 3
+"""Starts of an engine whose ports, free when they were picked, another program takes before it."""
 
 
 @contextmanager
 def ends_unless_done_in(seconds: float, what: str) -> Iterator[None]:
-    """End this process if the block takes longer: Serve would wait for ever, and starts another when it is gone."""
+    """End this process if the block takes longer: Serve would wait for ever, and goes on when it is gone."""
 
     def end() -> None:
-        logger.error(f"{what} within {seconds:g} s (`startup_timeout_s`): this replica ends, Ray Serve starts another")
+        logger.error(f"{what} within {seconds:g} s (`startup_timeout_s`): this replica ends")
         os.kill(os.getpid(), signal.SIGKILL)
 
     timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
@@ -72,6 +81,21 @@ def alone_on(cards: Collection[int | str]) -> Iterator[None]:
         yield
 
 
+def started(*arguments: Any) -> "StageEngine":
+    """An engine, on ports of its own. Raises ``EngineFailed`` with what its processes say of a failure."""
+    from serve_app.engine import StageEngine
+
+    for tries_left in reversed(range(PORT_TRIES)):
+        os.environ.update(side_channel_env(ray.util.get_node_ip_address()))
+        try:
+            with hears_engine():
+                return StageEngine(*arguments)
+        except EngineFailed as failed:
+            if not (failed.port_taken and tries_left):
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
 class EngineReplica:
     """One engine of one stage. Subclasses add the handle methods of their stage."""
 
@@ -80,6 +104,11 @@ class EngineReplica:
     work: Meter
 
     def __init__(self, config: EPDConfig) -> None:
+        self._config = config
+        with says_why(self.stage, str(config.model)):
+            self._start(config)
+
+    def _start(self, config: EPDConfig) -> None:
         context, worker = serve.get_replica_context(), ray.get_runtime_context()
         self.replica: str = context.replica_id.unique_id
         self.node: str = worker.get_node_id()
@@ -87,26 +116,32 @@ class EngineReplica:
         check_claims(self.stage, *claims, worker.get_assigned_resources(), os.environ)
         self.scratch = tempfile.mkdtemp(prefix="epd-")
         env = {REPLICA_ENV: self.replica, SCRATCH_ENV: self.scratch, "VLLM_RPC_BASE_PATH": self.scratch}
-        env |= replica_env(config, self.stage)
+        on_cuda = config.accelerator is Accelerator.CUDA
+        card_gib = visible_card_gib(os.environ.get("CUDA_VISIBLE_DEVICES")) if on_cuda else None
+        env |= replica_env(config, self.stage, card_gib)
         env |= xpu_affinity(config.accelerator, ray.get_gpu_ids(), os.environ)
         for key, value in env.items():
             os.environ.setdefault(key, value)
-        os.environ.update(side_channel_env(ray.util.get_node_ip_address()))
         check_shared_memory(config)
         if config.encoder is not None and config.ec.uses_folder:
-            storage_path(config).mkdir(parents=True, exist_ok=True)
+            make_folder(config)
 
         began = time.perf_counter()
         # Only now: vLLM reads its environment when it is imported.
-        from serve_app.engine import StageEngine
-
+        importlib.import_module("serve_app.engine")
         imported = time.perf_counter()
-        args = engine_args(config, self.stage, model_path(config))
+        args = engine_args(config, self.stage, model_path(config), card_gib)
         with (
             alone_on(shared_cards(config.stages[self.stage], ray.get_gpu_ids())),
             ends_unless_done_in(config.startup_timeout_s, f"{self.stage} does not start"),
         ):
-            self.engine = StageEngine(self.stage, args, config.metrics.engines_in_ray, config.hang_timeout_s)
+            self.engine = started(
+                self.stage,
+                args,
+                config.metrics.engines_in_ray,
+                config.hang_timeout_s,
+                partial(fit.check, config, self.stage),
+            )
         engine_s = time.perf_counter() - imported
         logger.info(f"start-up {self.stage}: import={imported - began:.1f}s engine={engine_s:.1f}s")
         self.work = Meter()
@@ -126,6 +161,10 @@ class EngineReplica:
     async def load(self) -> dict[str, Any]:
         """For those who look: the same, and whose it is."""
         return {"replica": self.replica, **await self.record_autoscaling_stats()}
+
+    async def kv_layout(self) -> KVLayout:
+        """For the ingress, which compares prefill's with decode's."""
+        return self.engine.kv_layout
 
     async def metrics(self) -> tuple[str, str, str]:
         """Stage, replica and metrics in Prometheus' text format."""
@@ -152,6 +191,8 @@ class EngineReplica:
             while self.holds():  # noqa: ASYNC110
                 await asyncio.sleep(DRAIN_POLL_S)
             engine.shutdown()
+        if (config := getattr(self, "_config", None)) is not None and config.encoder is not None:
+            remove_folder(config)  # an engine that had to be killed has not
         if (scratch := getattr(self, "scratch", None)) is not None:
             shutil.rmtree(scratch, ignore_errors=True)
         if engine is not None:

@@ -10,9 +10,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import EPDConfig, Stage
-from serve_app.errors import EPDError
+from serve_app.errors import CannotStart, EPDError
+from serve_app.kv_layout import KVLayout, check_layouts
 from serve_app.roles import ingress_args, model_path, replica_env
 from serve_app.routing import StageHandle
+from serve_app.start_failure import says_why
+from serve_app.start_reason import sentence
 from serve_app.status import Status
 
 logger = logging.getLogger("ray.serve")
@@ -41,6 +44,10 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Build the app while the stages load, and take requests only when every stage can serve."""
+        with says_why("ingress", str(self._config.model)):
+            return await self._app()
+
+    async def _app(self) -> Any:
         began = time.perf_counter()
         # Only now: vLLM reads its environment when it is imported.
         from serve_app import openai_app
@@ -54,6 +61,7 @@ class Ingress:
         app = await openai_app.make_app(self._config, server_args, client, status)
         built = time.perf_counter()
         await self._stages_ready()
+        await self._stages_agree()
         ready = time.perf_counter()
         encoders = (await self._census()).get("encoder", {}).get("RUNNING", 0)  # none: scaled to zero, not to be woken
         key = next(iter(server_args.api_key or ()), os.environ.get("VLLM_API_KEY"))
@@ -64,10 +72,30 @@ class Ingress:
         return app
 
     async def _stages_ready(self) -> None:
-        async with asyncio.timeout(self._config.startup_timeout_s):
-            # Serve's controller has no event to wait for.
-            while any(state != "healthy" for state in (await self._probe()).values()):  # noqa: ASYNC110
-                await asyncio.sleep(0.2)
+        """Raises ``CannotStart`` when that takes too long."""
+        try:
+            async with asyncio.timeout(self._config.startup_timeout_s):
+                # Serve's controller has no event to wait for.
+                while any(state != "healthy" for state in (await self._probe()).values()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.2)
+        except TimeoutError:
+            states = ", ".join(f"{stage}: {state}" for stage, state in self._health[1].items())
+            raise CannotStart(
+                f"not ready within `startup_timeout_s: {self._config.startup_timeout_s:g}`: {states}"
+            ) from None
+
+    async def _stages_agree(self) -> None:
+        """Raises ``CannotStart`` where decode could not take prefill's KV blocks."""
+        if Stage.PREFILL not in self._stages or not self._config.kv.connector.startswith("Nixl"):
+            return
+        layouts = []
+        for stage in (Stage.PREFILL, Stage.DECODE):
+            try:
+                replies = await self._stages[stage].broadcast("kv_layout")
+            except EPDError:  # gone since it was ready
+                return
+            layouts.append([reply for reply in replies if isinstance(reply, KVLayout)])
+        check_layouts(*layouts)
 
     async def _probe(self) -> dict[str, str]:
         """State per stage, as Serve's controller and the replicas themselves tell it; asked at most once a second."""
@@ -108,7 +136,9 @@ class Ingress:
         if deployment.replica_states.get("RUNNING", 0) == 0:
             # Items do not wait for an encoder that has yet to start: prefill encodes them.
             scaled_to_zero = deployment.status.value in (SCALED if stage is Stage.ENCODER else SCALED[:1])
-            return "healthy" if scaled_to_zero else f"no replica ({deployment.status.value})"
+            why = sentence(deployment.message)
+            none = f"no replica ({deployment.status.value})" + (f": {why}" if why else "")
+            return "healthy" if scaled_to_zero else none
         return await self._asked(self._stages[stage])
 
     async def _asked(self, stage: StageHandle) -> str:

@@ -1,5 +1,5 @@
-"""``python -m serve_app``: ``ask`` a running server, see its ``status``; ``ready [serve_config.yaml]`` waits until the
-application of a Serve config can serve, and says what to try. `make serve` runs that beside `serve run`."""
+"""``python -m serve_app``: ``ask`` a running server, see its ``status``; ``serve [serve_config.yaml]`` is `make serve`, and
+``ready [serve_config.yaml]``, beside a `serve run`, waits until the application can serve and says what to try."""
 
 import argparse
 import json
@@ -44,6 +44,10 @@ KEY = ' -H "Authorization: Bearer $VLLM_API_KEY"'
 PAGE = "  {url}/          ask, draw pictures, and watch the stages\n"
 
 
+ANSWER_S = 5.0
+"""Serve's proxy lets a request wait while there is no ingress; a failed start is not seen meanwhile."""
+
+
 def arguments_of(config: Path) -> dict[str, Any]:
     """``args:`` of the application of a Serve config."""
     applications = (yaml.safe_load(config.read_text()) or {}).get("applications") or [{}]
@@ -80,45 +84,49 @@ def this_python() -> str:
 def get(url: str, key: str | None = None) -> dict[str, object] | None:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
             body: dict[str, object] = json.load(response)
             return body
     except (OSError, urllib.error.HTTPError, ValueError):
         return None
 
 
-def wait_ready(config: Path, began: float) -> int:
-    """0 once every stage can serve and the message is printed; 1 when the parent process ended before that."""
-    url, parent = base_url(config), os.getppid()
-    while (health := get(f"{url}/health")) is None:
-        if os.getppid() != parent:
-            return 1
-        time.sleep(0.5)
+def says_ready(config: Path, began: float) -> bool:
+    """Whether every stage can serve; then what to try is printed."""
+    url = base_url(config)
+    if (health := get(f"{url}/health")) is None:
+        return False
     key = key_of(config)
     models = get(f"{url}/v1/models", key) or {}
     listed = models.get("data")
     model = listed[0]["id"] if isinstance(listed, list) and listed else "?"
-    stages = ", ".join(stage for stage in health if stage != "ingress")
-    page = PAGE.format(url=url) if arguments_of(config).get("page", True) else ""
     example = READY.format(
         seconds=time.time() - began,
         url=url,
         model=model,
-        stages=stages,
+        stages=", ".join(stage for stage in health if stage != "ingress"),
         picture=picture_part(config),
-        page=page,
+        page=PAGE.format(url=url) if arguments_of(config).get("page", True) else "",
         key=KEY if key else "",
         python=this_python(),
     )
     print(example, flush=True)
+    return True
+
+
+def wait_ready(config: Path, began: float) -> int:
+    while not says_ready(config, began):
+        time.sleep(0.5)
     return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m serve_app", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="`serve run`, until Ctrl-C or until a stage cannot start")
     ready = commands.add_parser("ready", help="wait until every stage can serve, and say what to try")
-    ready.add_argument("config", nargs="?", default="serve_config.yaml", type=Path)
+    for command in (serve, ready):
+        command.add_argument("config", nargs="?", default="serve_config.yaml", type=Path)
     ask = commands.add_parser("ask", help="stream the answer to a question about pictures, audio or video")
     ask.add_argument("question")
     ask.add_argument("files", nargs="*", type=Path, help="what it is about")
@@ -128,11 +136,18 @@ def main() -> int:
     for command in (ask, status):
         command.add_argument("--url", default="http://127.0.0.1:8000", help="where the server listens; %(default)s")
     arguments = parser.parse_args()
-    if arguments.command != "ready":
+    if arguments.command in ("ask", "status"):
         from serve_app import cli
 
         return cli.run(arguments)
-    return wait_ready(arguments.config, time.time())
+    if not arguments.config.is_file():
+        parser.error(f"there is no {arguments.config}")
+    began = time.time()
+    if arguments.command == "ready":
+        return wait_ready(arguments.config, began)
+    from serve_app import run  # Ray's import takes seconds
+
+    return run.run(arguments.config, lambda: says_ready(arguments.config, began))
 
 
 if __name__ == "__main__":

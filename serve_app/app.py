@@ -21,6 +21,7 @@ from deployments.decode import Decode
 from deployments.encoder import Encoder
 from deployments.ingress import Ingress
 from deployments.prefill import Prefill
+from serve_app.card_memory import smallest_card_gib
 from serve_app.config import EPDConfig, Stage
 from serve_app.errors import ConfigError
 from serve_app.placement import Cluster, actor_options, is_elastic, resolve
@@ -43,16 +44,20 @@ def build_app(args: dict[str, Any]) -> Application:
 
     Raises ``ConfigError`` with one sentence per mistake, before anything is started.
     """
-    resolved = resolve(parse(args), cluster())
+    on = cluster()
+    resolved = resolve(parse(args), on)
     config = resolved.config
     check_vllm_args(config)
     logger.info(f"EPD {config.topology}: {resolved.reason}")
 
+    starts = start_options(on)
     handles = {
-        stage.value: DEPLOYMENTS[stage].options(**stage_options(stage, config)).bind(config) for stage in config.stages
+        stage.value: DEPLOYMENTS[stage].options(**starts, **stage_options(stage, config)).bind(config)
+        for stage in config.stages
     }
     ingress: Any = Ingress  # the decorator made a deployment of the class
     ingress = ingress.options(
+        **starts,
         ray_actor_options={"num_cpus": config.ingress_cpus, "runtime_env": {"env_vars": ONE_LOOP}},
         logging_config=NO_ACCESS_LOG,
         max_ongoing_requests=1024,
@@ -60,6 +65,15 @@ def build_app(args: dict[str, Any]) -> Application:
     )
     application: Application = ingress.bind(config, **handles)
     return application
+
+
+def start_options(cluster: Cluster) -> dict[str, Any]:
+    """How often Ray Serve starts a deployment that has never run: by default three times per replica, minutes each, in vain.
+
+    Once a replica of it runs, Serve tries others without end. Nodes that a cluster adds fail for reasons of their own:
+    there Serve's default holds.
+    """
+    return {} if cluster.elastic else {"max_constructor_retry_count": 1}
 
 
 def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
@@ -98,7 +112,9 @@ def cluster() -> Cluster:
     resources = ray.cluster_resources()
     types = tuple(sorted(name.removeprefix("accelerator_type:") for name in resources if "accelerator_type:" in name))
     with_gpus = sum(node["Alive"] and node["Resources"].get("GPU", 0) > 0 for node in ray.nodes())
-    return Cluster(resources.get("GPU", 0.0), resources.get("CPU", 0.0), types, is_elastic(), max(with_gpus, 1))
+    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+    card_gib = smallest_card_gib(types) if gpus else None
+    return Cluster(gpus, cpus, types, is_elastic(), max(with_gpus, 1), card_gib)
 
 
 def check_vllm_args(config: EPDConfig) -> None:

@@ -6,6 +6,7 @@ when the application is built, so a mistake is a sentence at start-up and not a 
 
 import math
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -196,7 +197,9 @@ class ECConfig(Strict):
         "class of your own with `module_path`.",
     )
     storage_path: Path | None = Field(
-        None, description="Folder that all engines share, for folder connectors. None: epd-ec-cache in the temp folder."
+        None,
+        description="Folder that all engines share, for folder connectors. None: epd-ec-cache-<uid>, for "
+        "SharedFolderECConnector in /dev/shm where there is room, else in the temp folder.",
     )
     max_bytes: int | None = Field(
         None,
@@ -365,6 +368,22 @@ class TracingConfig(Strict):
     endpoint: str | None = Field(None, description="OTLP endpoint that spans are sent to. None: no tracing.")
 
 
+class ItemLimit(Strict):
+    """vLLM's dict form of ``limit_mm_per_prompt``. All but ``count`` only size the item that an engine is profiled with:
+    larger ones are still served, from memory that nobody has reserved."""
+
+    count: int = Field(999, ge=0, description="Items per request.")
+    num_frames: int | None = Field(None, ge=1, description="Frames of a video.")
+    width: int | None = Field(None, ge=1, description="Pixels of an image or a frame.")
+    height: int | None = Field(None, ge=1, description="Pixels of an image or a frame.")
+    length: int | None = Field(None, ge=1, description="Samples of a sound.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_number(cls, limit: Any) -> Any:
+        return {"count": limit} if isinstance(limit, int) else limit
+
+
 class MediaConfig(Strict):
     """What a client may send, and from where the ingress fetches it. Limits are per item, whatever its URL."""
 
@@ -381,7 +400,11 @@ class MediaConfig(Strict):
         description="Fetch from private and loopback addresses too, an object store in the cluster for instance. Never "
         "from link-local ones and the clouds' metadata services.",
     )
-    limits: dict[str, int] = Field({}, description="Items per request and modality. Empty: vLLM's own limits.")
+    limits: dict[str, ItemLimit] = Field(
+        {},
+        description="Items per request and modality, or `{count: 1, num_frames: 32}`: also the size of the items that "
+        "vLLM reserves memory for. Empty: vLLM's own limits.",
+    )
     processor_kwargs: dict[str, Any] = Field({}, description="`mm_processor_kwargs`, min_pixels for instance.")
     io_kwargs: dict[str, dict[str, Any]] = Field({}, description="`media_io_kwargs`, video.num_frames for instance.")
     max_body_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="A larger request body is answered 413.")
@@ -516,17 +539,24 @@ class EPDConfig(Strict):
             raise ValueError("`encode:` has no effect without an encoder stage: leave it out")
         if self.prefill is None and "kv" in self.model_fields_set:
             raise ValueError("`kv:` has no effect without a prefill stage: leave it out, or do not set `prefill: null`")
+        if self.encoder is not None:
+            self._encoder_can_do(self.engine_args | self.encoder.engine_args)
         if self.encoder is not None and self.ec.uses_nixl:
-            self._nixl_embeddings_fit(self.encoder)
+            self._nixl_embeddings_fit()
         for stage, config in self.stages.items():
-            statistics = not (self.engine_args | config.engine_args).get("disable_log_stats")
+            args = self.engine_args | config.engine_args
+            if args.get("enforce_eager") and (args.get("compilation_config") or {}).get("cudagraph_mm_encoder"):
+                raise ValueError(
+                    f"`cudagraph_mm_encoder` has no effect in an engine of {stage} with `enforce_eager: true`: leave one out"
+                )
+            statistics = not args.get("disable_log_stats")
             if self.tracing.endpoint is not None and not statistics:
                 raise ValueError(
                     f"`disable_log_stats` in the engine arguments of {stage}: vLLM makes its spans (`tracing.endpoint`) of "
                     "the statistics that it turns off"
                 )
             key = f"{stage}.engine_args" if "gpu_memory_utilization" in config.engine_args else "engine_args"
-            share = (self.engine_args | config.engine_args).get("gpu_memory_utilization")
+            share = args.get("gpu_memory_utilization")
             fraction = config.gpus_per_replica
             if share is not None and fraction is not None and 0 < fraction < 1 and share > fraction:
                 raise ValueError(
@@ -535,15 +565,27 @@ class EPDConfig(Strict):
                 )
         return self
 
-    def _nixl_embeddings_fit(self, encoder: StageConfig) -> None:
+    def _encoder_can_do(self, args: Mapping[str, Any]) -> None:
+        if args.get("data_parallel_size", 1) != 1:
+            raise ValueError(
+                "`data_parallel_size` of the encoder: all its ranks would listen on one port, and vLLM takes one rank only "
+                "where the model has experts. Use more replicas, `num_replicas` of `Encoder`; for one engine on several "
+                "cards `tensor_parallel_size`, with `mm_encoder_tp_mode: data`"
+            )
+        # vLLM would prepare items on the card. The fields that size their placeholders may then be tensors there, which an
+        # ingress without a card cannot read, and the replica gets a CUDA context outside its engine's share. None of it
+        # has run. It can go when ``ItemProcessor.without_pixels`` moves them to the CPU and a card has shown the gain.
+        if args.get("mm_tensor_ipc") == "torch_shm" and args.get("mm_processor_device") != "cpu":
+            raise ValueError(
+                "`mm_tensor_ipc: torch_shm` has vLLM prepare an encoder's items on its card, and an ingress without one may "
+                "not be able to read its answers: leave it out, or set `mm_processor_device: cpu` with it. More replicas "
+                "prepare more: `gpus_per_replica: 0.5` puts two encoders on a card"
+            )
+
+    def _nixl_embeddings_fit(self) -> None:
         if self.accelerator is Accelerator.CPU:
             raise ValueError(
                 "`ec.connector: ECCPUConnector` needs a GPU (Triton): use SharedFolderECConnector on the CPU"
-            )
-        if (self.engine_args | encoder.engine_args).get("data_parallel_size", 1) != 1:
-            raise ValueError(
-                "`data_parallel_size` of the encoder: with `ec.connector: ECCPUConnector` all its ranks would listen on one "
-                "port. Use more replicas, `num_replicas` of `Encoder`"
             )
         for stage, config in self.stages.items():
             if config.env.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "1":

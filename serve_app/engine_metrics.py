@@ -1,4 +1,5 @@
-"""vLLM's metrics of an engine through Ray: ``ray_vllm_*`` and ``ray_epd_ec_*`` on Ray's metrics port.
+"""vLLM's metrics of an engine through Ray: ``ray_vllm_*``, and those of our connectors (``ray_epd_ec_*``,
+``ray_epd_kv_transfer_mb_per_s``), on Ray's metrics port.
 
 vLLM has the logger. Here it gets Serve's own labels, by which a dashboard tells the stages apart, and the classes that vLLM
 leaves out for EC connectors: without them those would be registered with prometheus_client twice.

@@ -4,6 +4,7 @@
 
     EPDError
     ├── ConfigError            at build time: the application is not started
+    ├── CannotStart            a replica does not start; the message says why
     ├── BadRequest             an engine refused the request itself → 400
     ├── Overloaded             the ingress has enough to do → 503
     └── StageError             a stage failed a request; → 503 with the reason
@@ -35,6 +36,10 @@ class ConfigError(EPDError):
             for mistake in error.errors()
         ]
         return cls("The configuration under `args:` cannot be used.\n  " + "\n  ".join(mistakes))
+
+
+class CannotStart(EPDError):
+    """A replica does not start, and would not if it were started again; the message is a sentence that says why."""
 
 
 class StageError(EPDError):

@@ -1,6 +1,6 @@
 """The way from media: an item goes to an encoder as the bytes that the client sent, not as processed tensors.
 
-A 1080p image is 0.3 MB as media and 47 MB as tensors, and making those is work. So the ingress only fetches the bytes (one
+A 1080p image is 0.3 MB as media and 13 MB as tensors, and making those is work. So the ingress only fetches the bytes (one
 guard, one fetch however often an item is tried). An encoder decodes, transforms and encodes them; it answers with the
 item's name and the few fields that size its placeholder range, and vLLM renders the prompt around those, as it does on any
 consumer of embeddings.
@@ -83,7 +83,12 @@ class ItemProcessor:
         return await in_thread(decode, media.data, media.io, self._rules)
 
     async def in_turn(self, function: Callable[..., Any], *args: Any) -> Any:
-        """In the renderer's single thread for multimodal processing: vLLM's processors take one caller at a time."""
+        """In the renderer's single thread for multimodal processing: vLLM's processors take one caller at a time.
+
+        vLLM warms them up there; some call numba, which ends a process that two threads enter it from; and the tokenizer
+        inside is lent to one caller. A 1080p image spends about 20 ms here (``benchmarks.prepare``): more images a second
+        want more replicas.
+        """
         return await asyncio.get_running_loop().run_in_executor(self.renderer._mm_executor, function, *args)
 
     def apply(

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from serve_app.card_memory import shares_of_one
 from serve_app.config import DEMO_MODEL, GPU_MODEL, Accelerator, EPDConfig, Stage, StageConfig
 from serve_app.errors import ConfigError
 
@@ -18,14 +19,12 @@ NO_OVERRIDE_ENV = {
     Accelerator.XPU: "RAY_EXPERIMENTAL_NOSET_ONEAPI_DEVICE_SELECTOR",
 }
 
-# Shares of one card, for a topology on fewer cards than stages. An encoder has neither language model nor KV cache.
-SHARES_OF_ONE = {
-    (Stage.ENCODER, Stage.PREFILL, Stage.DECODE): {Stage.ENCODER: 0.1, Stage.PREFILL: 0.45, Stage.DECODE: 0.45},
-    (Stage.ENCODER, Stage.DECODE): {Stage.ENCODER: 0.1, Stage.DECODE: 0.9},
-    (Stage.PREFILL, Stage.DECODE): {Stage.PREFILL: 0.5, Stage.DECODE: 0.5},
+DEFAULT_ARGS: dict[str, Any] = {
+    # The reference's MAX_MODEL_LEN. At the model's own 128,000 tokens vLLM profiles one video of 458,752 patches: 12.6 GiB
+    # of activations, for which no card of 24 GB has room.
+    "max_model_len": 32768,
 }
-# As in the reference: encoder and prefill on one card, decode on the other.
-SHARES_OF_TWO = {Stage.ENCODER: 0.1, Stage.PREFILL: 0.9, Stage.DECODE: 1.0}
+"""Engine arguments of the model that GPUs serve where none is named."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Cluster:
     gpu_types: tuple[str, ...] = ()
     elastic: bool = False
     nodes_with_gpus: int = 1
+    card_gib: float | None = None
+    """Memory of the smallest card; None: unknown."""
 
     @property
     def gpu_accelerator(self) -> Accelerator:
@@ -92,6 +93,10 @@ def resolve(config: EPDConfig, cluster: Cluster) -> Resolved:
         reason += f"; model: {model}, as configured"
     cpus = cpus_per_replica(len(config.stages) + 1, cluster)
     decided: dict[str, Any] = {"accelerator": accelerator, "model": model}
+    if model == GPU_MODEL != config.model:
+        decided["engine_args"] = DEFAULT_ARGS | config.engine_args
+    if by_nixl(config, accelerator, cluster):
+        decided["ec"] = config.ec.model_dump(exclude_unset=True) | {"connector": "ECCPUConnector"}
     if config.ingress_cpus is None:
         decided["ingress_cpus"] = cpus
     try:
@@ -103,6 +108,14 @@ def resolve(config: EPDConfig, cluster: Cluster) -> Resolved:
         raise ConfigError.of(error) from None
 
 
+def by_nixl(config: EPDConfig, accelerator: Accelerator, cluster: Cluster) -> bool:
+    """Whether embeddings go from engine to engine, where the config leaves it open: on GPUs of several nodes, or of nodes
+    that are still to come. A folder would have to be one that all of them mount."""
+    spread = cluster.elastic or cluster.nodes_with_gpus > 1
+    is_open = config.ec.model_fields_set <= {"max_bytes", "salt_by_tenant"}
+    return config.encoder is not None and accelerator is Accelerator.CUDA and spread and is_open
+
+
 def cpus_per_replica(deployments: int, cluster: Cluster) -> float:
     """1, or 0.1 on a machine too small for two replicas of each deployment, where claims would keep them from starting."""
     return 1.0 if cluster.elastic or cluster.cpus >= 2 * deployments else 0.1
@@ -111,7 +124,6 @@ def cpus_per_replica(deployments: int, cluster: Cluster) -> float:
 def fit_gpus(config: EPDConfig, accelerator: Accelerator, cluster: Cluster) -> dict[Stage, StageConfig]:
     """Fill in ``gpus_per_replica`` where it is open: whole cards where there are enough, shares where there are not.
 
-    An engine on a share of a card takes that share of its memory, unless told otherwise.
     Raises ``ConfigError`` when one replica of each stage needs more cards than the cluster has.
     """
     stages = config.stages
@@ -120,18 +132,15 @@ def fit_gpus(config: EPDConfig, accelerator: Accelerator, cluster: Cluster) -> d
     all_open = all(c.gpus_per_replica is None and c.world_size == 1 for c in stages.values())
     shares: Mapping[Stage, float] = {}
     # On two nodes of a card each, encoder and prefill could be placed apart, with no whole card left for decode.
-    if all_open and not cluster.elastic and cluster.gpus < len(stages) and cluster.nodes_with_gpus == 1:
-        shares = {1: SHARES_OF_ONE.get(tuple(stages), {}), 2: SHARES_OF_TWO}.get(int(cluster.gpus), {})
-    memory_is_open = "gpu_memory_utilization" not in config.engine_args
+    if all_open and not cluster.elastic and 1 <= cluster.gpus < len(stages) and cluster.nodes_with_gpus == 1:
+        # On two cards as in the reference: encoder and prefill on one, decode on the other.
+        sharing = [stage for stage in stages if cluster.gpus < 2 or stage is not Stage.DECODE]
+        shares = shares_of_one(sharing, cluster.card_gib)
     fitted = {}
     for stage, stage_config in stages.items():
         gpus = stage_config.gpus_per_replica
         if gpus is None:
             gpus = shares.get(stage, float(stage_config.world_size))
-        if 0 < gpus < 1 and memory_is_open:
-            # 5 % of the share stay free for what engines use besides.
-            memory = {"gpu_memory_utilization": round(gpus * 0.95, 3)} | stage_config.engine_args
-            stage_config = stage_config.model_copy(update={"engine_args": memory})
         fitted[stage] = _claim(stage_config, gpus)
     needed = sum(c.gpus_per_replica or 0 for c in fitted.values())
     if needed > cluster.gpus + 1e-6 and not cluster.elastic:
@@ -144,9 +153,7 @@ def fit_gpus(config: EPDConfig, accelerator: Accelerator, cluster: Cluster) -> d
 
 
 def _claim(config: StageConfig, gpus: float) -> StageConfig:
-    # model_copy leaves what it updates out of the fields that were set.
-    changed = {"engine_args": config.engine_args} if config.engine_args else {}
-    return StageConfig.model_validate(config.model_dump(exclude_unset=True) | changed | {"gpus_per_replica": gpus})
+    return StageConfig.model_validate(config.model_dump(exclude_unset=True) | {"gpus_per_replica": gpus})
 
 
 def actor_options(config: StageConfig, accelerator: Accelerator) -> dict[str, Any]:

@@ -4,8 +4,11 @@ Order of precedence: what the topology decides, the stage's own ``engine_args:``
 the role, defaults of the device.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+from serve_app import card_memory
+from serve_app.card_memory import share_of
 from serve_app.config import BUILT_IN_MODELS, Accelerator, EPDConfig, Stage
 from serve_app.transfer import ec_transfer_config, kv_transfer_config
 from serve_app.vllm_plugin import STILL_NIXL_ENV
@@ -14,8 +17,9 @@ ENCODER_DEFAULTS: dict[str, Any] = {
     # The current EPD implementation of vLLM's encoder-only engine asks for these two (reference).
     "enforce_eager": True,
     "enable_prefix_caching": False,
-    # A scheduling budget per decode step; an encoder's real limit is its encoder cache (reference).
-    "max_num_batched_tokens": 114688,
+    # The size of one vision batch, of the encoder cache and of a buffer. vLLM raises the first two to the largest item by
+    # itself, and longer prompts are chunked; the reference's 114688 are 12.6 GiB of activations with Qwen2.5-VL.
+    "max_num_batched_tokens": 16384,
 }
 
 CPU_DEFAULTS: dict[str, Any] = {
@@ -63,14 +67,27 @@ COMMON_ENV = {
 }
 
 
+CUDA_ENV = {
+    # Where cards have no NVLink, UCX reads no other card's memory unless told to, and NIXL falls back to TCP: 0.5 GB/s
+    # (vllm#52607). NIXL's PR #2208 says it too, and 1.5.1 is older. Without a card UCX ignores it.
+    "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
+    # UCX prints what it takes for KV blocks, one table per peer: `zero-copy | cuda_ipc/cuda`, `software emulation | tcp/…`.
+    "UCX_PROTO_INFO": "*remote memory*(multi)*",
+}
+
 INGRESS_ENV = {
+    # The ingress has no device and needs none. Without a card, vLLM's GPU build would not even make a config.
+    "VLLM_TARGET_DEVICE": "cpu",
     # Choices of one request (vLLM: 16384). Each is a call of prefill and one of decode; this many fit into their queues.
     "VLLM_MAX_N_SEQUENCES": "1024",
 }
 
 
-def engine_args(config: EPDConfig, stage: Stage, model_path: str) -> dict[str, Any]:
-    """Arguments of ``AsyncEngineArgs`` for a stage of a resolved config (accelerator and model known)."""
+def engine_args(config: EPDConfig, stage: Stage, model_path: str, card_gib: float | None = None) -> dict[str, Any]:
+    """Arguments of ``AsyncEngineArgs`` for a stage of a resolved config (accelerator and model known).
+
+    ``card_gib``: memory of the replica's card; None: unknown. It matters to engines on a share of one.
+    """
     args: dict[str, Any] = {}
     if config.accelerator is Accelerator.CPU:
         args |= CPU_DEFAULTS
@@ -80,8 +97,13 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str) -> dict[str, A
         args |= ENCODER_DEFAULTS
     args |= shared_args(config, model_path)
     args |= config.stages[stage].engine_args
+    if captures_encoder(args):
+        args["enforce_eager"] = False
     if config.stages[stage].world_size > 1 and config.accelerator is Accelerator.CPU:
         args["distributed_executor_backend"] = "mp"
+    claimed = config.stages[stage].gpus_per_replica or 0.0
+    if 0 < claimed < 1:
+        args.setdefault("gpu_memory_utilization", share_of(stage, claimed, card_gib).utilization)
     # Each engine gets every item of a request once, from the ingress: a cache here would only wait for repeats that
     # vLLM's protocol between front end and engine does not know (it sends None for items it believes cached).
     args["mm_processor_cache_gb"] = 0
@@ -94,6 +116,12 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str) -> dict[str, A
     return args
 
 
+def captures_encoder(args: Mapping[str, Any]) -> bool:
+    """Whether the encoder's CUDA graphs are asked for; there are none in an eager engine, as ours are by default."""
+    compilation = args.get("compilation_config")
+    return isinstance(compilation, Mapping) and bool(compilation.get("cudagraph_mm_encoder"))
+
+
 def ingress_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
     """Engine arguments of the ingress: what rendering and validation need of the decode engine's."""
     args = engine_args(config, Stage.DECODE, model_path)
@@ -104,7 +132,10 @@ def shared_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
     media = config.media
     args: dict[str, Any] = {"model": model_path, "served_model_name": [config.model_name]} | config.engine_args
     if media.limits:
-        args["limit_mm_per_prompt"] = media.limits
+        args["limit_mm_per_prompt"] = {
+            modality: limit.count if limit.model_fields_set == {"count"} else limit.model_dump(exclude_none=True)
+            for modality, limit in media.limits.items()
+        }
     if media.processor_kwargs:
         args["mm_processor_kwargs"] = media.processor_kwargs
     if media.io_kwargs:
@@ -116,7 +147,7 @@ def shared_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
     return args
 
 
-def replica_env(config: EPDConfig, stage: Stage | None) -> dict[str, str]:
+def replica_env(config: EPDConfig, stage: Stage | None, card_gib: float | None = None) -> dict[str, str]:
     """Defaults of the environment of a replica; what is already set there wins. ``stage``: None for the ingress."""
     env = COMMON_ENV | (INGRESS_ENV if stage is None else {})
     if config.accelerator is Accelerator.CPU:
@@ -129,6 +160,13 @@ def replica_env(config: EPDConfig, stage: Stage | None) -> dict[str, str]:
         if args is not None and "kv_cache_memory_bytes" not in args:
             # GiB of KV cache; by itself each engine would take most of the machine's memory.
             env["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    if stage is not None and config.accelerator is Accelerator.CUDA:
+        env |= CUDA_ENV
+        claimed = config.stages[stage].gpus_per_replica or 0.0
+        if 0 < claimed < 1:
+            utilization = engine_args(config, stage, "", card_gib)["gpu_memory_utilization"]
+            cap = max(share_of(stage, claimed, card_gib).cap, utilization)
+            env[card_memory.ENV] = f"per_process_memory_fraction:{cap}"
     if stage is not None and config.encoder is not None and config.ec.uses_nixl:
         env |= NIXL_EC_ENV
     if config.model in BUILT_IN_MODELS:

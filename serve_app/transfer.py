@@ -9,11 +9,11 @@ import itertools
 import random
 import shutil
 import socket
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from serve_app.config import Accelerator, EPDConfig, Stage
+from serve_app.ec_folder import folder_of
 from serve_app.errors import ConfigError
 
 EC_CLASSES = {
@@ -21,6 +21,9 @@ EC_CLASSES = {
     "ECCPUConnector": ("NixlECConnector", "serve_app.ec_nixl"),
 }
 """Connectors in the config that are classes of ours."""
+
+KV_MODULES = dict.fromkeys(("NixlConnector", "NixlPullConnector", "NixlPushConnector"), "serve_app.kv_transport")
+"""Connectors in the config that are classes of ours, of vLLM's names."""
 
 PORTS = range(20_000, 30_000)
 """Of the side channels. An engine binds its port seconds after its replica chose it: from here neither the kernel (32768 on)
@@ -31,7 +34,7 @@ KV_ROLE = {Stage.PREFILL: "kv_producer", Stage.DECODE: "kv_consumer"}
 
 def storage_path(config: EPDConfig) -> Path:
     """The folder of the encoder cache. On several nodes it has to be a shared one."""
-    return config.ec.storage_path or Path(tempfile.gettempdir()) / "epd-ec-cache"
+    return folder_of(config).path
 
 
 def ec_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None:
@@ -43,10 +46,13 @@ def ec_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
         return None
     ec = config.ec
     extra = dict(ec.extra_config)
+    folder = folder_of(config)
     if ec.uses_folder:
-        extra.setdefault("shared_storage_path", str(storage_path(config)))
+        extra["shared_storage_path"] = str(folder.path)
     if ec.connector == "SharedFolderECConnector":
-        extra = ec.bounds | extra
+        extra = ec.bounds | {"max_bytes": folder.max_bytes} | extra
+        if folder.in_memory:
+            extra["in_memory"] = True
     if ec.uses_nixl:
         extra |= {"ec_enable_nixl": True, "ec_cpu_bytes": ec.buffer_bytes}
     connector, module = EC_CLASSES.get(ec.connector, (ec.connector, ec.module_path))
@@ -89,8 +95,8 @@ def kv_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
     device = kv.buffer_device or ("cpu" if config.accelerator is Accelerator.CPU else None)
     if device is not None:
         settings["kv_buffer_device"] = device
-    if kv.module_path is not None:
-        settings["kv_connector_module_path"] = kv.module_path
+    if (module := kv.module_path or KV_MODULES.get(kv.connector)) is not None:
+        settings["kv_connector_module_path"] = module
     return settings
 
 

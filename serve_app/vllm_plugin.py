@@ -36,6 +36,9 @@ _watching = False
 def register() -> None:
     if REPLICA_ENV not in os.environ:
         return
+    from serve_app.start_failure import tell_replica  # only in a replica of ours
+
+    tell_replica()
     _die_with_parent()
     if STILL_NIXL_ENV in os.environ:
         _still_nixl_progress_thread()

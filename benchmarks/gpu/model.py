@@ -1,7 +1,7 @@
-"""Qwen2.5-VL-3B without a download: its real configuration, a small tokenizer, and weights that vLLM makes up.
+"""Qwen2.5-VL-3B without a download: its real configuration, a small tokenizer, and weights made up in the engine.
 
 Sizes: ``config.json`` of Qwen/Qwen2.5-VL-3B-Instruct. The tokenizer has 1,024 tokens and answers say nothing; what is
-computed is what the real model computes.
+computed is what the real model computes. ``weights.py`` makes the weights.
 """
 
 from pathlib import Path
@@ -31,7 +31,19 @@ VISION: dict[str, Any] = VISION_CONFIG | {
 }
 MAX_IMAGE_TOKENS = 16384
 
+RANDOM_FORMAT = "random-by-name"
+RANDOM_WEIGHTS: dict[str, Any] = {
+    "load_format": RANDOM_FORMAT,
+    "worker_extension_cls": "benchmarks.gpu.weights.Imported",
+}
+"""Engine arguments with which ``weights.py`` makes the weights."""
+
 
 def write_qwen_3b(folder: Path) -> None:
     """Everything but the weights into ``folder``, which exists and is empty."""
     write_qwen(folder, VISION, preprocessor_config(MAX_IMAGE_TOKENS), LANGUAGE)
+
+
+def write_small(folder: Path) -> None:
+    """The same model in small, which runs on a CPU: for a run of this program without a card."""
+    write_qwen(folder, VISION_CONFIG, preprocessor_config(1024), {"tie_word_embeddings": True})

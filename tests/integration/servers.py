@@ -1,7 +1,8 @@
-"""Real servers for the integration tests: ours by `serve run`, and vLLM's own as the baseline. All on loopback."""
+"""Real servers for the integration tests: ours as by `make serve`, and vLLM's own as the baseline. All on loopback."""
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ MODEL = {"model": "demo-random", "served_model_name": "demo"}
 
 START_TIMEOUT_S = 420
 APP = "serve_app.app:build_app"
+SERVE = [sys.executable, "-m", "serve_app", "serve"]
+"""What `make serve` runs."""
 DEPLOYMENTS = ("Encoder", "Prefill", "Decode", "Ingress")
 RAY_ENV = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares",
@@ -38,8 +42,8 @@ RAY_ENV = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(1 << 30),
 }
 """What `make serve` sets."""
-OTHERS = re.compile("ray$|pymp-|torchinductor_")
-"""In the temporary folder: the logs of Ray's sessions, a socket of its dashboard, PyTorch's cache."""
+OTHERS = re.compile("ray$|pymp-|torchinductor_|epd-card-")
+"""In the temporary folder: the logs of Ray's sessions, a socket of its dashboard, PyTorch's cache, the lock of a card."""
 
 
 @dataclass
@@ -205,7 +209,7 @@ def serve_run(
     import_path: str = APP,
     application: dict[str, Any] | None = None,
 ) -> Iterator[Server]:
-    """Our application by `serve run`, as a user starts it; Ctrl-C at the end, and then no process, temporary file or
+    """Our application as `make serve` runs it; Ctrl-C at the end, and then no process, temporary file or
     shared memory of it may be left."""
     (port,) = free_ports(1)
     args = {"api": API, "ec": {"storage_path": str(folder / "ec")}} | args
@@ -213,11 +217,10 @@ def serve_run(
         del args["ec"]
     path = serve_config(folder, port, args, deployments, import_path, application)
     log = folder / "serve.log"
-    serve = str(Path(sys.executable).with_name("serve"))
     temp = tempfile.mkdtemp(prefix="epd-")  # a short path: sockets allow 107 bytes
     env = RAY_ENV | {"TMPDIR": temp} | (env or {})
     try:
-        with start([serve, "run", str(path)], port, log, env) as server:
+        with start([*SERVE, str(path)], port, log, env) as server:
             yield server
             shared = shared_memory(str(log))
         left = wait_gone(str(log))
@@ -226,6 +229,45 @@ def serve_run(
         assert not left, f"left behind after Ctrl-C: {left}"
     finally:
         kill_all(str(log))
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+@dataclass
+class Failed:
+    """A start that failed."""
+
+    status: int
+    output: str
+    ended_s: float
+    """From the first line that tells of the failure to the end."""
+    left: list[str]
+    """Processes and temporary files."""
+
+
+def serve_that_fails(folder: Path, args: dict[str, Any], within_s: float = 120) -> Failed:
+    """Our application as `make serve` runs it, until that ends by itself."""
+    (port,) = free_ports(1)
+    path, mark, temp = serve_config(folder, port, args, None), str(folder), tempfile.mkdtemp(prefix="epd-")
+    env = marked_environment(mark) | RAY_ENV | {"TMPDIR": temp, "PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
+    process = subprocess.Popen(
+        [*SERVE, str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=REPOSITORY, text=True
+    )
+    watchdog = threading.Timer(within_s, kill_all, [mark])
+    watchdog.start()
+    try:
+        lines, failed = [], math.inf
+        assert process.stdout
+        for line in process.stdout:
+            lines.append(line)
+            if any(word in line for word in ("failed to start", "CannotStart", "ConfigError")):
+                failed = min(failed, time.monotonic())
+        status = process.wait()
+        ended_s = time.monotonic() - failed
+        left = wait_gone(mark, 10) + [name for name in os.listdir(temp) if not OTHERS.match(name)]
+        return Failed(status, "".join(lines), ended_s, left)
+    finally:
+        watchdog.cancel()
+        kill_all(mark)
         shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -263,7 +305,8 @@ def engine_server(folder: Path, config: EPDConfig) -> Iterator[Server]:
     engine = engine_args(config, Stage.DECODE, model_path(config)) | API
     log = folder / "vllm.log"
     try:
-        with api_server(log, engine, replica_env(config, Stage.DECODE)) as server:
+        env = replica_env(config, Stage.DECODE) | {"VLLM_RPC_BASE_PATH": str(folder)}  # its sockets go with the folder
+        with api_server(log, engine, env) as server:
             yield server
     finally:
         kill_all(str(log))

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from serve_app.transfer import free_ports
 from tests.integration.answers import arriving, gather
@@ -21,7 +19,6 @@ from tests.integration.cases import chat, image, text
 from tests.integration.servers import (
     REPOSITORY,
     Server,
-    default_sigint,
     engine_pids,
     kill_all,
     marked_environment,
@@ -115,46 +112,6 @@ def test_engine_that_hangs_is_killed_with_its_replica_and_replaced(server: Serve
     assert server.post(*ASK).status_code == 200, "it waits for the one that comes"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
     assert not [process for process in below if process.is_running()]
-
-
-def test_no_gpu_where_one_is_asked_for_fails_at_once(tmp_path: Path) -> None:
-    config = {
-        "applications": [
-            {
-                "name": "epd",
-                "import_path": "serve_app.app:build_app",
-                "args": {"accelerator": "cuda", "model": "demo"},
-            }
-        ]
-    }
-    path = tmp_path / "serve_config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    mark = str(tmp_path)
-    try:
-        process = subprocess.Popen(
-            [BIN / "serve", "run", path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=marked_environment(mark),
-            cwd=REPOSITORY,
-            preexec_fn=default_sigint,
-        )
-        began = time.monotonic()
-        seen = ""
-        assert process.stdout
-        for line in process.stdout:
-            seen += line
-            if "`accelerator: cuda` needs GPUs and the Ray cluster has none" in line:
-                break
-        else:
-            pytest.fail(seen)
-        assert time.monotonic() - began < 60
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-        assert wait_gone(mark) == []
-    finally:
-        kill_all(mark)
 
 
 # ---- a cluster that is there already

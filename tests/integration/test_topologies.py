@@ -63,7 +63,9 @@ def test_kv_blocks_came_through_nixl(server: Server, topology: str) -> None:
     """Decode pulls the prompt's blocks and computes at most the last token of each prompt itself."""
     if "P+D" not in topology:
         pytest.skip("no prefill stage in this topology")
-    assert server.metric("vllm:nixl_bytes_transferred_count", stage="decode") > MANY
+    moved = server.metric("vllm:nixl_bytes_transferred_count", stage="decode")
+    assert server.metric("epd:kv_transfer_mb_per_s_count", stage="decode") == moved > MANY
+    assert "First KV blocks moved, between here and engine" in server.log.read_text(errors="replace")
     assert server.metric("vllm:nixl_num_failed_transfers_total") == 0
     requests = server.metric("vllm:request_success_total", stage="decode")
     computed = server.metric("vllm:prompt_tokens_by_source_total", stage="decode", source="local_compute")

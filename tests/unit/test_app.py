@@ -63,8 +63,8 @@ def test_ingress_needs_no_gpu_and_stages_claim_what_they_use(build: Build) -> No
     claims = {name: deployment.ray_actor_options for name, deployment in deployments.items()}
     assert {name: options.get("num_gpus") for name, options in claims.items()} == {
         "Ingress": None,
-        "Encoder": 0.1,
-        "Prefill": 0.9,
+        "Encoder": 0.15,
+        "Prefill": 0.85,
         "Decode": 1,
     }
     assert {options["num_cpus"] for options in claims.values()} == {1}
@@ -91,6 +91,15 @@ def test_environment_and_concurrency_of_a_stage_reach_its_deployment(build: Buil
     assert prefill.max_ongoing_requests == 7
     assert deployments["Decode"].max_ongoing_requests == 256
     assert deployments["Ingress"].max_ongoing_requests >= 256
+
+
+@pytest.mark.parametrize(("elastic", "starts"), [(False, 1), (True, constants.DEFAULT_CONSTRUCTOR_RETRY_COUNT)])
+def test_first_failure_is_the_last_where_no_other_node_may_do(build: Build, elastic: bool, starts: int) -> None:
+    deployments = build({"accelerator": "cpu"}, Cluster(gpus=0, cpus=8, elastic=elastic))
+    counts = {
+        name: deployment._deployment_config.max_constructor_retry_count for name, deployment in deployments.items()
+    }
+    assert counts == dict.fromkeys(["Ingress", "Encoder", "Prefill", "Decode"], starts)
 
 
 def test_labels_of_a_stage_reach_its_deployment(build: Build) -> None:

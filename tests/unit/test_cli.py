@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_app import cli
-from serve_app.__main__ import wait_ready
+from serve_app.__main__ import main, wait_ready
 
 
 def shown(table: Table) -> list[str]:
@@ -136,13 +136,21 @@ def test_answer_that_ends_early_is_shown_with_the_reason(end: bytes, words: str)
 
 
 def test_no_server_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    from serve_app.__main__ import main
-
     with pytest.MonkeyPatch.context() as patch:
         for command in (["status"], ["ask", "who?"]):
             patch.setattr("sys.argv", ["serve_app", *command, "--url", "http://127.0.0.1:9"])
             assert main() == 1
             assert "Start a server with `make serve`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "ready"])
+def test_config_that_is_not_there_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["serve_app", command, "nowhere.yaml"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.endswith("there is no nowhere.yaml\n")
 
 
 TYPES = """

@@ -97,7 +97,7 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
         ),
         ({"ec": {"extra_config": {"max_byte": 1}}}, ["`ec.extra_config.max_byte` is not known", "max_bytes"]),
         (
-            {"ec": NIXL, "encoder": {"engine_args": {"data_parallel_size": 2}}},
+            {"encoder": {"engine_args": {"data_parallel_size": 2}}},
             ["`data_parallel_size` of the encoder", "`num_replicas`"],
         ),
         (
@@ -137,6 +137,12 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
         ({"accelerator": "rocm"}, ["accelerator", "'cuda'"]),
         ({"request_timeout_s": 0}, ["request_timeout_s"]),
         ({"media": {"max_body_bytes": 1}}, ["media.max_body_bytes"]),
+        ({"encoder": {"engine_args": {"mm_tensor_ipc": "torch_shm"}}}, ["`mm_tensor_ipc: torch_shm`", "leave it out"]),
+        ({"media": {"limits": {"video": {"frames": 1}}}}, ["media.limits.video", "frames"]),
+        (
+            {"engine_args": {"enforce_eager": True, "compilation_config": {"cudagraph_mm_encoder": True}}},
+            ["`cudagraph_mm_encoder` has no effect", "`enforce_eager: true`"],
+        ),
         ({"encode": {"attempts": 0}}, ["encode.attempts", "greater than or equal to 1"]),
         ({"encode": {"timeout_s": 0}}, ["encode.timeout_s", "greater than 0"]),
         ({"encode": {"affinity_headroom": 0.9}}, ["encode.affinity_headroom", "greater than or equal to 1"]),
@@ -166,6 +172,7 @@ def test_mistake_is_refused_in_words_that_name_it(args: dict[str, Any], words: l
         {"decode": {"gpus_per_replica": 0, "engine_args": {"tensor_parallel_size": 2}}},
         {"decode": {"gpus_per_replica": 2, "devices": "0,1"}},
         {"decode": {"gpus_per_replica": 0.5, "devices": "1"}},
+        {"encoder": {"engine_args": {"mm_tensor_ipc": "torch_shm", "mm_processor_device": "cpu"}}},
         {"accelerator": "cuda", "ec": NIXL},
         {"ec": {**NIXL, "max_bytes": 4 << 30, "extra_config": {"consumer_ack_timeout_s": 5}}},
         {"ec": NIXL, "decode": {"engine_args": {"data_parallel_size": 2}}},

@@ -53,7 +53,14 @@ IMPORTS = [
     ("serve_app/client.py", "vllm.renderers:renderer_from_config"),
     ("serve_app/client.py", "vllm.renderers.inputs.preprocess:extract_prompt_components"),
     ("serve_app/client.py", "vllm.v1.engine.input_processor:InputProcessor.process_inputs"),
-    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.from_engine_args"),
+    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.from_vllm_config"),
+    ("serve_app/engine.py", "vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER"),
+    ("serve_app/card_memory.py", "ray._private.thirdparty.pynvml:nvmlDeviceGetMemoryInfo"),
+    ("serve_app/fit.py", "vllm.model_executor.model_loader:get_model_cls"),
+    ("serve_app/fit.py", "vllm.model_executor.models.interfaces:supports_encoder_cudagraph"),
+    ("serve_app/kv_layout.py", "vllm.distributed.kv_transfer.kv_connector.utils:get_current_attn_backends"),
+    ("serve_app/model_size.py", "vllm.multimodal.encoder_budget:MultiModalBudget"),
+    ("serve_app/model_size.py", "vllm.config:VllmConfig.is_mm_encoder_only"),
     ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.notify_kv_transfer_request_rejected"),
     ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.check_health"),
     ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.is_sleeping"),
@@ -97,7 +104,10 @@ IMPORTS = [
     ),
     ("serve_app/media_check.py", "vllm.multimodal.image:open_image"),
     ("serve_app/media_check.py", "vllm.multimodal.video_decoders.opencv:OpenCVVideoBackendMixin.open_video_capture"),
-    ("serve_app/ec_connector.py", "vllm.utils.gpu_sync_debug:gpu_sync_allowed"),
+    ("serve_app/ec_worker.py", "vllm.utils.gpu_sync_debug:gpu_sync_allowed"),
+    ("serve_app/ec_worker.py", "vllm.utils.platform_utils:is_pin_memory_available"),
+    ("serve_app/ec_worker.py", "vllm.distributed.parallel_state:model_parallel_is_initialized"),
+    ("serve_app/ec_worker.py", "vllm.distributed.parallel_state:get_pcp_group"),
     ("serve_app/ec_connector.py", "vllm.distributed.ec_transfer.ec_connector.metrics:ECConnectorPromMetrics.observe"),
     ("serve_app/placement.py", "ray._private.state:state.get_max_resources_from_cluster_config"),
     ("serve_app/routing.py", "ray.serve._private.common:ReplicaID.to_full_id_str"),
@@ -317,3 +327,82 @@ def test_pull_of_blocks_ends_before_a_request_counts_as_scheduled() -> None:
     scheduled = source.index("EngineCoreEventType.SCHEDULED", begun)
     assert "continue" in source[begun:scheduled], "deployments/decode.py: kv_s"
     assert "EngineCoreEventType.QUEUED" in inspect.getsource(Scheduler.add_request)
+
+
+NIXL_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.nixl"
+
+
+def test_transfers_are_looked_at_once_per_step_and_their_statistics_asked_for_next() -> None:
+    """What serve_app/kv_transport.py counts on, with both model runners and on the worker's half of the connector."""
+    for runner in ("vllm.v1.worker.kv_connector_model_runner_mixin", "vllm.v1.worker.gpu.kv_connector"):
+        text = inspect.getsource(importlib.import_module(runner))
+        looked, asked = text.index(".get_transfer_results("), text.index(".get_kv_connector_stats(")
+        assert looked < asked, f"serve_app/kv_transport.py: {runner}"
+    base = find(f"{NIXL_CONNECTOR}.connector:NixlBaseConnector")
+    assert "self.connector_worker.get_transfer_results()" in inspect.getsource(base.get_transfer_results)
+    assert "self.connector_worker.get_kv_connector_stats()" in inspect.getsource(base.get_kv_connector_stats)
+    assert list(parameters(base.__init__)) == ["self", "vllm_config", "role", "kv_cache_config"]
+    assert {"finished_sending", "finished_recving", "failed_recving"} <= fields(
+        find("vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorTransferResults")
+    )
+
+
+def test_a_pulled_request_names_the_engine_that_has_its_blocks_until_they_are_there() -> None:
+    worker = find(f"{NIXL_CONNECTOR}.base_worker:NixlBaseConnectorWorker")
+    assert "self._recving_transfers = " in inspect.getsource(worker.__init__), "serve_app/kv_transport.py: moving"
+    assert "self._recving_metadata.pop(req_id" in inspect.getsource(worker.get_transfer_results)
+    assert "self._sending_transfers = " in inspect.getsource(
+        find(f"{NIXL_CONNECTOR}.push_worker:NixlPushConnectorWorker.__init__")
+    )
+    assert "remote" in fields(find(f"{NIXL_CONNECTOR}.metadata:ReqMeta"))
+    assert {"engine_id", "host"} <= fields(find(f"{NIXL_CONNECTOR}.metadata:RemoteMeta"))
+
+
+def test_nixl_tells_bytes_and_microseconds_of_a_transfer() -> None:
+    """serve_app/kv_transport.py makes MB/s of them; from post to the look that found it done."""
+    text = inspect.getsource(find(f"{NIXL_CONNECTOR}.stats:NixlKVConnectorStats.record_transfer"))
+    assert '["transfer_duration"].append(res.xferDuration / 1e6)' in text
+    assert '["bytes_transferred"].append(res.totalBytes)' in text
+    done = inspect.getsource(find(f"{NIXL_CONNECTOR}.base_worker:NixlBaseConnectorWorker._pop_done_transfers"))
+    assert done.index("check_xfer_state") < done.index("get_xfer_telemetry") < done.index("release_xfer_handle")
+
+
+def test_a_connectors_metrics_are_made_by_its_class() -> None:
+    """`build_prom_metrics`, with positional arguments (serve_app/kv_transport.py) and with the classes of the logger."""
+    text = inspect.getsource(find("vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm.__init__"))
+    assert "connector_cls.build_prom_metrics(\n                vllm_config,\n                metric_types,\n" in text
+
+
+def test_the_variables_that_a_slow_hand_off_is_told_to_set_are_those_of_this_ucx() -> None:
+    """In NIXL's wheels; UCX does not fail for one that it does not know."""
+    folder = Path(importlib.import_module("nixl").__file__ or "").parents[1]
+    libraries = list(folder.glob("nixl_cu1[23].libs/ucx/libuct_cuda.so*"))
+    assert libraries, "serve_app/kv_transport.py: SLOW"
+    for library in libraries:
+        data = library.read_bytes()
+        assert b"\0CUDA_IPC_\0" in data and b"\0ENABLE_GET_ZCOPY\0" in data, library
+        (protocols,) = library.parents[1].glob("libucp-*.so*")
+        assert b"\0PROTO_INFO\0" in protocols.read_bytes(), protocols
+
+
+def test_items_are_prepared_on_a_card_by_the_two_arguments_that_are_refused() -> None:
+    """`auto` is the card in an encode-only engine with this transport, and nowhere else (``config._encoder_can_do``)."""
+    text = inspect.getsource(find("vllm.config:VllmConfig._resolve_mm_processor_device"))
+    assert 'mm_tensor_ipc != "torch_shm"' in text and "is_encode_only" in text
+    assert {"mm_tensor_ipc", "mm_processor_device"} <= fields(find("vllm.engine.arg_utils:AsyncEngineArgs"))
+    assert find("vllm.config.multimodal:MultiModalConfig").mm_tensor_ipc == "direct_rpc"
+
+
+def test_a_layout_of_kv_blocks_is_what_nixl_compares() -> None:
+    """``kv_layout.layout_of`` hashes as a worker does, which takes the backend of its layers where there are any."""
+    worker = find("vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker:NixlBaseConnectorWorker")
+    text = inspect.getsource(worker.register_kv_caches)
+    assert "compute_nixl_compatibility_hash(" in text and "self.backend_name" in text
+    assert "get_current_attn_backends(vllm_config)" in inspect.getsource(worker.__init__)
+
+
+def test_only_an_engine_with_a_kv_cache_measures_what_it_may_take() -> None:
+    """``card_memory``: an encoder is bounded by nothing of vLLM's, and others by a KV cache of their share."""
+    core = inspect.getsource(find("vllm.v1.engine.core:EngineCore._initialize_kv_caches"))
+    assert core.index("has_kv_cache") < core.index("determine_available_memory")
+    assert find("vllm.config:CacheConfig").gpu_memory_utilization == find("serve_app.fit:WHOLE")

@@ -249,6 +249,8 @@ def test_the_table_of_gpus_has_the_shares() -> None:
         (row,) = re.findall(rf"^\| {['one GPU', 'two GPUs'][gpus - 1]} \|.*$", section("GPUs"), re.MULTILINE)
         for stage, share in shares.items():
             assert f"{stage} {share:g}" in row
+    of_40_gb = resolve(EPDConfig(), Cluster(1, 16, card_gib=39.4)).config.stages.values()
+    assert "of 40 GB " + ", ".join(f"{config.gpus_per_replica:g}" for config in of_40_gb) in section("GPUs")
 
 
 def test_no_path_of_one_machine() -> None:

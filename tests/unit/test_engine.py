@@ -99,7 +99,8 @@ class FakeLLM:
 
 
 def stage_engine(monkeypatch: pytest.MonkeyPatch, llm: FakeLLM, hang_timeout_s: float) -> StageEngine:
-    monkeypatch.setattr("serve_app.engine.AsyncLLM.from_engine_args", lambda *_, **__: llm)
+    monkeypatch.setattr("serve_app.engine.engine_config", lambda _: None)
+    monkeypatch.setattr("serve_app.engine.AsyncLLM.from_vllm_config", lambda *_, **__: llm)
     return StageEngine(Stage.DECODE, {"model": "m"}, hang_timeout_s=hang_timeout_s)
 
 

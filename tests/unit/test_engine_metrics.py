@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY, generate_latest
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
@@ -70,6 +71,17 @@ def test_samples_have_serves_labels(decode_vllm_config: Any, told: Told) -> None
     assert {tags["engine"] for name, tags, _ in told.samples if name == "vllm_num_requests_running"} == {"0"}
 
 
+def test_speed_of_kv_transfers_is_told_beside_vllms_metrics_of_them(decode_vllm_config: Any, told: Told) -> None:
+    moved = {name: [] for name in NixlKVConnectorStats().data} | {
+        "bytes_transferred": [100_000_000],
+        "transfer_duration": [0.25],
+    }
+    scheduled = SchedulerStats(kv_connector_stats=moved)
+    RayStatLogger(decode_vllm_config, [0]).record(scheduled, IterationStats())
+    assert told.values("vllm_nixl_bytes_transferred") == [100_000_000]
+    assert told.values("epd_kv_transfer_mb_per_s", deployment="Decode", replica="d1") == [400]
+
+
 def test_labels_are_those_of_the_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(app_name="epd", deployment="Prefill", replica_tag="p1")
     monkeypatch.setattr("ray.serve.get_replica_context", lambda: context)
@@ -89,8 +101,9 @@ def test_engine_tells_ray_where_that_is_on_and_statistics_are(
     monkeypatch: pytest.MonkeyPatch, in_ray: bool, args: dict[str, Any], loggers: Any
 ) -> None:
     asked: list[Any] = []
+    monkeypatch.setattr("serve_app.engine.engine_config", lambda _: None)
     monkeypatch.setattr(
-        "serve_app.engine.AsyncLLM.from_engine_args", lambda _, stat_loggers: asked.append(stat_loggers)
+        "serve_app.engine.AsyncLLM.from_vllm_config", lambda _, stat_loggers, **__: asked.append(stat_loggers)
     )
     StageEngine(Stage.DECODE, {"model": "m"} | args, in_ray)
     ((own, *others),) = asked

@@ -6,6 +6,7 @@ import pytest
 from serve_app.config import Stage
 from serve_app.errors import (
     BadRequest,
+    CannotStart,
     ConfigError,
     EngineDead,
     EPDError,
@@ -30,7 +31,7 @@ PLAIN = sorted(
 
 def test_all_errors_are_here() -> None:
     assert {StageError, HandoffLost, StageTimeout, StageUnavailable} <= set(STAGE_ERRORS)
-    assert {EPDError, ConfigError, BadRequest, Overloaded} == set(PLAIN)
+    assert {EPDError, ConfigError, CannotStart, BadRequest, Overloaded} == set(PLAIN)
 
 
 @pytest.mark.parametrize("cls", STAGE_ERRORS)

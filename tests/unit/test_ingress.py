@@ -1,6 +1,7 @@
 """deployments.ingress: what it tells of the stages, as Serve's controller and the replicas tell it."""
 
 import asyncio
+import math
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ from ray import serve
 
 from deployments import ingress
 from deployments.ingress import Ingress
-from serve_app.config import Stage
+from serve_app.config import EPDConfig, Stage
+from serve_app.errors import CannotStart, StageUnavailable
+from serve_app.kv_layout import KVLayout
 from tests.fakes import FakeStage
 
 pytestmark = pytest.mark.filterwarnings(
@@ -26,8 +29,8 @@ def made() -> Any:
     return one
 
 
-def deployment(status: str, **replicas: int) -> Any:
-    return SimpleNamespace(status=SimpleNamespace(value=status), replica_states=replicas)
+def deployment(status: str, message: str = "", **replicas: int) -> Any:
+    return SimpleNamespace(status=SimpleNamespace(value=status), message=message, replica_states=replicas)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,58 @@ def test_encoders_on_their_way_from_or_to_none_keep_nothing_from_being_served(
     """A load balancer would take text away from a service whose encoder is loading its model."""
     states = [asyncio.run(made()._state(stage, deployment(status, STARTING=1))) for stage in Stage]
     assert states == [encoder, others, others]
+
+
+def test_stage_that_cannot_start_says_why() -> None:
+    message = (
+        "A replica failed to start with exception. Retrying. Error:\nserve_app.errors.CannotStart: decode cannot: no.\n"
+    )
+    state = asyncio.run(made()._state(Stage.DECODE, deployment("UNHEALTHY", message)))
+    assert state == "no replica (UNHEALTHY): decode cannot: no."
+
+
+def test_ingress_whose_stages_take_too_long_says_which() -> None:
+    one = made()
+    one._config = EPDConfig(startup_timeout_s=0.01)
+    one._probing, one._health = asyncio.Lock(), (math.inf, {Stage.DECODE: "no replica (UPDATING)"})
+    with pytest.raises(CannotStart, match=r"`startup_timeout_s: 0.01`: decode: no replica \(UPDATING\)"):
+        asyncio.run(one._stages_ready())
+
+
+HOPPER = KVLayout("a", "FLASH_ATTN", "NVIDIA H100")
+BLACKWELL = KVLayout("b", "FLASHINFER", "NVIDIA B200")
+DEAD = StageUnavailable(Stage.PREFILL, "died")
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "args", "refused"),
+    [
+        ([HOPPER, HOPPER], [HOPPER], {}, False),
+        ([HOPPER, BLACKWELL], [HOPPER], {}, True),
+        ([DEAD, BLACKWELL], [HOPPER], {}, True),
+        ([DEAD], [HOPPER], {}, False),
+        (DEAD, [HOPPER], {}, False),
+        ([BLACKWELL], [HOPPER], {"kv": {"connector": "Mine", "module_path": "mine"}}, False),
+    ],
+)
+def test_ingress_does_not_start_where_decode_could_not_take_prefills_blocks(
+    prefill: Any, decode: Any, args: dict[str, Any], refused: bool
+) -> None:
+    def stage(of: Stage, replies: Any) -> FakeStage:
+        async def kv_layout() -> list[Any]:
+            if isinstance(replies, Exception):
+                raise replies
+            return list(replies)
+
+        return FakeStage(of, kv_layout=kv_layout)
+
+    one = made()
+    one._config = EPDConfig(**args)
+    one._stages = {Stage.PREFILL: stage(Stage.PREFILL, prefill), Stage.DECODE: stage(Stage.DECODE, decode)}
+    if not refused:
+        return asyncio.run(one._stages_agree())
+    with pytest.raises(CannotStart, match="NVIDIA B200, FLASHINFER"):
+        asyncio.run(one._stages_agree())
 
 
 def test_controller_that_is_away_takes_one_thread_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """deployments: what the replicas of the stages have in common; no engine is started."""
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -13,14 +14,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from vllm import SamplingParams
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from deployments._replica import EngineReplica, alone_on
+from deployments._replica import PORT_TRIES, EngineReplica, alone_on, started
 from deployments.decode import Decode
 from deployments.encoder import Encoder
 from deployments.prefill import Prefill
+from serve_app import engine
+from serve_app.config import EPDConfig
+from serve_app.errors import CannotStart, ConfigError
 from serve_app.handoff import READ_S, Prompt, StageRequest
+from serve_app.start_failure import EngineFailed
+from serve_app.transfer import side_channel_env
 from serve_app.workload import HELP, Meter
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'EngineReplica.__del__' was never awaited")  # Serve awaits it
@@ -89,6 +96,42 @@ def test_encoder_waits_for_what_others_pull_from_it_and_not_for_files() -> None:
 
 def test_replica_whose_engine_never_started_goes_at_once() -> None:
     asyncio.run(leave(object.__new__(CLASSES["Decode"])))
+
+
+@pytest.mark.parametrize(
+    ("failures", "tries"),
+    [([], 1), (["Address already in use"], 2), (["Address already in use"] * 9, PORT_TRIES), (["No memory"] * 9, 1)],
+)
+def test_engine_starts_again_with_other_ports_where_its_were_taken(
+    monkeypatch: pytest.MonkeyPatch, failures: list[str], tries: int
+) -> None:
+    ports: list[str] = []
+
+    class Engine:
+        def __init__(self, stage: str) -> None:
+            ports.append(os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"])
+            if len(ports) <= len(failures):
+                raise EngineFailed([f"OSError: {failures[len(ports) - 1]}"])
+
+    monkeypatch.setattr(engine, "StageEngine", Engine)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    for name in side_channel_env("127.0.0.1"):
+        monkeypatch.setenv(name, "")
+    if len(failures) < tries:
+        assert isinstance(started("decode"), Engine)
+    else:
+        with pytest.raises(EngineFailed):
+            started("decode")
+    assert len(set(ports)) == len(ports) == tries
+
+
+def test_replica_that_does_not_start_raises_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: EngineReplica, config: EPDConfig) -> None:
+        raise ConfigError("`x` is wrong: use `y`")
+
+    monkeypatch.setattr(EngineReplica, "_start", start)
+    with pytest.raises(CannotStart, match="encoder cannot start: `x` is wrong: use `y`"):
+        CLASSES["Encoder"](EPDConfig())
 
 
 STARTS = """

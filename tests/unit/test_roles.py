@@ -22,7 +22,7 @@ def on_gpus(**args: Any) -> EPDConfig:
 @pytest.mark.parametrize("stage", list(Stage))
 def test_stage_beats_shared_beats_role_beats_device(stage: Stage) -> None:
     key = "max_num_batched_tokens"
-    default = 114688 if stage is Stage.ENCODER else None
+    default = 16384 if stage is Stage.ENCODER else None
     assert engine_args(on_cpu(), stage, "m").get(key) == default
     assert engine_args(on_cpu(engine_args={key: 1}), stage, "m")[key] == 1
     both = on_cpu(engine_args={key: 1}, **{stage.value: {"engine_args": {key: 2}}})
@@ -38,10 +38,9 @@ def test_demo_defaults_yield_to_the_users_and_are_only_the_demos() -> None:
     assert "max_model_len" not in other and "dtype" not in other
 
 
-def test_encoder_runs_eager_without_prefix_cache_and_with_a_large_budget() -> None:
+def test_encoder_runs_eager_without_prefix_cache() -> None:
     args = engine_args(on_gpus(), Stage.ENCODER, "m")
     assert (args["enforce_eager"], args["enable_prefix_caching"]) == (True, False)
-    assert args["max_num_batched_tokens"] >= 100_000
     assert args["ec_transfer_config"]["ec_role"] == "ec_producer"
     assert "kv_transfer_config" not in args
 
@@ -158,6 +157,51 @@ def test_dynamo_is_off_where_the_engine_is_eager() -> None:
     config = on_cpu(decode={"engine_args": {"enforce_eager": False}})
     assert replica_env(config, Stage.PREFILL)["TORCHDYNAMO_DISABLE"] == "1"
     assert "TORCHDYNAMO_DISABLE" not in replica_env(config, Stage.DECODE)
+
+
+def test_encoder_whose_cuda_graphs_are_asked_for_is_not_eager() -> None:
+    asked = {"compilation_config": {"cudagraph_mm_encoder": True}}
+    assert engine_args(on_gpus(encoder={"engine_args": asked}), Stage.ENCODER, "m")["enforce_eager"] is False
+    assert engine_args(on_gpus(engine_args=asked), Stage.ENCODER, "m")["enforce_eager"] is False
+
+
+def on_one_card(**args: Any) -> EPDConfig:
+    return resolve(EPDConfig(**args), Cluster(1, 64)).config
+
+
+def test_engines_on_one_card_get_shares_of_its_memory_and_a_cap() -> None:
+    config = on_one_card()
+    shares = [engine_args(config, stage, "m", 80.0)["gpu_memory_utilization"] for stage in Stage]
+    caps = [replica_env(config, stage, 80.0)["PYTORCH_ALLOC_CONF"] for stage in Stage]
+    assert shares == [0.143, 0.397, 0.397]  # claims of 0.15 and 0.425, less 0.5 GiB of context, less 5 % of the latter
+    assert caps == [f"per_process_memory_fraction:{cap}" for cap in (0.143, 0.418, 0.418)]
+    assert not any("gpu_memory_utilization" in engine_args(on_gpus(), stage, "m", 80.0) for stage in Stage)
+    assert not any("PYTORCH_ALLOC_CONF" in replica_env(on_gpus(), stage, 80.0) for stage in (*Stage, None))
+
+
+def test_own_share_of_the_memory_wins_and_is_never_above_the_cap() -> None:
+    own = {"engine_args": {"gpu_memory_utilization": 0.3}}
+    decode = own | {"gpus_per_replica": 0.6}
+    config = on_one_card(prefill=own | {"gpus_per_replica": 0.3}, decode=decode, encoder={"gpus_per_replica": 0.1})
+    assert engine_args(config, Stage.PREFILL, "m", 24.0)["gpu_memory_utilization"] == 0.3
+    assert replica_env(config, Stage.PREFILL, 24.0)["PYTORCH_ALLOC_CONF"] == "per_process_memory_fraction:0.3"
+
+
+def test_kv_blocks_are_read_from_other_cards_without_nvlink() -> None:
+    key = "UCX_CUDA_IPC_ENABLE_GET_ZCOPY"
+    assert [replica_env(on_gpus(), stage).get(key) for stage in (*Stage, None)] == ["on", "on", "on", None]
+    assert not any(key in replica_env(on_cpu(), stage) for stage in Stage)
+
+
+def test_ingress_needs_no_card() -> None:
+    assert replica_env(on_gpus(), None)["VLLM_TARGET_DEVICE"] == "cpu"
+    assert not any("VLLM_TARGET_DEVICE" in replica_env(on_gpus(), stage) for stage in Stage)
+
+
+def test_limits_of_media_reach_vllm_as_they_are() -> None:
+    limits = {"image": 3, "video": {"count": 1, "num_frames": 16}}
+    args = engine_args(on_gpus(media={"limits": limits}), Stage.DECODE, "m")
+    assert args["limit_mm_per_prompt"] == limits
 
 
 def test_only_the_demo_model_is_kept_off_the_network() -> None:

@@ -97,6 +97,7 @@ def test_registering_again_is_harmless(caplog: pytest.LogCaptureFixture) -> None
     assert not caplog.records
 
 
+@pytest.mark.usefixtures("cpu_torch")
 def test_failure_is_logged_and_torch_still_imports() -> None:
     broken = (
         "import importlib.util as u; find = u.find_spec\n"
@@ -128,6 +129,7 @@ def test_torchaudio_imports_and_resamples() -> None:
     assert run_python(code).strip() == "(1, 800)"
 
 
+@pytest.mark.usefixtures("cpu_torch")
 def test_torchcodec_counts_as_not_installed() -> None:
     code = (
         "import torch, importlib.util\n"

@@ -2,12 +2,12 @@
 
 import shutil
 import socket
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serve_app import ec_folder
 from serve_app.config import SIDE_CHANNEL_ENV, Accelerator, EPDConfig, Stage
 from serve_app.errors import ConfigError
 from serve_app.transfer import (
@@ -65,10 +65,16 @@ def test_our_folder_connector_is_loaded_from_our_module() -> None:
     }
 
 
-def test_every_stage_uses_the_same_folder() -> None:
+@pytest.mark.parametrize(("room", "max_bytes"), [(0, 8 << 30), (2 << 30, 2 << 30)], ids=["disk", "memory"])
+def test_every_stage_uses_the_same_folder(monkeypatch: pytest.MonkeyPatch, room: int, max_bytes: int) -> None:
+    """In memory its bound is what there is room for, and the last engine removes it."""
+    monkeypatch.setattr(ec_folder, "room_in_memory", lambda: room)
     settings = [ec_transfer_config(EPDConfig(), stage) for stage in Stage]
-    folders = {s["ec_connector_extra_config"]["shared_storage_path"] for s in settings if s}
-    assert folders == {str(Path(tempfile.gettempdir()) / "epd-ec-cache")} == {str(storage_path(EPDConfig()))}
+    extras = [s["ec_connector_extra_config"] for s in settings if s]
+    assert extras[0] == extras[1] == extras[2]
+    assert extras[0]["shared_storage_path"] == str(storage_path(EPDConfig()))
+    assert extras[0]["max_bytes"] == max_bytes
+    assert extras[0].get("in_memory", False) is bool(room)
 
 
 def test_vllms_own_folder_connector_needs_no_module() -> None:
@@ -157,7 +163,7 @@ def test_kv_connector_is_the_configured_one() -> None:
     settings = kv_transfer_config(EPDConfig(kv={"connector": "NixlPushConnector"}), Stage.PREFILL)
     assert settings is not None
     assert settings["kv_connector"] == "NixlPushConnector"
-    assert "kv_connector_module_path" not in settings
+    assert settings["kv_connector_module_path"] == "serve_app.kv_transport"
 
 
 def test_free_ports_are_distinct_and_can_be_bound_together() -> None:

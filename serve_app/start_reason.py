@@ -1,0 +1,104 @@
+"""An engine's failure to start as one sentence, with what to do if that is known: pure functions of exceptions and texts."""
+
+import re
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+SHARE = (
+    "give the stage more memory (`gpus_per_replica`, `gpu_memory_utilization`, `kv_cache_memory_bytes` if it is set)"
+)
+
+KNOWN: list[tuple[str, str]] = [
+    (
+        r"out of memory\. Tried to allocate ([\d.]+ \w+)",
+        "the card's memory is not enough: {1} more were asked for and not there. Lower `max_model_len` or "
+        "`max_num_batched_tokens`, or {share}",
+    ),
+    (
+        r"out of memory",
+        "the card's memory is not enough. Lower `max_model_len` or `max_num_batched_tokens`, or {share}",
+    ),
+    (
+        r"No available memory for the cache blocks",
+        "weights and working memory leave nothing of its share for the KV cache. Lower `max_model_len`, set `media.limits: "
+        "{{video: 0}}` where no videos come, or {share}",
+    ),
+    (
+        r"max seq len \((\d+)\), \(([\d.]+) GiB KV cache is needed.*?\(([\d.]+) GiB\)(?:.*?length is (\d+))?",
+        "a request of `max_model_len: {1}` needs {2} GiB of KV cache and {3} GiB are left. Set `max_model_len` to {4} or "
+        "less, or {share}",
+    ),
+    (
+        r"Free memory on device \S+ \(([\d.]+)/[\d.]+ GiB\).*?\(([\d.]+), ([\d.]+) GiB\)",
+        "`gpu_memory_utilization: {2}` means {3} GiB of the card, and {1} GiB are free. End what else uses the card, or "
+        "lower it",
+    ),
+    (
+        r"gated repo|GatedRepo|401 Client Error|403 Client Error",
+        "`model: {model}` asks for a login. Accept its terms, and set HF_TOKEN where Ray starts",
+    ),
+    (
+        r"outgoing traffic has been disabled|offline mode is enabled",
+        "`model: {model}` is not on this node, and HF_HUB_OFFLINE forbids to fetch it",
+    ),
+    (
+        r"couldn't connect to|MaxRetryError|ConnectionError|ConnectError",
+        "`model: {model}` is not on this node, and where it would be fetched does not answer",
+    ),
+    (
+        r"Invalid repository ID or local directory|Repo id must|is not a valid model identifier|Repository Not Found",
+        "`model: {model}` is neither a folder with a model on this node nor the name of one that can be fetched",
+    ),
+    (
+        r"TypeError: ('[<>]=?' not supported between [^\n]*)",
+        "a value in its `engine_args` is of the wrong type: {1}",
+    ),
+    (
+        r"Failed core proc\(s\): \{[^}]*: -9",
+        "its engine's process was killed, as the kernel does where the machine's memory is not enough",
+    ),
+    (
+        r"(?:Engine core|WorkerProc) initialization failed",
+        "its engine's process ended, for a reason that is in vLLM's log above",
+    ),
+]
+"""Pattern, and what it means; the first that matches counts. ``{1}``: the pattern's first group."""
+
+
+def causes(error: BaseException | None) -> list[str]:
+    """An exception and its causes, outermost first, as ``Type: message``."""
+    found: list[str] = []
+    while error is not None and len(found) < 8:
+        found.append(f"{type(error).__name__}: {message(error)}")
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return found
+
+
+def message(error: BaseException) -> str:
+    """Of pydantic's long ones what is wrong with which key."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    mistake = error.errors(include_url=False)[0]  # the others are mostly the other types that a value might have had
+    text = mistake["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if not mistake["loc"]:
+        return text
+    return f"`{mistake['loc'][0]}: {str(mistake['input'])[:80]}`: {text[:1].lower()}{text[1:]}"
+
+
+def reason(errors: Sequence[str], model: str) -> str:
+    """One sentence, or two where the second says what to do, without the full stop. ``errors``: as of ``causes``."""
+    text = "\n".join(errors)
+    for pattern, words in KNOWN:
+        if (match := re.search(pattern, text, re.DOTALL)) is not None:
+            groups = match.groups(default="a smaller number")
+            return words.format(match[0], *groups, model=model, share=SHARE)
+    kind, _, said = errors[0].partition(": ")
+    first = re.split(r"(?<=[.!?])\s+(?=[A-Z])|\n", said.strip(), maxsplit=1)[0].rstrip(".")
+    return first if first and kind in ("ValueError", "ValidationError") else f"{kind}: {first}".removesuffix(": ")
+
+
+def sentence(status: str) -> str | None:
+    """Ours in what Ray Serve says of an application or a deployment: a traceback that ends with it."""
+    found = re.findall(r"^serve_app\.errors\.(?:CannotStart|ConfigError): (.*(?:\n  .*)*)", status, re.MULTILINE)
+    return found[-1].rstrip() if found else None
