@@ -89,10 +89,10 @@ def parameters(hf_config: Any) -> tuple[int, int]:
     try:
         with torch.device("meta"):
             model = made(hf_config)
-    except Exception:  # a config that only vLLM understands
+        model.tie_weights()
+        text = [model.get_decoder(), model.get_output_embeddings()]
+    except Exception:  # a config that only vLLM understands, a model without a decoder
         return 0, 0
-    model.tie_weights()
-    text = [model.get_decoder(), model.get_output_embeddings()]
     language = {id(weight) for part in text if part is not None for weight in part.parameters()}
     counts = {id(weight): weight.numel() for weight in model.parameters()}
     return sum(counts.values()), sum(count for key, count in counts.items() if key not in language)

@@ -153,8 +153,8 @@ class Cluster:
         return [(" ".join(process.cmdline()) or process.name()).strip()[:80] for process in marked_processes(self.mark)]
 
     def engines(self) -> list[str]:
-        """Names of the engine processes of this cluster."""
-        return [name for name in self.names() if name.startswith("VLLM")]
+        """Names of the engine processes of this cluster; now and then one keeps that of the program it is spawned as."""
+        return [name for name in self.names() if name.startswith("VLLM") or "multiprocessing.spawn" in name]
 
     def status(self) -> str:
         """Of applications, deployments and replicas."""
