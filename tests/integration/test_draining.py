@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import requests
+from prometheus_client import REGISTRY
 
 from serve_app.config import EPDConfig, Stage
 from serve_app.handoff import Prompt, StageRequest, prefill_params
@@ -72,6 +73,7 @@ def test_a_prefill_engine_says_what_it_holds_until_the_lease_is_over(monkeypatch
 
         from serve_app.engine import StageEngine
 
+        before = set(REGISTRY._collector_to_names)
         engine = StageEngine(Stage.PREFILL, args)
         try:
             assert not engine.holds_blocks
@@ -87,6 +89,8 @@ def test_a_prefill_engine_says_what_it_holds_until_the_lease_is_over(monkeypatch
             assert time.monotonic() - began > LEASE_S / 2
         finally:
             engine.shutdown()
+            for collector in set(REGISTRY._collector_to_names) - before:  # of this process, which goes on
+                REGISTRY.unregister(collector)
 
     asyncio.run(main())
 
