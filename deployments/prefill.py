@@ -18,6 +18,7 @@ class Prefill(EngineReplica):
         """Run the prompt; its blocks stay until decode has pulled them or the lease ends."""
         from serve_app.engine import queue_s
 
+        self.refuse_other(request.version)
         began = time.perf_counter()
         with self.work.call(len(request.prompt.token_ids)) as call:
             output = await self.engine.final(request)
@@ -34,7 +35,12 @@ class Prefill(EngineReplica):
             ran_s,
             ec_s,
             self.node,
+            self.version,
         )
+
+    async def renew(self, request_ids: list[str]) -> set[str]:
+        """Begin the leases of hand-offs anew. Returns those whose leases have ended."""
+        return await self.engine.renew_leases(request_ids)
 
     def holds(self) -> bool:
         """Blocks that decode has not pulled; the engine frees those that nobody pulls when their lease is over."""

@@ -102,11 +102,12 @@ def check_fit(config: EPDConfig, stage: Stage, demand: Demand, card_gib: float, 
     )
 
 
-def room_of(stage: Stage, claimed: float, card_gib: float, utilization: float) -> float:
-    """The fraction of its card that an engine may use."""
-    if stage is Stage.ENCODER and claimed < 1:
-        return share_of(stage, claimed, card_gib).cap
-    return utilization if stage is not Stage.ENCODER else WHOLE
+def room_of(stage: Stage, claimed: float, card_gib: float, utilization: float | None = None) -> float:
+    """The fraction of its card that an engine may use. ``utilization``: its own, or None for what it gets by itself."""
+    share = share_of(stage, claimed, card_gib)
+    if stage is Stage.ENCODER:
+        return share.cap if claimed < 1 else WHOLE
+    return utilization or (share.utilization if claimed < 1 else WHOLE)
 
 
 def alternatives(config: EPDConfig, stage: Stage, demand: Demand, card_gib: float, room: float) -> list[str]:
@@ -116,10 +117,7 @@ def alternatives(config: EPDConfig, stage: Stage, demand: Demand, card_gib: floa
     if config.prefill is not None and claimed < 1 and stage is not Stage.ENCODER:
         left = [each for each in config.stages if each is not Stage.PREFILL]
         alone = shares_of_one(left, card_gib)[Stage.DECODE]
-        if (
-            demand.bytes
-            <= (share_of(Stage.DECODE, alone, card_gib).utilization if alone < 1 else WHOLE) * card_gib * GIB
-        ):
+        if demand.bytes <= room_of(Stage.DECODE, alone, card_gib) * card_gib * GIB:
             found.append("`prefill: null` (decode prefills)")
     limit = room * card_gib * GIB
     length = 1 << (demand.max_model_len - 1).bit_length() - 1
@@ -130,8 +128,8 @@ def alternatives(config: EPDConfig, stage: Stage, demand: Demand, card_gib: floa
     if "video" in demand.tokens_per_item and demand.without("video").bytes <= limit:
         found.append("`media: {limits: {video: 0}}`")
     for name, gib in CARDS_GIB.items():
-        of_that = getattr(share_of(stage, claimed, gib), "cap" if stage is Stage.ENCODER else "utilization")
-        if gib > card_gib and demand.bytes <= (of_that if claimed < 1 else room) * gib * GIB:
+        of_that = room_of(stage, claimed, gib) if claimed < 1 else room
+        if gib > card_gib and demand.bytes <= of_that * gib * GIB:
             found.append(f"a card of {name} GB")
             break
     return found

@@ -5,9 +5,13 @@ about 0.5 GB/s: 0.2 s more to the first token of a 100 MB prompt, and nothing fa
 (decode's where it pulls, prefill's where it pushes) logs the first hand-off of each peer and warns once of slow ones, and
 vLLM's statistics of every transfer get a histogram of MB/s. NIXL does not tell what UCX took; UCX does, see ``SLOW``.
 
+Engines of two versions do not connect: see ``register_kv_caches``.
+
 vLLM loads the classes by ``kv_connector_module_path``, under the names that its own checks know.
 """
 
+import dataclasses
+import hashlib
 import math
 import time
 from dataclasses import dataclass
@@ -20,6 +24,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as nixl
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlPromMetrics
 from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
+
+from serve_app.kv_lease import LeasePullConnector, LeasePushConnector
+from serve_app.transfer import VERSION_KEY
 
 logger = init_logger("vllm." + __name__)
 
@@ -164,15 +171,24 @@ class _Watched(nixl.NixlBaseConnector):
         )
         return stats
 
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """vLLM hashes here what two engines must agree on, and tells it to others. It knows the model by its name alone."""
+        super().register_kv_caches(kv_caches)
+        worker: Any = self.connector_worker
+        version = self.kv_transfer_config.get_from_extra_config(VERSION_KEY, "")
+        worker.compat_hash = hashlib.sha256(f"{worker.compat_hash} {version}".encode()).hexdigest()
+        told = dataclasses.replace(worker.xfer_handshake_metadata, compatibility_hash=worker.compat_hash)
+        worker.xfer_handshake_metadata = told
+
     @classmethod
     def build_prom_metrics(cls, *args: Any) -> PromMetrics:
         return PromMetrics(*args)
 
 
-class NixlPullConnector(_Watched, nixl.NixlPullConnector): ...
+class NixlPullConnector(_Watched, LeasePullConnector): ...
 
 
-class NixlPushConnector(_Watched, nixl.NixlPushConnector): ...
+class NixlPushConnector(_Watched, LeasePushConnector): ...
 
 
 NixlConnector = NixlPullConnector

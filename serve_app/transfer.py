@@ -25,16 +25,14 @@ EC_CLASSES = {
 KV_MODULES = dict.fromkeys(("NixlConnector", "NixlPullConnector", "NixlPushConnector"), "serve_app.kv_transport")
 """Connectors in the config that are classes of ours, of vLLM's names."""
 
+VERSION_KEY = "epd_version"
+"""In the extra config of a connector of ours: what its engine was started from (``fingerprint.py``)."""
+
 PORTS = range(20_000, 30_000)
 """Of the side channels. An engine binds its port seconds after its replica chose it: from here neither the kernel (32768 on)
 nor Ray's workers (to 19999) nor Kubernetes (node ports, 30000 on) give it away meanwhile."""
 
 KV_ROLE = {Stage.PREFILL: "kv_producer", Stage.DECODE: "kv_consumer"}
-
-
-def storage_path(config: EPDConfig) -> Path:
-    """The folder of the encoder cache. On several nodes it has to be a shared one."""
-    return folder_of(config).path
 
 
 def ec_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None:

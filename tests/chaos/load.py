@@ -1,39 +1,35 @@
 """Steady mixed load, what became of each request, and clients that leave."""
 
-import json
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import requests
 
+from tests.integration.answers import differences, events, gather, reduce
 from tests.integration.cases import CASES, MANY, Case, chat, image, one_of_many, text
 from tests.integration.servers import Server
 
 DEADLINE_S = 60.0
-TEXTS = ("text", "text of many blocks")
-IMAGES = ("1 image", "2 images", "an image between texts")
+PLAIN = ["text", "text of many blocks"] * 5 + ["1 image", "2 images", "an image between texts"]
+KINDS = [name for name in CASES if "video" not in name and "tokenize" not in name]
+"""Texts and pictures, every sampling parameter, tools, beams, the other APIs: all that the chaos tests' server takes."""
 
 
 @dataclass(frozen=True)
 class Ask:
     case: Case
-    tokens: list[int]
-    """The baseline's answer."""
+    answer: dict[str, Any]
+    """The baseline's, reduced."""
 
 
-def asks(baseline: dict[str, Any]) -> tuple[list[Ask], list[Ask]]:
-    """What the steady load asks, a third of it text, and as many requests with pictures of their own."""
-
-    def ask(name: str, case: Case) -> Ask:
-        return Ask(case, baseline[name]["choices"][0]["token_ids"])
-
-    many = [ask(f"many/{index}", one_of_many(index)) for index in range(MANY)]
-    texts, images = ([ask(name, CASES[name]) for name in names] for names in (TEXTS, IMAGES))
-    return texts * 5 + images + many[::2], many[1::2]
+def asks(baseline: dict[str, Any], kinds: Sequence[str] = PLAIN) -> tuple[list[Ask], list[Ask]]:
+    """What a steady load asks, of these kinds and of many pictures, and as many requests with pictures of their own."""
+    many = [Ask(one_of_many(index), baseline[f"many/{index}"]) for index in range(MANY)]
+    return [Ask(CASES[name], baseline[name]) for name in kinds] + many[::2], many[1::2]
 
 
 @dataclass
@@ -43,7 +39,18 @@ class Outcome:
     status: int | str
     rungs: str
     wrong: str
-    """Status 200 with other tokens than the baseline's, or a stream that ended without a reason or an error event."""
+    """Status 200 with another answer than the baseline's, or a stream that ended without a reason or an error event."""
+    asked: Ask
+    choices: list[dict[str, Any]] | None
+    """What a whole answer told, where its API has choices."""
+
+
+def failed(outcomes: list[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.status != 200]
+
+
+def wrong(outcomes: list[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.wrong]
 
 
 @dataclass
@@ -88,9 +95,11 @@ class Load:
 
 def ask(session: requests.Session, server: Server, ask: Ask, streaming: bool) -> Outcome:
     path, body = ask.case
+    streaming = streaming and "choices" in ask.answer and not body.get("use_beam_search") and not body.get("echo")
     began = time.monotonic()
     status: int | str
     rungs = wrong = ""
+    choices = None
     try:
         response = session.post(
             server.url + path,
@@ -100,33 +109,25 @@ def ask(session: requests.Session, server: Server, ask: Ask, streaming: bool) ->
         )
         status, rungs = response.status_code, response.headers.get("x-epd-rungs", "")
         if status == 200:
-            tokens, ended = read(response.text, streaming)
-            if tokens is None:
+            told = events(response) if streaming else []
+            if any("error" in event for event in told):
                 status = "error event"
-            elif not ended or tokens != ask.tokens:
-                wrong = f"{tokens} instead of {ask.tokens}, ended: {ended}"
+            elif streaming:
+                choices = of_choices(gather(told)["choices"])
+                wrong = "; ".join(differences(choices, of_choices(ask.answer["choices"])))
+            else:
+                answer = reduce(response.json())
+                choices = of_choices(answer["choices"]) if "choices" in answer else None
+                wrong = "; ".join(differences(answer, ask.answer))
     except requests.RequestException as error:
         status = type(error).__name__
-    return Outcome(began, time.monotonic() - began, status, rungs, wrong)
+    return Outcome(began, time.monotonic() - began, status, rungs, wrong, ask, choices)
 
 
-def read(body: str, streaming: bool) -> tuple[list[int] | None, bool]:
-    """Token ids of an answer and whether it ended with a reason; no tokens where a stream told of an error."""
-    if not streaming:
-        choice = json.loads(body)["choices"][0]
-        return choice["token_ids"], choice["finish_reason"] is not None
-    tokens: list[int] = []
-    ended = False
-    for line in body.splitlines():
-        if not line.startswith("data: ") or line == "data: [DONE]":
-            continue
-        event = json.loads(line[6:])
-        if "error" in event:
-            return None, True
-        for choice in event["choices"]:
-            tokens += choice.get("token_ids") or []
-            ended = ended or choice.get("finish_reason") is not None
-    return tokens, ended
+def of_choices(choices: Any) -> list[dict[str, Any]]:
+    """What streams and whole answers tell alike of each choice."""
+    each = [choices[index] for index in sorted(choices)] if isinstance(choices, dict) else choices
+    return [{"token_ids": choice["token_ids"], "finish_reason": choice["finish_reason"]} for choice in each]
 
 
 # ---- clients that leave

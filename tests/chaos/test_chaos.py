@@ -15,19 +15,24 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.chaos.load import DEADLINE_S, Load, Outcome, asks, leave
+from tests.chaos.conftest import ROUNDS, Row
+from tests.chaos.load import DEADLINE_S, KINDS, Load, asks, failed, leave, wrong
 from tests.chaos.usage import grown, usage
 from tests.integration.servers import DEPLOYMENTS, Server, engine_pids, serve_run, wait_for_replicas
 
-ROUNDS = int(os.environ.get("EPD_CHAOS_ROUNDS", "1"))
 EC_BYTES = 100_000
 """The pictures of the steady load take nearly all of it (4.7 kB each)."""
+
+FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
+"""oneDNN keeps a kernel for each shape of a batch, up to 1,024: 0.2 MiB with each new picture that prefill has to encode."""
 
 ARGS = {
     # Else nobody would ask an encoder or read a file once each prompt was seen: an ingress remembers items, prefill has the
     # prompt's blocks, and its encoder cache holds all pictures of the load (now 14).
     "encode": {"remember_s": 3.0},
-    "prefill": {"engine_args": {"enable_prefix_caching": False, "max_num_batched_tokens": 128}},
+    "prefill": {"engine_args": {"enable_prefix_caching": False, "max_num_batched_tokens": 128}, "env": FEW_KERNELS},
+    "encoder": {"env": FEW_KERNELS},
+    "decode": {"env": FEW_KERNELS},
     "media": {"limits": {"image": 4, "video": 0}, "processor_kwargs": {"max_pixels": 100 * 28 * 28}},
 }
 
@@ -48,7 +53,7 @@ def before(server: Server, baseline: dict[str, Any]) -> dict[psutil.Process, Any
     """What each process uses after a hundred requests, before the faults. Of all replicas: the server is ready with one of
     each stage, and the one that lives through all may be the last to start."""
     wait_for_replicas(server, 2)
-    with Load(server, asks(baseline)[0]) as load:
+    with Load(server, asks(baseline, KINDS)[0]) as load:
         server.wait_until(lambda: len(load.outcomes) >= 100, "the first requests", 120)
     assert not failed(load.outcomes) and not wrong(load.outcomes)
     wait_idle(server)
@@ -57,16 +62,8 @@ def before(server: Server, baseline: dict[str, Any]) -> dict[psutil.Process, Any
 
 @pytest.fixture(scope="module")
 def load(server: Server, baseline: dict[str, Any], before: Any) -> Iterator[Load]:
-    with Load(server, asks(baseline)[0], pause_s=0.7) as load:
+    with Load(server, asks(baseline, KINDS)[0], pause_s=0.7) as load:
         yield load
-
-
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[str]]:
-    columns = ("fault", "requests", "failed", "wrong", "retried", "recovered after s", "all replicas after s")
-    rows = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    yield rows
-    print("\n".join(rows))
 
 
 Fault = Callable[[Server, Load, dict[str, Any]], float]
@@ -177,14 +174,6 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def failed(outcomes: list[Outcome]) -> list[Outcome]:
-    return [outcome for outcome in outcomes if outcome.status != 200]
-
-
-def wrong(outcomes: list[Outcome]) -> list[Outcome]:
-    return [outcome for outcome in outcomes if outcome.wrong]
-
-
 def wait_idle(server: Server) -> None:
     """Soon: nobody waits for the 30 s after which prefill frees blocks that were not pulled."""
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
@@ -193,7 +182,7 @@ def wait_idle(server: Server) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(FAULTS) * ROUNDS)
-def test_fault(server: Server, load: Load, baseline: dict[str, Any], table: list[str], name: str) -> None:
+def test_fault(server: Server, load: Load, baseline: dict[str, Any], row: Row, name: str) -> None:
     began = FAULTS[name](server, load, baseline)
     server.wait_until(lambda: len(load.begun_since(began)) >= 20, "requests after the fault", 120)
     wait_for_replicas(server, 2)
@@ -201,11 +190,8 @@ def test_fault(server: Server, load: Load, baseline: dict[str, Any], table: list
     server.wait_until(lambda: len(load.begun_since(back)) >= 20, "requests after the recovery", 120)
 
     during = load.under_way_since(began)
+    row(name, during, began, back)
     errors = failed(during)
-    recovered = max((outcome.began + outcome.seconds - began for outcome in errors), default=0.0)
-    retried = sum(bool(outcome.rungs) for outcome in during)
-    row = (name, len(during), len(errors), len(wrong(during)), retried, f"{recovered:.1f}", f"{back - began:.0f}")
-    table.append(f"| {' | '.join(map(str, row))} |")
     assert not wrong(during), wrong(during)[:3]
     assert max(outcome.seconds for outcome in during) < DEADLINE_S
     honest = {503, 504, "error event"}

@@ -26,8 +26,8 @@ from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from serve_app.app import ONE_LOOP, check_vllm_args, parse
 from serve_app.config import EPDConfig, StageConfig
+from serve_app.ec_folder import folder_of
 from serve_app.placement import Cluster, actor_options, resolve
-from serve_app.transfer import storage_path
 from tests.unit.test_examples import keys_that_ray_would_drop
 
 ROOT = Path(__file__).parents[2]
@@ -284,7 +284,7 @@ def test_embeddings_have_room(name: str) -> None:
         if not stages or (config.ec.uses_folder and config.ec.storage_path is None):
             continue  # the temp folder
         assert config.ec.uses_nixl or len(groups(name)) == 1, "a folder that several pods have takes a shared volume"
-        where = Path("/dev/shm") if config.ec.uses_nixl else storage_path(config)
+        where = Path("/dev/shm") if config.ec.uses_nixl else folder_of(config).path
         room = volume_at(group["template"], where)["emptyDir"]
         objects = int(group["rayStartParams"]["object-store-memory"]) if config.ec.uses_nixl else 0
         each = config.ec.buffer_bytes * len(stages) if config.ec.uses_nixl else config.ec.bounds["max_bytes"]

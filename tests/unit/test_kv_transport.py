@@ -11,10 +11,12 @@ from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlHandshakePayload
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
 
 from serve_app import kv_transport
 from serve_app.kv_transport import ENOUGH_BYTES, PLENTY_BYTES, NixlConnector, NixlPushConnector, Pace, Watch
+from serve_app.transfer import VERSION_KEY
 
 MB = 1_000_000
 PROMPT = 103 * MB  # of 2,800 tokens of Qwen2.5-VL-3B
@@ -168,7 +170,7 @@ def connector(decode_vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> Calla
                 **{"_recving_metadata": {}, "_recving_transfers": {}, "pcp_rank": 0} | worker
             )
 
-        for each in (base, kv_transport.nixl.NixlPullConnector, kv_transport.nixl.NixlPushConnector):
+        for each in (base, kv_transport.LeasePullConnector, kv_transport.LeasePushConnector):
             monkeypatch.setattr(each, "__init__", init)
         made.__init__(decode_vllm_config, None, None)
         return made
@@ -258,3 +260,29 @@ def test_vllm_takes_each_connector_by_the_name_of_its_own(name: str) -> None:
     ours, theirs = getattr(kv_transport, name), KVConnectorFactory.get_connector_class_by_name(name)
     assert issubclass(ours, theirs)  # type: ignore[arg-type]
     assert "kv_cache_config" in inspect.signature(ours).parameters
+
+
+# ---- versions
+
+
+@pytest.mark.parametrize("cls", [NixlConnector, NixlPushConnector])
+def test_engines_of_two_versions_do_not_connect(cls: type[Any], connector: Callable[..., Any]) -> None:
+    def told(version: str, theirs: str = "vllm's") -> tuple[str, str]:
+        made = connector(cls)
+        worker = made.connector_worker
+
+        def register(kv_caches: Any) -> None:
+            worker.compat_hash = theirs
+            worker.xfer_handshake_metadata = NixlHandshakePayload(theirs, b"agent")
+
+        worker.register_kv_caches = register
+        extra = {VERSION_KEY: version}
+        made.kv_transfer_config.get_from_extra_config = lambda key, default: extra.get(key, default)
+        made.register_kv_caches({})
+        assert worker.xfer_handshake_metadata.agent_metadata_bytes == b"agent"
+        return worker.compat_hash, worker.xfer_handshake_metadata.compatibility_hash
+
+    ours, theirs = told("a")
+    assert ours == theirs
+    assert len({ours, told("b")[0], told("a", "another engine's")[0]}) == 3
+    assert told("a")[0] == ours

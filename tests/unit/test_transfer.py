@@ -9,6 +9,7 @@ import pytest
 
 from serve_app import ec_folder
 from serve_app.config import SIDE_CHANNEL_ENV, Accelerator, EPDConfig, Stage
+from serve_app.ec_folder import folder_of
 from serve_app.errors import ConfigError
 from serve_app.transfer import (
     check_shared_memory,
@@ -16,7 +17,6 @@ from serve_app.transfer import (
     free_ports,
     kv_transfer_config,
     side_channel_env,
-    storage_path,
 )
 
 ROLES: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def test_every_stage_uses_the_same_folder(monkeypatch: pytest.MonkeyPatch, room:
     settings = [ec_transfer_config(EPDConfig(), stage) for stage in Stage]
     extras = [s["ec_connector_extra_config"] for s in settings if s]
     assert extras[0] == extras[1] == extras[2]
-    assert extras[0]["shared_storage_path"] == str(storage_path(EPDConfig()))
+    assert extras[0]["shared_storage_path"] == str(folder_of(EPDConfig()).path)
     assert extras[0]["max_bytes"] == max_bytes
     assert extras[0].get("in_memory", False) is bool(room)
 

@@ -1,0 +1,295 @@
+"""Decode uses KV blocks only if prefill still held them when they had been pulled: vLLM's NIXL pull connector, made sure.
+
+Prefill's engine holds the blocks of a hand-off for a lease (``kv.lease_s``); then it frees them, and another prompt is
+written there. vLLM's decode pulls what it was told to pull, whenever it gets to it, and finds out about nothing. Here
+
+- prefill tells with each hand-off when its lease ends, and on NIXL's side channel whether it still holds a hand-off;
+- decode pulls, uses what it has pulled, and tells prefill to free the blocks only as far as it knows that they are held: by
+  prefill's clock the lease has not ended, as nearly always; or prefill says so when it is asked, before the pull and
+  again after it. What was not held counts as lost, as if it had never come;
+- a hand-off that waits for decode has its lease renewed (``renew_kv_leases``, called by way of ``kv_waits.py``).
+
+So no freeze, queue or clock can make a wrong answer: a lease that is too short costs a second prefill.
+
+In the engine's processes; leans on vLLM 0.32.0's ``nixl/{pull_scheduler,pull_worker,base_worker}.py``.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import zmq
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as nixl
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import pull_worker
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG, RemoteMeta, ReqMeta
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.push_scheduler import NixlPushConnectorScheduler
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.push_worker import NixlPushConnectorWorker
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.utils import zmq_ctx
+from vllm.utils.network_utils import make_zmq_path
+from vllm.v1.worker.worker_base import WorkerBase
+
+ANSWER_S = 5.0
+"""For prefill to say whether it holds a hand-off: as long as vLLM waits for a handshake."""
+
+HELD = "epd-held"
+
+
+REMEMBERED = 10_000
+"""Leases that have ended. Of an older one decode finds out when it has pulled."""
+
+
+def lease_of(vllm_config: Any) -> float:
+    return float(vllm_config.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30))
+
+
+def says_what_may_be(record: logging.LogRecord) -> bool:
+    """Not what vLLM suspects where decode gives up a hand-off whose lease is over: that decode uses its blocks."""
+    return not record.msg.startswith("Potentially invalid KV blocks")
+
+
+class _Answers(dict[tuple[Any, Any], bytes]):
+    """What vLLM's listener answers from: its handshakes by rank, and ours by ``(HELD, request id)``."""
+
+    def __init__(self, handshakes: dict[tuple[int, int], bytes], held: set[str]) -> None:
+        super().__init__(handshakes)
+        self._held = held
+
+    def __missing__(self, key: tuple[Any, Any]) -> bytes:
+        what, request_id = key
+        if what != HELD:
+            raise KeyError(key)
+        return b"yes" if request_id in self._held else b"no"
+
+
+class LeaseScheduler(NixlPullConnectorScheduler):
+    """Prefill's side: knows which hand-offs hold their blocks, and says so to whoever asks."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._held: set[str] = set()
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        held, params = super().request_finished(request, block_ids)
+        if held and params is not None:
+            self._held.add(request.request_id)
+            params["remote_blocks_expiry_time"] = self._reqs_need_send[request.request_id]
+        return held, params
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """vLLM calls it before it frees the blocks of what has been sent, or was not in its lease."""
+        self._held.difference_update(connector_output.finished_sending or ())
+        super().update_connector_output(connector_output)
+
+    def _nixl_handshake_listener(self, encoded_data: dict[tuple[int, int], bytes], *args: Any) -> None:
+        NixlPullConnectorScheduler._nixl_handshake_listener(_Answers(encoded_data, self._held), *args)
+
+
+def is_held(remote: RemoteMeta) -> bool:
+    """Ask prefill whether it holds the blocks of a hand-off now. False where it does not answer."""
+    with zmq_ctx(zmq.REQ, make_zmq_path("tcp", remote.host, remote.port)) as socket:
+        socket.setsockopt(zmq.RCVTIMEO, int(ANSWER_S * 1000))
+        try:
+            socket.send(msgspec.msgpack.encode((GET_META_MSG, HELD, remote.request_id)))
+            return bool(socket.recv_multipart()[0] == b"yes")
+        except zmq.ZMQError:
+            return False
+
+
+class Leases(NixlBaseConnectorWorker):
+    """Prefill's side, of a worker that pulls or pushes: renews leases, and remembers which have ended."""
+
+    _lease_s: float
+    _ended: dict[str, None]
+
+    def renew(self, request_ids: Iterable[str]) -> list[str]:
+        """Begin leases anew. Returns those of these hand-offs whose leases have ended: none that decode has pulled."""
+        until = time.perf_counter() + self._lease_s
+        for request_id in request_ids:
+            if (ends := self._reqs_to_send.get(request_id)) is not None:
+                self._reqs_to_send[request_id] = max(ends, until)
+        return [request_id for request_id in request_ids if request_id in self._ended]
+
+    def _reap_expired_send_leases(self, done_sending: set[str]) -> None:
+        held = set(self._reqs_to_send)
+        super()._reap_expired_send_leases(done_sending)
+        self._ended.update(dict.fromkeys(held - self._reqs_to_send.keys()))
+        while len(self._ended) > REMEMBERED:
+            del self._ended[next(iter(self._ended))]
+
+
+class PushWorker(Leases, NixlPushConnectorWorker):
+    """Where prefill pushes, it alone has to know: what it writes to decode it holds until it is written."""
+
+    def __init__(self, vllm_config: Any, *args: Any) -> None:
+        self._lease_s, self._ended, self._posting = lease_of(vllm_config), {}, threading.Lock()
+        super().__init__(vllm_config, *args)
+
+    def _xfer_blocks_for_req(self, req_id: str, meta: Any) -> None:
+        """In the writer's thread, which hears late of leases that are over."""
+        with self._posting:
+            if req_id in self._reqs_to_send or req_id in self._reqs_to_process:
+                super()._xfer_blocks_for_req(req_id, meta)
+
+    def _reap_expired_send_leases(self, done_sending: set[str]) -> None:
+        with self._posting:
+            self.renew(list(self._sending_transfers))
+            super()._reap_expired_send_leases(done_sending)
+
+
+class PullWorker(Leases, NixlPullConnectorWorker):
+    """Decode's side: what was pulled is there once it is known to have been held."""
+
+    def __init__(self, vllm_config: Any, *args: Any) -> None:
+        super().__init__(vllm_config, *args)
+        self._lease_s, self._ended = lease_of(vllm_config), {}
+        self._clock_error_s: dict[str, float] = {}
+        self._pulling_since: dict[str, float] = {}
+        self._may_pull: set[str] = set()
+        self._asked: dict[str, Future[bool]] = {}
+        self._asking = ThreadPoolExecutor(4, thread_name_prefix="epd-kv-lease")
+        pull_worker.logger.addFilter(says_what_may_be)
+        make_transfer = self.nixl_wrapper.make_prepped_xfer
+
+        def quiet(*args: Any, notif_msg: bytes = b"", **kwargs: Any) -> Any:
+            """Prefill hears of a pull from us, see ``_read_blocks``, and not from NIXL when it ends."""
+            return make_transfer(*args, **kwargs)
+
+        self.nixl_wrapper.make_prepped_xfer = quiet
+
+    def _nixl_handshake(self, host: str, port: int, tp_size: int, engine_id: str, *args: Any) -> Any:
+        """vLLM estimates the other's clock from the shortest round trip of it: wrong by less than the whole took."""
+        began = time.perf_counter()
+        result = super()._nixl_handshake(host, port, tp_size, engine_id, *args)
+        self._clock_error_s[engine_id] = time.perf_counter() - began
+        return result
+
+    def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
+        """A pull of blocks that are not held would not even end: prefill's engine, once idle, answers no pull on the CPU."""
+        remote = meta.remote
+        sure = req_id in self._may_pull or not any(meta.local_block_ids)
+        if sure or remote.engine_id not in self._remote_agents or self._in_time(remote):
+            self._may_pull.discard(req_id)
+            super()._read_blocks_for_req(req_id, meta)
+            return
+
+        def answered(held: Future[bool]) -> None:
+            """As vLLM goes on after a handshake."""
+            if held.result():
+                self._may_pull.add(req_id)
+                self._ready_requests.put((req_id, meta))
+            else:
+                self._failed_recv_reqs.put(req_id)
+
+        self._asking.submit(is_held, remote).add_done_callback(answered)
+
+    def _read_blocks(self, **read: Any) -> bool:
+        """vLLM sends prefill what is noted here when the request counts as received, and forgets it when it is lost."""
+        began = bool(super()._read_blocks(**read))
+        if began and any(read["read_spec"].local_block_ids):
+            request_id, agents = read["request_id"], self._remote_agents[read["dst_engine_id"]]
+            self._pulling_since.setdefault(request_id, time.perf_counter())
+            if not self._mixed_mem_types:  # else vLLM has noted it
+                told = f"{read['remote_request_id']}:{read['expected_consumers']}".encode()
+                notes = self._pending_recv_notifs.setdefault(request_id, [])
+                notes.append((agents[(0, read["read_spec"].remote_rank)], told))
+        return began
+
+    def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
+        """Of those whose bytes have come, the ones that are known to be good or bad. The others are looked at again."""
+        done, failed = super()._pop_done_transfers(transfers)
+        for request_id in done - failed - self._recv_failures:
+            held = self._was_held(request_id)
+            if held is None:
+                done.discard(request_id)
+                transfers[request_id] = []
+            elif not held:
+                failed.add(request_id)
+                self.xfer_stats.record_kv_expired_req()
+        for request_id in done:
+            self._pulling_since.pop(request_id, None)
+            self._asked.pop(request_id, None)
+        return done, failed
+
+    def _was_held(self, request_id: str) -> bool | None:
+        """Whether prefill held what was pulled for a request until the pull had ended; None: it has been asked."""
+        meta = self._recving_metadata.get(request_id)
+        if meta is None or request_id not in self._pending_recv_notifs:
+            return True  # nothing was pulled
+        if request_id not in self._asked:
+            if self._in_time(meta.remote):
+                return True
+            self._asked[request_id] = self._asking.submit(is_held, meta.remote)
+        answer = self._asked[request_id]
+        return answer.result() if answer.done() else None
+
+    def _in_time(self, remote: RemoteMeta) -> bool:
+        """Whether the lease that the hand-off came with has not ended, however wrong the estimate of prefill's clock."""
+        if remote.blocks_expiry_time is None:
+            return False
+        offset_s, error_s = self._engine_clock_offset[remote.engine_id], self._clock_error_s[remote.engine_id]
+        return bool(time.perf_counter() + offset_s + error_s < remote.blocks_expiry_time)
+
+    def overdue(self, seconds: float) -> list[str]:
+        """Prefill's ids of the hand-offs that have been pulled for longer than this, and are not there."""
+        since = time.perf_counter() - seconds
+        late = [self._recving_metadata.get(ours) for ours, began in self._pulling_since.items() if began < since]
+        return [meta.remote.request_id for meta in late if meta is not None and meta.remote is not None]
+
+    def shutdown(self) -> None:
+        self._asking.shutdown(wait=False, cancel_futures=True)
+        super().shutdown()
+
+
+class LeasePullConnector(nixl.NixlPullConnector):
+    """vLLM's, of these two."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        nixl.NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = LeaseScheduler(vllm_config, self.engine_id, kv_cache_config)
+        else:
+            answer_replica()
+            self.connector_worker = PullWorker(vllm_config, self.engine_id, kv_cache_config)
+
+
+class LeasePushConnector(nixl.NixlPushConnector):
+    """vLLM's, with leases that can be renewed."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        nixl.NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = NixlPushConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
+        else:
+            answer_replica()
+            self.connector_worker = PushWorker(vllm_config, self.engine_id, kv_cache_config)
+
+
+def renew_kv_leases(_: WorkerBase, request_ids: list[str]) -> list[str]:
+    return _worker().renew(request_ids)
+
+
+def overdue_kv_pulls(_: WorkerBase, seconds: float) -> list[str]:
+    worker = _worker()
+    return worker.overdue(seconds) if isinstance(worker, PullWorker) else []
+
+
+def answer_replica() -> None:
+    """Give vLLM's worker the methods that its replica calls by ``collective_rpc``. vLLM's own place for such is
+    ``worker_extension_cls``, of which there is one, and it is the user's."""
+    for method in (renew_kv_leases, overdue_kv_pulls):
+        setattr(WorkerBase, method.__name__, method)
+
+
+def _worker() -> Leases:
+    connector: Any = get_kv_transfer_group()
+    worker: Leases = connector.connector_worker
+    return worker
