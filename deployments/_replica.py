@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,8 @@ from serve_app import fit
 from serve_app.card_memory import visible_card_gib
 from serve_app.config import Accelerator, EPDConfig, Stage
 from serve_app.ec_folder import make_folder, remove_folder
+from serve_app.errors import CannotStart, OtherVersion
+from serve_app.handoff import ANY, Version
 from serve_app.kv_layout import KVLayout
 from serve_app.placement import check_claims, shared_cards, xpu_affinity
 from serve_app.roles import engine_args, model_path, replica_env
@@ -102,6 +103,9 @@ class EngineReplica:
     stage: Stage
     engine: "StageEngine"
     work: Meter
+    version: Version = ANY
+    layout: KVLayout | None = None
+    """Of its KV blocks, where it hands such over or takes them."""
 
     def __init__(self, config: EPDConfig) -> None:
         self._config = config
@@ -140,12 +144,39 @@ class EngineReplica:
                 args,
                 config.metrics.engines_in_ray,
                 config.hang_timeout_s,
-                partial(fit.check, config, self.stage),
+                self._check,
             )
+        self._stays_the_same()
         engine_s = time.perf_counter() - imported
         logger.info(f"start-up {self.stage}: import={imported - began:.1f}s engine={engine_s:.1f}s")
         self.work = Meter()
         self._gpus = config.stages[self.stage].gpus_per_replica or 0.0
+
+    def _check(self, vllm_config: Any) -> None:
+        """Of an engine that is about to load."""
+        from serve_app.fingerprint import tell_connectors, version_of
+
+        fit.check(self._config, self.stage, vllm_config)
+        self.version = version_of(self._config, vllm_config)
+        tell_connectors(vllm_config, self.version)
+
+    def _stays_the_same(self) -> None:
+        """Raises ``CannotStart`` where files were replaced while the engine loaded: nobody knows what it has of which."""
+        from serve_app.fingerprint import version_of
+
+        if others := version_of(self._config, self.engine.vllm_config).other_than(self.version):
+            self.engine.shutdown()
+            raise CannotStart(f"the model's files ({', '.join(others)}) were replaced while it loaded: start it again")
+        hands_over = self.stage is not Stage.ENCODER and self._config.prefill is not None
+        if hands_over and self._config.kv.connector.startswith("Nixl"):
+            self.layout = self.engine.kv_layout
+            self.version = self.version._replace(layout=self.layout.digest[:12])
+
+    def refuse_other(self, asked: Version) -> None:
+        """Raises ``OtherVersion`` for a call that goes on from what this engine would not have made."""
+        if others := self.version.other_than(asked):
+            message = f"runs in another version than the request began with ({', '.join(others)})"
+            raise OtherVersion(self.stage, message, self.replica, self.version)
 
     async def check_health(self) -> None:
         await self.engine.check_health()
@@ -160,11 +191,12 @@ class EngineReplica:
 
     async def load(self) -> dict[str, Any]:
         """For those who look: the same, and whose it is."""
-        return {"replica": self.replica, **await self.record_autoscaling_stats()}
+        version = f"{self.version.front}-{self.version.weights}"
+        return {"replica": self.replica, "version": version, **await self.record_autoscaling_stats()}
 
-    async def kv_layout(self) -> KVLayout:
-        """For the ingress, which compares prefill's with decode's."""
-        return self.engine.kv_layout
+    async def made_of(self) -> tuple[Version, KVLayout | None]:
+        """For the ingress, which takes requests when each stage has a replica of its version."""
+        return self.version, self.layout
 
     async def metrics(self) -> tuple[str, str, str]:
         """Stage, replica and metrics in Prometheus' text format."""

@@ -31,6 +31,7 @@ class Encoder(EngineReplica):
 
     async def encode(self, request: StageRequest) -> EncodeReply:
         """Encode the one item of the request and publish its embedding through the EC connector."""
+        self.refuse_other(request.version)
         with self.work.call(request.prompt.items[0].num_embeds):
             return await self._encode(request, time.perf_counter())
 
@@ -38,6 +39,7 @@ class Encoder(EngineReplica):
         """The same for an item that is not processed yet."""
         from serve_app.engine import ENCODE_PARAMS
 
+        self.refuse_other(request.version)
         began = time.perf_counter()
         with self.work.call(request.cost) as work:
             features = await self.items.features(request.media)
@@ -55,4 +57,4 @@ class Encoder(EngineReplica):
         output = await self.engine.final(request)
         self._answered_at = time.monotonic()
         ran_s = time.perf_counter() - began - queue_s(output)
-        return EncodeReply(output.ec_transfer_params or {}, self.replica, features, ran_s)
+        return EncodeReply(output.ec_transfer_params or {}, self.replica, features, ran_s, self.version)

@@ -11,7 +11,9 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import EPDConfig, Stage
 from serve_app.errors import CannotStart, EPDError
+from serve_app.handoff import Version
 from serve_app.kv_layout import KVLayout, check_layouts
+from serve_app.peers import Peers
 from serve_app.roles import ingress_args, model_path, replica_env
 from serve_app.routing import StageHandle
 from serve_app.start_failure import says_why
@@ -21,6 +23,7 @@ from serve_app.status import Status
 logger = logging.getLogger("ray.serve")
 
 HEALTH_CACHE_S = 1.0
+AGREE_POLL_S = 0.5
 CONTROLLER_S = 5.0
 """For Serve's controller to answer."""
 
@@ -36,6 +39,8 @@ class Ingress:
         self._stages = {Stage(name): StageHandle(Stage(name), handle) for name, handle in handles.items()}
         context = serve.get_replica_context()
         self._app_name, self._replica = context.app_name, context.replica_id.unique_id
+        own = serve.get_deployment_handle(context.deployment, context.app_name, _check_exists=False)
+        self._peers = Peers(self._replica, own)
         self._health: tuple[float, dict[str, str]] = (-HEALTH_CACHE_S, {})
         self._probing = asyncio.Lock()
         self._asking: asyncio.Task[Any] | None = None
@@ -52,16 +57,20 @@ class Ingress:
         # Only now: vLLM reads its environment when it is imported.
         from serve_app import openai_app
         from serve_app.client import EPDClient
+        from serve_app.door import Door
+        from serve_app.fingerprint import front_of
         from serve_app.warm_up import warm_up
 
         args = ingress_args(self._config, model_path(self._config))
-        client = EPDClient(self._config, openai_app.ingress_vllm_config(args), self._stages)
+        vllm_config = openai_app.ingress_vllm_config(args)
+        version = front_of(self._config, vllm_config.model_config)
+        client = EPDClient(self._config, vllm_config, self._stages, version)
         status = Status(self._stages, self._probe, self._census, lambda: {"replica": self._replica, **client.load})
         server_args = openai_app.server_args(self._config, args)
-        app = await openai_app.make_app(self._config, server_args, client, status)
+        app = await openai_app.make_app(self._config, server_args, client, status, self._peers)
         built = time.perf_counter()
         await self._stages_ready()
-        await self._stages_agree()
+        await self._stages_agree(version)
         ready = time.perf_counter()
         encoders = (await self._census()).get("encoder", {}).get("RUNNING", 0)  # none: scaled to zero, not to be woken
         key = next(iter(server_args.api_key or ()), os.environ.get("VLLM_API_KEY"))
@@ -69,7 +78,16 @@ class Ingress:
         await warm_up(app, self._config.model_name, key, with_image, self._config.kv.min_prompt_tokens)
         times = {"app": built - began, "stages": ready - built, "warm_up": time.perf_counter() - ready}
         logger.info("start-up ingress: " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in times.items()))
-        return app
+        self._door = Door(app)
+        return self._door
+
+    async def close(self) -> tuple[int, float]:
+        """Take no more requests, for good. How many are under way, and the seconds that they get to end."""
+        return self._door.close(), self._config.drain_timeout_s
+
+    async def tell_peer(self, asker: str, what: str, key: str, *args: Any) -> Any | None:
+        """What another ingress replica asks this one for, see ``Peers``."""
+        return await self._peers.tell(asker, what, key, *args)
 
     async def _stages_ready(self) -> None:
         """Raises ``CannotStart`` when that takes too long."""
@@ -84,18 +102,40 @@ class Ingress:
                 f"not ready within `startup_timeout_s: {self._config.startup_timeout_s:g}`: {states}"
             ) from None
 
-    async def _stages_agree(self) -> None:
-        """Raises ``CannotStart`` where decode could not take prefill's KV blocks."""
-        if Stage.PREFILL not in self._stages or not self._config.kv.connector.startswith("Nixl"):
-            return
-        layouts = []
-        for stage in (Stage.PREFILL, Stage.DECODE):
-            try:
-                replies = await self._stages[stage].broadcast("kv_layout")
-            except EPDError:  # gone since it was ready
-                return
-            layouts.append([reply for reply in replies if isinstance(reply, KVLayout)])
-        check_layouts(*layouts)
+    async def _stages_agree(self, version: Version) -> None:
+        """Wait for a replica of this version in each stage that has any: while a deploy goes on, the last may be about to
+        start. Raises ``CannotStart`` when that takes too long, or where decode could not take prefill's KV blocks."""
+        waits_for = ""
+        try:
+            async with asyncio.timeout(self._config.startup_timeout_s):
+                while others := await self._others(version):
+                    if others != waits_for:
+                        logger.warning(f"waits for stages of its own version: {others}")
+                    waits_for = others
+                    await asyncio.sleep(AGREE_POLL_S)
+        except TimeoutError:
+            raise CannotStart(
+                f"{waits_for}: the model's files, the configuration or the release of vLLM are not the same on all nodes"
+            ) from None
+        prefill, decode = [await self._made_of(stage) for stage in (Stage.PREFILL, Stage.DECODE)]
+        check_layouts(*([layout for of, layout in told if layout and of.fits(version)] for told in (prefill, decode)))
+
+    async def _others(self, version: Version) -> str:
+        """Stages whose replicas are all of another version, and in which respects."""
+        others = []
+        for stage in self._stages:
+            differ = [of.other_than(version) for of, _ in await self._made_of(stage)]
+            if differ and all(differ):
+                others.append(f"{stage} runs in another version ({', '.join(differ[0])})")
+        return ", ".join(others)
+
+    async def _made_of(self, stage: Stage) -> list[tuple[Version, KVLayout | None]]:
+        """What the replicas of a stage are made of, as far as they tell."""
+        try:
+            replies = await self._stages[stage].broadcast("made_of") if stage in self._stages else []
+        except EPDError:  # gone since it was ready
+            return []
+        return [reply for reply in replies if not isinstance(reply, Exception)]
 
     async def _probe(self) -> dict[str, str]:
         """State per stage, as Serve's controller and the replicas themselves tell it; asked at most once a second."""

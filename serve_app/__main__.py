@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import urllib.error
@@ -23,8 +24,8 @@ Try, in another terminal:
     "max_tokens": 24, "messages": [{{"role": "user", "content": [
 {picture}      {{"type": "text", "text": "What is in this image?"}}]}}]}}'
 
-  {python} -m serve_app status
-  {python} -m serve_app ask --timing "What is in this image?" picture.png
+  {python} -m serve_app status{at}
+  {python} -m serve_app ask{at} --timing "What is in this image?" picture.png
 
 {page}  {url}/docs      all routes
   {url}/health    state per stage
@@ -42,6 +43,9 @@ KEY = ' -H "Authorization: Bearer $VLLM_API_KEY"'
 
 
 PAGE = "  {url}/          ask, draw pictures, and watch the stages\n"
+
+
+DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 ANSWER_S = 5.0
@@ -62,10 +66,17 @@ def picture_part(config: Path) -> str:
 
 
 def base_url(config: Path) -> str:
-    """Where the application of a Serve config listens, as this machine reaches it."""
-    http = (yaml.safe_load(config.read_text()) or {}).get("http_options") or {}
+    """Where the application of a Serve config listens, as this machine reaches it, with its ``route_prefix``."""
+    serve = yaml.safe_load(config.read_text()) or {}
+    http = serve.get("http_options") or {}
+    prefix = (serve.get("applications") or [{}])[0].get("route_prefix") or ""
     host = http.get("host") or "127.0.0.1"
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port') or 8000}"
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port') or 8000}{prefix.rstrip('/')}"
+
+
+def at(url: str) -> str:
+    """The option by which ``ask`` and ``status`` find a server."""
+    return "" if url == DEFAULT_URL else f" --url {url}"
 
 
 def key_of(config: Path) -> str | None:
@@ -109,6 +120,7 @@ def says_ready(config: Path, began: float) -> bool:
         page=PAGE.format(url=url) if arguments_of(config).get("page", True) else "",
         key=KEY if key else "",
         python=this_python(),
+        at=at(url),
     )
     print(example, flush=True)
     return True
@@ -123,7 +135,7 @@ def wait_ready(config: Path, began: float) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m serve_app", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="`serve run`, until Ctrl-C or until a stage cannot start")
+    serve = commands.add_parser("serve", help="`serve run`, until Ctrl-C, SIGTERM, or until a stage cannot start")
     ready = commands.add_parser("ready", help="wait until every stage can serve, and say what to try")
     for command in (serve, ready):
         command.add_argument("config", nargs="?", default="serve_config.yaml", type=Path)
@@ -134,7 +146,7 @@ def main() -> int:
     ask.add_argument("--timing", action="store_true", help="print the steps of the request and how long each took")
     status = commands.add_parser("status", help="stages, replicas, queues and health")
     for command in (ask, status):
-        command.add_argument("--url", default="http://127.0.0.1:8000", help="where the server listens; %(default)s")
+        command.add_argument("--url", default=DEFAULT_URL, help="where the server listens; %(default)s")
     arguments = parser.parse_args()
     if arguments.command in ("ask", "status"):
         from serve_app import cli
@@ -145,7 +157,9 @@ def main() -> int:
     began = time.time()
     if arguments.command == "ready":
         return wait_ready(arguments.config, began)
-    from serve_app import run  # Ray's import takes seconds
+    # Ray's import takes seconds. Process 1 of a container gets no signal that it has no handler for.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    from serve_app import run
 
     return run.run(arguments.config, lambda: says_ready(arguments.config, began))
 

@@ -15,7 +15,7 @@ from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequ
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
 from serve_app import routing
-from serve_app.handoff import MediaRequest, StageRequest
+from serve_app.handoff import ANY, MediaRequest, StageRequest, Version
 
 FORGET_UNROUTED_S = 60.0
 
@@ -84,11 +84,19 @@ class Loads:
         self._calls.pop(call, None)
 
 
+def asked_by(request: PendingRequest | None) -> Version:
+    """The version that a call asks for."""
+    return routing.asked_version(request.args) if request is not None else ANY
+
+
 class _Tells(RequestRouter):
-    """A router that tells each call where it is sent.
+    """A router that tells each call where it is sent, and its handle where calls can go.
 
     Ray pickles this module by value: what has to be one thing in a process is in ``routing``.
     """
+
+    def _make_known(self) -> None:
+        routing.routers[self.app_name, self._deployment_id.name] = self
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)
@@ -97,21 +105,27 @@ class _Tells(RequestRouter):
 
 
 class TwoChoicesRouter(_Tells, PowerOfTwoChoicesRequestRouter):
-    """Ray Serve's request router of the Prefill and Decode deployments: its own, which passes by replicas to be avoided.
+    """Ray Serve's request router of the Prefill and Decode deployments: its own, which passes by replicas to be avoided, or
+    of another version than the call's.
 
-    ``waits``: where there are only such, a call waits for another replica. Otherwise it goes there, and fails at once.
+    ``waits``: where there are only replicas to be avoided, a call waits for another. Otherwise it goes there, and fails at
+    once.
     """
 
     def initialize_state(self, waits: bool = False) -> None:
+        self._make_known()
         self._waits = waits
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
     ) -> list[list[Any]]:
         chosen: list[list[Any]] = await super().choose_replicas(candidate_replicas, pending_request)
-        if self._waits or routing.sound(candidate_replicas):
-            chosen = [routing.sound(replicas) for replicas in chosen]
-        return chosen
+        asked = asked_by(pending_request)
+        sound = routing.sound(candidate_replicas, asked)
+        if len(sound) == len(candidate_replicas) or not (self._waits or sound):
+            return chosen
+        # Of two at random, those that are sound; of all, where neither is.
+        return [[each for each in replicas if each in sound] or sound for replicas in chosen]
 
 
 class LeastCostRouter(_Tells):
@@ -122,14 +136,14 @@ class LeastCostRouter(_Tells):
     """
 
     def initialize_state(self, headroom: float = 1.25) -> None:
+        self._make_known()
         self._headroom = headroom
         self._loads = Loads()
-        routing.encoder_routers[self.app_name] = self
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
     ) -> list[list[Any]]:
-        candidate_replicas = routing.sound(candidate_replicas) or candidate_replicas
+        candidate_replicas = routing.sound(candidate_replicas, asked_by(pending_request)) or candidate_replicas
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas] if candidate_replicas else []
         pending_request.routing_context.should_backoff = True

@@ -121,7 +121,9 @@ def status(url: str, out: Console) -> bool:
         stages: list[dict[str, Any]] = requests.get(f"{url}/status", timeout=30).json()
         table = status_table(stages)
     except (ValueError, TypeError, KeyError):
-        raise Unusable(f"{url} is no server of this kind: `/status` does not tell the stages.") from None
+        raise Unusable(
+            f"{url} is no server of this kind: `/status` does not tell the stages. A `route_prefix:` belongs to the URL."
+        ) from None
     out.print(table)
     return all(stage["state"] == "healthy" for stage in stages)
 

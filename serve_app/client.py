@@ -23,16 +23,17 @@ from vllm.renderers import renderer_from_config
 from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
 
-from serve_app import handoff, trace
+from serve_app import handoff, overlap, trace
 from serve_app.admission import Admission, size_of
 from serve_app.config import EPDConfig, Stage
 from serve_app.encoding import Encoded, EncodeStage, Replies
 from serve_app.engine import from_engine_input
-from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout
+from serve_app.errors import BadRequest, EPDError, HandoffLost, OtherVersion, Overloaded, StageError, StageTimeout
 from serve_app.from_media import FromMedia, ItemProcessor, declared_fields
 from serve_app.guard import GuardedInputProcessor, check_params, guard_renderer
-from serve_app.handoff import Chunk, Media, PrefillReply, Prompt, StageRequest
+from serve_app.handoff import ANY, Chunk, Media, PrefillReply, Prompt, StageRequest, Version
 from serve_app.ingress_metrics import IngressMetrics
+from serve_app.kv_waits import leases
 from serve_app.outputs import assemble, merge, with_prefill, words_after
 from serve_app.retry import Ladder, Retries
 from serve_app.routing import StageHandle
@@ -61,7 +62,14 @@ class Deadline:
 class EPDClient(EngineClient):
     """The pipeline of one ingress replica."""
 
-    def __init__(self, config: EPDConfig, vllm_config: VllmConfig, stages: Mapping[Stage, StageHandle]) -> None:
+    def __init__(
+        self,
+        config: EPDConfig,
+        vllm_config: VllmConfig,
+        stages: Mapping[Stage, StageHandle],
+        version: Version = ANY,
+    ) -> None:
+        """``version``: of this ingress replica. Engines of another refuse its requests."""
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
@@ -69,6 +77,7 @@ class EPDClient(EngineClient):
         declared = declared_fields(self.renderer)
         self.input_processor = GuardedInputProcessor(vllm_config, self.renderer)
         self.stages = stages
+        self._version = version
         self._config = config
         self._background: set[asyncio.Task[Any]] = set()
         self.metrics = IngressMetrics()
@@ -77,11 +86,13 @@ class EPDClient(EngineClient):
         # Marks and the processors of users may look at the answer alone.
         processors = self.model_config.logits_processors or config.decode.engine_args.get("logits_processors")
         self._engines_go_on = vllm_config.watermark_config is None and not processors
+        prefill = stages.get(Stage.PREFILL)
+        self._leases = leases(prefill, config.kv.lease_s) if prefill is not None and config.kv.has_leases else None
         encoder = stages.get(Stage.ENCODER)
         self._encoders: EncodeStage | None = None
         if encoder is not None:
             encode = config.encode if config.ec.uses_folder else config.encode.model_copy(update={"remember_s": 0})
-            self._encoders = EncodeStage(encoder, encode, config.ec.shareable, declared)
+            self._encoders = EncodeStage(encoder, encode, config.ec.shareable, declared, version=version)
         self.from_media: frozenset[str] = frozenset()
         """Modalities whose items go to encoders as media."""
         if self._encoders is not None and config.encode.from_media:
@@ -148,9 +159,11 @@ class EPDClient(EngineClient):
             raise mapped from error
 
     def _deadline(self, record: Trace) -> Deadline:
+        """Counted from the beginning of the request; from now where it has made tokens before, as beam search does, which
+        calls ``generate`` for each beam of each step."""
         seconds = min(record.timeout_s or math.inf, self._config.request_timeout_s)
-        left = seconds - (time.perf_counter() - record.began)
-        return Deadline(asyncio.get_running_loop().time() + left, seconds)
+        spent = time.perf_counter() - record.began if record.first_token is None else 0.0
+        return Deadline(asyncio.get_running_loop().time() + seconds - spent, seconds)
 
     async def _encode_media(self, media: list[Media]) -> Replies:
         """Encode items while their prompt is rendered."""
@@ -174,7 +187,7 @@ class EPDClient(EngineClient):
         rendered = from_engine_input(prompt)
         if self._config.ec.salt_by_tenant:
             rendered = handoff.salted(rendered, rendered.cache_salt)
-        return StageRequest(request_id, rendered, params, options)
+        return StageRequest(request_id, rendered, params, options, version=self._version)
 
     async def _choice(
         self, request: StageRequest, index: int, deadline: Deadline, record: Trace
@@ -183,7 +196,8 @@ class EPDClient(EngineClient):
         hand-offs of its own, as ``kv_transfer_params`` are used once.
 
         What was said goes on from there, with a deadline of its own, where its tokens tell all (``handoff.can_go_on``). Else
-        a choice that is not streamed, and so held back to its end, is made anew within the deadline.
+        a choice that is not streamed, and so held back to its end, is made anew within the deadline. So it is where there is
+        no more than its first token, which comes ahead of the pieces that decode saves.
         """
         streamed = handoff.is_streamed(request.params)
         ladder = Ladder(structured=request.params.structured_outputs is not None)
@@ -192,20 +206,26 @@ class EPDClient(EngineClient):
         cached_tokens: int | None = None
         finished = False
         for attempt in itertools.count(1):
-            rest = handoff.rest_of(request, said)
+            way = overlap.way({stage: handle.weights for stage, handle in self.stages.items()}, record.weights)
+            version = request.version._replace(weights=way.weights)
+            rest = msgspec.structs.replace(handoff.rest_of(request, said), version=version)
             words = words_after(self.renderer.tokenizer, request, said) if said else None
             at_decode = self._prefill_at_decode(rest.prompt, ladder.without_prefill)
+            if at_decode is None and Stage.PREFILL in way.without:
+                at_decode = "other version"
+            without_encoders = ladder.without_encoders or Stage.ENCODER in way.without
             # An answer that came while the prompt was rendered serves all choices, or the first alone.
             first = attempt == 1 and (index == 0 or self._config.ec.shareable)
             encoded = Encoded(rest.prompt, None)
             try:
-                work = self._encode(rest, record, first, ladder.without_encoders)
+                work = self._encode(rest, record, first, without_encoders)
                 encoded = await deadline.within(Stage.ENCODER, work)
                 if at_decode is not None:
                     record.rung(f"prefill-at-decode({at_decode})")
                 prefill = Stage.PREFILL in self.stages and at_decode is None
                 async with aclosing(self._attempt(rest, encoded, index, prefill, deadline, record)) as chunks:
                     async for chunk in chunks:
+                        record.weights = one_version(record.weights, chunk.version.weights)
                         if words is not None:
                             chunk = msgspec.structs.replace(words(chunk), num_cached_tokens=cached_tokens)
                         elif cached_tokens is None and not said:
@@ -221,7 +241,7 @@ class EPDClient(EngineClient):
             except StageError as error:
                 if finished:  # the replica went after its last word
                     break
-                ladder.failed(error, encoded=bool(encoded.hashes))
+                ladder.failed(error, encoded=bool(encoded.hashes), said=bool(said))
                 if ladder.cannot_be_structured:
                     raise BadRequest(
                         "The structure asked for cannot be decoded: its grammar does not compile, or leaves no token "
@@ -229,13 +249,20 @@ class EPDClient(EngineClient):
                     ) from error
                 if isinstance(error, HandoffLost) and self._encoders is not None:
                     self._encoders.forget(encoded.hashes)
+                if isinstance(error, OtherVersion) and self._encoders is not None and encoded.version.weights:
+                    self._encoders.forget_version(encoded.version)
+                # Nobody goes on from tokens whose weights no decode replica has.
+                no_more = isinstance(error, OtherVersion) and error.stage is Stage.DECODE
                 now = asyncio.get_running_loop().time()
-                begun = bool(said) and self._engines_go_on and handoff.can_go_on(request.params)
+                kept = bool(said) if streamed else len(said) > 1
+                begun = kept and not no_more and self._engines_go_on and handoff.can_go_on(request.params)
                 too_late = bool(said) and not begun and (streamed or now > deadline.at)
                 again = not (too_late or ladder.deadly) and self._retries.allow(error, attempt, begun)
                 if held and not (again and begun):
                     record.output_tokens -= len(said)
                     said, held = [], []
+                    if record.choices == 1:  # else there are others whose tokens this one has to go with
+                        record.weights = ""
                 if not again:
                     raise
                 if begun:
@@ -264,16 +291,17 @@ class EPDClient(EngineClient):
     ) -> AsyncGenerator[Chunk]:
         """One prefill, where decode does not do it too, and one decode."""
         prefilled = None
+        version = request.version.after(encoded.version)
         if prefill:
-            prefilled = await deadline.within(Stage.PREFILL, self._prefill(request, encoded, record))
+            prefilled = await deadline.within(Stage.PREFILL, self._prefill(request, encoded, version, record))
+            version = version.after(prefilled.version)
         kv = prefilled.kv_transfer_params if prefilled else None
         params = handoff.decode_params(request.params, kv, encoded.ec_transfer_params, index)
         streamed = handoff.is_streamed(request.params)
-        decode = StageRequest(request.request_id, encoded.prompt, params, request.options, streamed)
-        source = prefilled.node if prefilled else ""
+        decode = StageRequest(request.request_id, encoded.prompt, params, request.options, streamed, version)
         pulled = False
         try:
-            async with aclosing(self._decode(decode, source, index, deadline, record)) as chunks:
+            async with aclosing(self._decode(decode, prefilled, index, deadline, record)) as chunks:
                 async for chunk in chunks:
                     if prefilled and not pulled:
                         chunk = with_prefill(chunk, prefilled)
@@ -281,12 +309,13 @@ class EPDClient(EngineClient):
                     yield chunk
         finally:
             if kv is not None and not pulled:
-                self._release(request.request_id, kv)
+                self._release(request.request_id, kv, version)
 
     async def _decode(
-        self, call: StageRequest, source: str, index: int, deadline: Deadline, record: Trace
+        self, call: StageRequest, prefilled: PrefillReply | None, index: int, deadline: Deadline, record: Trace
     ) -> AsyncGenerator[Chunk]:
         began = time.perf_counter()
+        source = prefilled.node if prefilled else ""
         pulled = False
         with record.span.child("decode", choice=index) as span:
             stream = self.stages[Stage.DECODE].stream("generate", handoff.traced(call, span.headers), source=source)
@@ -295,7 +324,9 @@ class EPDClient(EngineClient):
                     try:
                         # Only the first token has a deadline: from then on the client sees what comes.
                         coming = anext(stream)
-                        chunk, replica = await (coming if pulled else deadline.within(Stage.DECODE, coming))
+                        if not pulled:
+                            coming = deadline.within(Stage.DECODE, self._leased(prefilled, coming))
+                        chunk, replica = await coming
                     except StopAsyncIteration:
                         return
                     record.saw(Stage.DECODE, replica)
@@ -309,6 +340,11 @@ class EPDClient(EngineClient):
                     pulled = True
                     yield chunk
 
+    def _leased(self, prefilled: PrefillReply | None, first: Awaitable[T]) -> Awaitable[T]:
+        """The first token of decode, with the lease of the blocks that it waits for kept up meanwhile."""
+        request = handoff.hand_off_id(prefilled.kv_transfer_params) if prefilled else None
+        return self._leases.wait(request, first) if self._leases is not None and request is not None else first
+
     def _prefill_at_decode(self, prompt: Prompt, failed: bool) -> str | None:
         """Why decode prefills this prompt where there is a prefill stage; None: prefill does it."""
         if Stage.PREFILL not in self.stages:
@@ -317,9 +353,9 @@ class EPDClient(EngineClient):
             return "short"
         return "failed" if failed else None
 
-    async def _prefill(self, request: StageRequest, encoded: Encoded, record: Trace) -> PrefillReply:
+    async def _prefill(self, request: StageRequest, encoded: Encoded, version: Version, record: Trace) -> PrefillReply:
         params = handoff.prefill_params(request.params, encoded.ec_transfer_params)
-        call = StageRequest(request.request_id, encoded.prompt, params, request.options)
+        call = StageRequest(request.request_id, encoded.prompt, params, request.options, version=version)
         began = time.perf_counter()
         with record.span.child("prefill", prompt_tokens=len(encoded.prompt.token_ids)) as span:
             work = self.stages[Stage.PREFILL].call("prefill", handoff.traced(call, span.headers))
@@ -338,12 +374,13 @@ class EPDClient(EngineClient):
         record.called(Stage.PREFILL, took, reply.ran_s)
         return reply
 
-    def _release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
+    def _release(self, request_id: str, kv_transfer_params: dict[str, Any], version: Version) -> None:
         """Give back, in the background, the blocks of a prefill that no decode engine pulled.
 
         In a context of its own: the request's is being cancelled, and Serve would cancel this call with it.
         """
-        self._in_background(_quietly(self.stages[Stage.DECODE].call("release", request_id, kv_transfer_params)))
+        call = self.stages[Stage.DECODE].call("release", request_id, kv_transfer_params, version)
+        self._in_background(_quietly(call))
 
     async def _let_end(self, request_id: str, prefill: asyncio.Task[PrefillReply]) -> None:
         """Give a prefill whose client has left the time to end in order, and give back its blocks.
@@ -355,7 +392,7 @@ class EPDClient(EngineClient):
                 reply = await prefill
         except (EPDError, TimeoutError):  # the timeout has cancelled it
             return
-        self._release(request_id, reply.kv_transfer_params)
+        self._release(request_id, reply.kv_transfer_params, reply.version)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
@@ -452,6 +489,13 @@ async def first_failure(work: Awaitable[T]) -> T:
         return await work
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
+
+
+def one_version(said: str, more: str) -> str:
+    """The weights of all tokens of a request. Raises ``OtherVersion`` where another choice of it had others."""
+    if said and more and said != more:
+        raise OtherVersion(Stage.DECODE, "has other weights than what answered the rest of the request")
+    return said or more
 
 
 def not_disaggregated(what: str) -> VLLMValidationError:

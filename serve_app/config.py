@@ -353,6 +353,11 @@ class KVConfig(Strict):
     module_path: str | None = Field(None, description="Python module of a connector that vLLM does not know.")
     extra_config: dict[str, Any] = Field({}, description="`kv_connector_extra_config`, passed on as it is.")
 
+    @property
+    def has_leases(self) -> bool:
+        """Whether the connector is one of ours, see ``kv_lease.py``."""
+        return self.connector.startswith("Nixl") and self.module_path is None
+
 
 class MetricsConfig(Strict):
     """What is counted besides the page `/metrics`."""
@@ -423,6 +428,11 @@ class MediaConfig(Strict):
     max_seconds: float = Field(600.0, gt=0, description="Length of a video or a sound.")
     max_redirects: int = Field(5, ge=0, description="Redirects that are followed for one item.")
     fetch_timeout_s: float = Field(30.0, gt=0, description="Time to fetch one item from a URL, redirects included.")
+    remember_uuid_bytes: int = Field(
+        256 * 1024 * 1024,
+        ge=0,
+        description="Bytes of media that an ingress replica remembers under the `uuid` a client gave it. 0: none.",
+    )
 
     @field_validator("allowed_local_path")
     @classmethod
@@ -455,7 +465,9 @@ class EPDConfig(Strict):
     model: str | None = Field(
         None, description="Model name or folder, or `demo` or `demo-random`. None: chosen by accelerator."
     )
-    served_model_name: str | None = Field(None, description="Name in the API. None: the model's.")
+    served_model_name: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Name in the API, or several, of which answers and metrics have the first. None: the model's."
+    )
     accelerator: Accelerator = Accelerator.AUTO
     engine_args: EngineArgs = {}
     encoder: StageConfig | None = StageConfig()
@@ -472,6 +484,13 @@ class EPDConfig(Strict):
     tracing: TracingConfig = TracingConfig()
     api: dict[str, Any] = Field(
         {}, description="Arguments of vLLM's API server by name: chat_template, tool_call_parser, api_key and so on."
+    )
+    response_store_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="Bytes of responses that one ingress replica keeps, for `store`, `background` and "
+        "`previous_response_id` of `/v1/responses`; least recently used go first. 0: none are kept. None: 256 MiB where "
+        "`VLLM_ENABLE_RESPONSES_API_STORE=1` is in its environment, else none.",
     )
     page: bool = Field(True, description="Serve a page at `/` to try the model on and to watch the stages.")
     request_timeout_s: float = Field(
@@ -508,9 +527,15 @@ class EPDConfig(Strict):
         return ("E+" if self.encoder else "") + ("P+D" if self.prefill else "PD")
 
     @property
+    def model_names(self) -> list[str]:
+        """Names in the API."""
+        names = self.served_model_name or self.model or DEMO_MODEL
+        return [names] if isinstance(names, str) else names
+
+    @property
     def model_name(self) -> str:
-        """Name in the API."""
-        return self.served_model_name or self.model or DEMO_MODEL
+        """The name in the API that answers have."""
+        return self.model_names[0]
 
     @field_validator("decode", mode="before")
     @classmethod

@@ -45,6 +45,7 @@ from serve_app.ec_users import Users
 from serve_app.ec_worker import DTYPE_NAMES, FolderWorker, Load, StepMetadata, bytes_of, host_memory
 from serve_app.ec_writer import Writer
 from serve_app.handoff import READ_S
+from serve_app.transfer import VERSION_KEY
 
 logger = init_logger("vllm." + __name__)
 
@@ -74,13 +75,11 @@ class Held:
     """False: it holds the zeros of a spoiled request, and must be loaded over before anyone else uses it."""
 
 
-def weights_of(model_config: Any) -> str:
-    """What an embedding depends on besides its item's hash, in which vLLM has the model's name: precision and revision.
-
-    A folder outlives a deployment. Other weights under the same name in a local folder cannot be told from those before.
-    """
+def weights_of(model_config: Any, version: str) -> str:
+    """What an embedding depends on besides its item's hash, in which vLLM has the model's name: the engine's ``version``, as
+    its replica tells it (``fingerprint.py``), precision and revision. A folder outlives a deployment."""
     commit = getattr(model_config.hf_config, "_commit_hash", None)
-    named = repr((model_config.revision, commit, model_config.hf_overrides))
+    named = repr((version, model_config.revision, commit, model_config.hf_overrides))
     return f"{model_config.dtype}:{hashlib.sha256(named.encode()).hexdigest()[:16]}:"
 
 
@@ -91,7 +90,7 @@ class SharedFolderECConnector(ECConnectorBase):
         bounds = {key: extra[key] for key in ("max_bytes", "max_age_s", "lease_s") if key in extra}
         in_memory = bool(extra.get("in_memory"))
         self._store = FolderStore(Path(extra["shared_storage_path"]), strict=in_memory, **bounds)
-        self._prefix = weights_of(vllm_config.model_config)
+        self._prefix = weights_of(vllm_config.model_config, extra.get(VERSION_KEY, ""))
         self._item_width = vllm_config.model_config.get_inputs_embeds_size()
         self._dtype = DTYPE_NAMES.get(vllm_config.model_config.dtype, "F32")
         self._metadata_resolver = PlaceholderMetadataResolver(vllm_config.model_config)

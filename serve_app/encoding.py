@@ -9,7 +9,7 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,8 +21,8 @@ from serve_app import handoff
 from serve_app.config import EncodeConfig, Stage
 from serve_app.encode_rule import Costs, Encodes, encode_at_prefill
 from serve_app.engine import ENCODE_PARAMS
-from serve_app.errors import BadRequest, EPDError, HandoffLost, StageError, StageTimeout
-from serve_app.handoff import EncodeReply, Features, Item, Media, MediaRequest, Prompt, StageRequest
+from serve_app.errors import BadRequest, EPDError, HandoffLost, OtherVersion, StageError, StageTimeout
+from serve_app.handoff import ANY, EncodeReply, Features, Item, Media, MediaRequest, Prompt, StageRequest, Version
 from serve_app.routing import StageHandle
 from serve_app.trace import Trace
 
@@ -40,6 +40,8 @@ class Encoded:
     ec_transfer_params: dict[str, Any] | None
     hashes: frozenset[str] = frozenset()
     """Items whose embeddings the engines behind have to get through the EC connector."""
+    version: Version = ANY
+    """Of the encoders that made them."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,18 @@ class EncodeStage:
     """Fields that the model declares as placeholder metadata of a modality."""
     features: Callable[[Media], Awaitable[Features]] | None = None
     """Processes an item that came as media, for prefill to encode it; None where all come from features."""
+    version: Version = ANY
+    """Of this ingress replica: what is asked of an encoder while a prompt is rendered."""
     clock: Callable[[], float] = time.monotonic
     state: Encodes = field(default_factory=Encodes)
     costs: Costs = field(default_factory=Costs)
-    _flights: dict[str, _Flight] = field(default_factory=dict)
+    _flights: dict[tuple[str, Version], _Flight] = field(default_factory=dict)
     _waking: asyncio.Task[None] | None = None
     _known: OrderedDict[str, tuple[float, EncodeReply]] = field(default_factory=OrderedDict)
 
     async def encode(self, request: StageRequest, record: Trace, first: bool = True) -> Encoded:
-        """Encode the items of a prompt, all at the same time.
+        """Encode the items of a prompt, all at the same time, by encoders of one version: that of the request or, where it
+        asks for none, of most of those that answered.
 
         ``first``: what was answered while the prompt was rendered still holds. Otherwise encoders are asked again.
         """
@@ -106,13 +111,22 @@ class EncodeStage:
                 replies[index] = source.reply
         answers = await self.run(list(jobs.values()), record)
         replies |= {index: answers[job.key] for index, job in jobs.items() if job.key in answers}
+        version = request.version
+        if replies and not version.weights:
+            version = version.after(Counter(reply.version for reply in replies.values()).most_common(1)[0][0])
+        if others := [index for index, reply in replies.items() if not reply.version.fits(version)]:
+            asked = msgspec.structs.replace(request, version=version)
+            jobs = {index: self._job(asked, index) for index in others}
+            answers = await self.run(list(jobs.values()), record)
+            replies = {index: reply for index, reply in replies.items() if index not in jobs}
+            replies |= {index: answers[job.key] for index, job in jobs.items() if job.key in answers}
         try:
             params = handoff.merge_ec_params(replies, request.prompt)
         except ValueError as error:
             raise HandoffLost(Stage.ENCODER, f"gave an unusable answer: {error}") from error
         hashes = frozenset(items[index].hash for index in replies)
         prompt = await self._with_pixels(handoff.without_pixels(request.prompt, self.declared, hashes), hashes)
-        return Encoded(prompt, params or None, hashes)
+        return Encoded(prompt, params or None, hashes, version if hashes else ANY)
 
     async def at_prefill(self, prompt: Prompt) -> Encoded:
         """The prompt with the pixels of all items: no encoder is asked."""
@@ -121,7 +135,8 @@ class EncodeStage:
     async def encode_media(self, media: list[Media], record: Trace) -> Replies:
         """Encode items that are to be rendered around: distinct ones, in the order of the prompt."""
         return await self.run(
-            [self._media_job(each, record.request_id, index, {}) for index, each in enumerate(media)], record
+            [self._media_job(each, record.request_id, index, {}, self.version) for index, each in enumerate(media)],
+            record,
         )
 
     async def run(self, jobs: list[Job], record: Trace) -> Replies:
@@ -135,7 +150,7 @@ class EncodeStage:
         at_encoder, taken, probes = [], 0, False
         for job in sorted(jobs, key=lambda job: -job.cost):
             now = self.clock()
-            if self.shareable and (self._remembered(job.key) or job.key in self._flights):
+            if self.shareable and (self._remembered(job) or (job.key, job.call.version) in self._flights):
                 at_encoder.append(job)  # costs the encoders nothing
                 continue
             seen = replace(self.state, outstanding=self.state.outstanding + taken, absent=self.handle.absent)
@@ -169,17 +184,24 @@ class EncodeStage:
         for key in [key for key, (_, reply) in self._known.items() if not hashes.isdisjoint(reply.ec_transfer_params)]:
             del self._known[key]
 
+    def forget_version(self, version: Version) -> None:
+        """No engine behind has the weights any more that these items were encoded with."""
+        for key in [key for key, (_, reply) in self._known.items() if reply.version.weights == version.weights]:
+            del self._known[key]
+
     def _job(self, request: StageRequest, index: int) -> Job:
         item, options = request.prompt.items[index], request.options
         passed = {"lora_request": options.get("lora_request"), "priority": options.get("priority", 0)}
         if item.source is not None:
-            return replace(self._media_job(item.source.media, request.request_id, index, passed), hash=item.hash)
-        call = StageRequest(request.request_id, handoff.for_encoder(request.prompt, index), ENCODE_PARAMS, passed)
+            job = self._media_job(item.source.media, request.request_id, index, passed, request.version)
+            return replace(job, hash=item.hash)
+        prompt = handoff.for_encoder(request.prompt, index)
+        call = StageRequest(request.request_id, prompt, ENCODE_PARAMS, passed, version=request.version)
         return Job(item.hash, item.num_embeds, "encode", call, index, item.hash)
 
-    def _media_job(self, media: Media, request_id: str, index: int, options: dict[str, Any]) -> Job:
+    def _media_job(self, media: Media, request_id: str, index: int, options: dict[str, Any], version: Version) -> Job:
         cost = self.costs.of(media)
-        call = MediaRequest(request_id, media, cost, options)
+        call = MediaRequest(request_id, media, cost, options, version)
         return Job(media.key, cost, "encode_media", call, index, None)
 
     async def _with_pixels(self, prompt: Prompt, encoded: frozenset[str]) -> Prompt:
@@ -202,7 +224,7 @@ class EncodeStage:
         for attempt in range(self.config.attempts):
             began = self.clock()
             try:
-                reply = self._remembered(job.key) if self.shareable else None
+                reply = self._remembered(job) if self.shareable else None
                 ran_s = 0.0
                 if reply is not None:
                     record.remembered_items += 1
@@ -216,6 +238,9 @@ class EncodeStage:
                 record.saw(Stage.ENCODER, reply.replica)
                 record.encoded(job.index, min(ran_s, self.clock() - began), reply.replica)
                 return reply
+            except OtherVersion:  # they are up, and none has the weights that the request began with
+                record.rung("encode-at-prefill(other version)")
+                return None
             except StageError as error:
                 logger.warning(f"request={record.request_id} item={job.index} attempt={attempt + 1}: {error}")
                 if attempt + 1 == self.config.attempts or self.handle.absent:
@@ -236,11 +261,11 @@ class EncodeStage:
         if self._waking is None or self._waking.done():
             self._waking = asyncio.get_running_loop().create_task(wake(), context=contextvars.Context())
 
-    def _remembered(self, key: str) -> EncodeReply | None:
-        known = self._known.get(key)
-        if known is None or self.clock() > known[0]:
+    def _remembered(self, job: Job) -> EncodeReply | None:
+        known = self._known.get(job.key)
+        if known is None or self.clock() > known[0] or not known[1].version.fits(job.call.version):
             return None
-        self._known.move_to_end(key)
+        self._known.move_to_end(job.key)
         return known[1]
 
     async def _shared(self, job: Job) -> EncodeReply:
@@ -249,22 +274,23 @@ class EncodeStage:
         The call has a context of its own: Serve would cancel it with the request that happened to come first. It is
         cancelled when the last request that waits for it has gone.
         """
-        flight = self._flights.get(job.key)
+        key = job.key, job.call.version
+        flight = self._flights.get(key)
         if flight is None:
             call = self._call(job)
             flight = _Flight(asyncio.get_running_loop().create_task(call, context=contextvars.Context()))
-            self._flights[job.key] = flight
-            flight.task.add_done_callback(lambda _: self._landed(job.key, flight))
+            self._flights[key] = flight
+            flight.task.add_done_callback(lambda _: self._landed(key, flight))
         flight.waiting += 1
         try:
             return await asyncio.shield(flight.task)
         finally:
             flight.waiting -= 1
             if not flight.waiting and not flight.task.done():
-                self._landed(job.key, flight)
+                self._landed(key, flight)
                 flight.task.cancel()
 
-    def _landed(self, key: str, flight: _Flight | None) -> None:
+    def _landed(self, key: tuple[str, Version], flight: _Flight | None) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
 
@@ -276,7 +302,7 @@ class EncodeStage:
                 reply: EncodeReply = await self.handle.call(job.method, call)
         except TimeoutError:
             raise StageTimeout(Stage.ENCODER, f"did not answer within {self.config.timeout_s:g} s") from None
-        except BadRequest:
+        except (BadRequest, OtherVersion):
             self.state.down = False  # it is up, and refuses the item
             raise
         finally:

@@ -29,8 +29,8 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.config import Stage
 from serve_app.engine_metrics import STAT_LOGGERS
-from serve_app.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageUnavailable
-from serve_app.handoff import Chunk, Item, Prompt, Source, StageRequest
+from serve_app.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageError, StageUnavailable
+from serve_app.handoff import ANY, Chunk, Item, Prompt, Source, StageRequest, Version
 from serve_app.kv_layout import KVLayout, layout_of
 
 
@@ -199,6 +199,24 @@ class StageEngine:
         """Free the blocks that prefill holds for a request which will never be decoded (called on a decode engine)."""
         await self._llm.notify_kv_transfer_request_rejected(request_id, kv_transfer_params)
 
+    async def renew_leases(self, request_ids: list[str]) -> set[str]:
+        """Begin the leases of KV blocks anew; returns the requests whose leases have ended."""
+        return await self._ask_workers("renew_kv_leases", request_ids)
+
+    async def overdue_pulls(self, seconds: float) -> set[str]:
+        """Prefill's ids of the requests whose KV blocks have been under way to here for longer than this."""
+        return await self._ask_workers("overdue_kv_pulls", seconds)
+
+    async def _ask_workers(self, method: str, *args: Any) -> set[str]:
+        """Call a method of all workers (``kv_lease.answer_replica``); returns the requests that any of them names. By vLLM's
+        own ``collective_rpc`` one hears of the first data-parallel engine only."""
+        client: Any = self._llm.engine_core
+        try:
+            engines = await client.call_utility_all_async("collective_rpc", method, None, args, None)
+        except EngineDeadError as error:
+            raise EngineDead(self._stage, f"failed: {error}") from error
+        return {request for workers in engines for named in workers for request in named}
+
     async def check_health(self) -> None:
         """Raises when the engine is dead or hangs, so that Serve replaces the replica. Does not wait for the engine.
 
@@ -223,6 +241,10 @@ class StageEngine:
         """Share of the KV cache that requests hold, those included whose blocks another engine has still to pull."""
         use = self._kv_use.by_core.values()
         return sum(use) / len(use) if use else 0.0
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        return self._llm.vllm_config
 
     @property
     def kv_layout(self) -> KVLayout:
@@ -273,22 +295,29 @@ async def coalesced(outputs: AsyncGenerator[RequestOutput], interval_s: float) -
     """Outputs with new tokens only, at most one per interval: the first and the last at once, in between what has come.
 
     A message from replica to ingress to proxy to client costs more than making a token does. No timer: what is held goes on
-    with the first output after the interval.
+    with the first output after the interval, or before the engine's failure.
     """
     held, due = None, -math.inf
     async with aclosing(outputs):
-        async for output in outputs:
-            if held is None:
-                held = output
-            else:
-                held.add(output, aggregate=True)
-            now = time.monotonic()
-            if held.finished or now >= due:
+        try:
+            async for output in outputs:
+                if held is None:
+                    held = output
+                else:
+                    held.add(output, aggregate=True)
+                now = time.monotonic()
+                if held.finished or now >= due:
+                    yield held
+                    held, due = None, now + interval_s
+        except StageError:
+            if held is not None:
                 yield held
-                held, due = None, now + interval_s
+            raise
 
 
-def to_chunk(output: RequestOutput, ran_s: float | None = None, kv_s: float | None = None) -> Chunk:
+def to_chunk(
+    output: RequestOutput, ran_s: float | None = None, kv_s: float | None = None, version: Version = ANY
+) -> Chunk:
     """The only choice of an output, without the prompt that every ``RequestOutput`` repeats."""
     (choice,) = output.outputs
     return Chunk(
@@ -302,4 +331,5 @@ def to_chunk(output: RequestOutput, ran_s: float | None = None, kv_s: float | No
         prompt_logprobs=output.prompt_logprobs,
         ran_s=ran_s,
         kv_s=kv_s,
+        version=version,
     )

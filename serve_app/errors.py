@@ -9,7 +9,8 @@
     ├── Overloaded             the ingress has enough to do → 503
     └── StageError             a stage failed a request; → 503 with the reason
         ├── StageUnavailable   no replica, replica died, queue full
-        │   └── EngineDead     the replica is there, its engine is not
+        │   ├── EngineDead     the replica is there, its engine is not
+        │   └── OtherVersion   the replica has other weights, or another configuration, than the request began with
         ├── HandoffLost        embeddings or KV blocks are gone
         └── StageTimeout       → 504
 
@@ -62,6 +63,17 @@ class StageUnavailable(StageError):
 
 class EngineDead(StageUnavailable):
     """The engine of the replica is dead: it answers no call any more, until Serve has replaced it."""
+
+
+class OtherVersion(StageUnavailable):
+    """The replica refuses a request that began with another version: it would go on from what it cannot know as its own."""
+
+    def __init__(self, stage: Stage, message: str, replica: str = "", version: tuple[str, ...] = ()) -> None:
+        super().__init__(stage, message)
+        self.args = (stage, message, replica, version)  # what is pickled
+        self.replica = replica
+        self.version = version
+        """The replica's own (``handoff.Version``)."""
 
 
 class HandoffLost(StageError):

@@ -35,7 +35,7 @@ from serve_app.config import MediaConfig
 from serve_app.encoding import Replies
 from serve_app.engine import SourcedItem, from_engine_input
 from serve_app.errors import BadRequest
-from serve_app.guard import refuse_client_names, why_not_processed
+from serve_app.guard import why_not_processed
 from serve_app.handoff import Features, Media, Prompt
 from serve_app.media import decode, in_thread
 
@@ -178,7 +178,6 @@ class FromMedia:
         raw = {m: items for m, items in data.items() if isinstance(items, list) and any(map(is_media, items))}
         if not raw:
             return await self._by_vllm(prompt, skip_mm_cache=skip_mm_cache)
-        refuse_client_names(prompt.get("multi_modal_uuids") or {})
         kwargs = dict(prompt.get("mm_processor_kwargs") or {})
         # A video that came as JPEGs (`data:video/jpeg`) is decoded already, whatever stands beside it.
         mixed = not all(map(is_media, itertools.chain(*raw.values())))

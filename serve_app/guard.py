@@ -12,6 +12,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from serve_app import trace
 from serve_app.errors import BadRequest
+from serve_app.media_names import salt
 
 TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
 MAX_LENGTH_PENALTY = 10.0
@@ -48,22 +49,17 @@ def check_params(params: SamplingParams) -> None:
         raise BadRequest("A number in the request has more than 64 bits.") from None
 
 
-def refuse_client_names(uuids: Mapping[str, Any]) -> None:
-    """Refuse the ``uuid`` that a client may give a media item.
-
-    vLLM takes it for the item's hash, and the hash is the key of an encoder cache that all clients share: a client could
-    put its own picture in the place of another's. Items are known by their content here.
-    """
-    if any(uuid is not None for names in uuids.values() for uuid in names or ()):
-        raise VLLMValidationError("`uuid` of a media item is not taken: items are known by their content here.")
-
-
 def guard_renderer(renderer: Any) -> None:
-    """Refuse names of items that a client gives, and say what is wrong where a prompt cannot be processed."""
+    """Let no client name an item behind the door, tell whose names it may use there, and say what is wrong where a prompt
+    cannot be processed."""
     process_uuids, process = renderer._process_mm_uuids, renderer._process_multimodal_async
+    render_chat = renderer.render_chat_async
 
     def checked(mm_data: Any, mm_data_items: Any, mm_uuid_items: Mapping[str, Any], mm_req_id: str) -> Any:
-        refuse_client_names(mm_uuid_items)
+        """vLLM takes a `uuid` for the item's hash, and that is the key of an encoder cache that all clients share: a client
+        could put its own picture in the place of another's. What comes through a chat has none left (`media_names`)."""
+        if any(uuid is not None for names in mm_uuid_items.values() for uuid in names or ()):
+            raise VLLMValidationError("`uuid` of a media item is taken in the messages of a chat only.")
         return process_uuids(mm_data, mm_data_items, mm_uuid_items, mm_req_id)
 
     async def processed(*args: Any, **kwargs: Any) -> Any:
@@ -73,8 +69,16 @@ def guard_renderer(renderer: Any) -> None:
         except (AssertionError, ValueError) as error:
             raise VLLMValidationError(why_not_processed(error)) from error
 
+    async def rendered(*args: Any, prompt_extras: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        token = salt.set((prompt_extras or {}).get("cache_salt") or "")
+        try:
+            return await render_chat(*args, prompt_extras=prompt_extras, **kwargs)
+        finally:
+            salt.reset(token)
+
     renderer._process_mm_uuids = checked
     renderer._process_multimodal_async = processed
+    renderer.render_chat_async = rendered
 
 
 def why_not_processed(error: Exception) -> str:

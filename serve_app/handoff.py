@@ -10,7 +10,7 @@ Sources: ``vllm/distributed/ec_transfer/ec_connector/utils.py`` (what a consumer
 import hashlib
 import uuid
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -26,6 +26,38 @@ REMOTE_DECODE = {
 
 READ_S = "read_s"
 """In the ``ec_transfer_params`` that a consumer's engine answers with: seconds to read the embeddings of the request."""
+
+
+class Version(NamedTuple):
+    """What an engine or an ingress was started from, in digests (``fingerprint.py``), or what a call asks its engine for.
+
+    Empty is what one does not know, or does not ask for.
+    """
+
+    front: str = ""
+    """Configuration, tokenizer, preprocessor, arguments, protocol: an ingress has it too."""
+    template: str = ""
+    """The chat template that the config names."""
+    weights: str = ""
+    layout: str = ""
+    """Of KV blocks: what vLLM's connector compares."""
+
+    def other_than(self, asked: "Version") -> list[str]:
+        """In which respects this is not what is asked for."""
+        if self == asked:
+            return []
+        pairs = zip(self._fields, self, asked, strict=True)
+        return [name for name, ours, theirs in pairs if ours and theirs and ours != theirs]
+
+    def fits(self, asked: "Version") -> bool:
+        return not self.other_than(asked)
+
+    def after(self, engine: "Version") -> "Version":
+        """What a call asks for that goes on from what an engine has made."""
+        return self._replace(weights=engine.weights or self.weights, layout=engine.layout)
+
+
+ANY = Version()
 
 
 class Media(msgspec.Struct, frozen=True):
@@ -112,7 +144,10 @@ class StageRequest(msgspec.Struct, frozen=True):
     options: dict[str, Any] = {}
     """Keyword arguments of ``AsyncLLM.generate``: lora_request, priority, trace_headers, …"""
     streamed: bool = True
-    """Of decode: whether tokens go on as they come. Otherwise the first, which the deadline waits for, and then the rest."""
+    """Of decode: whether tokens go on as they come. Otherwise the first, which the deadline waits for, and then now and then
+    what was made since, for the answer to go on from where this replica is lost."""
+    version: Version = ANY
+    """Of the ingress, and of the engines that this call goes on from. An engine of another refuses it."""
 
 
 class MediaRequest(msgspec.Struct, frozen=True):
@@ -123,6 +158,7 @@ class MediaRequest(msgspec.Struct, frozen=True):
     cost: int
     """Embeddings that it will have, as far as the ingress can tell."""
     options: dict[str, Any] = {}
+    version: Version = ANY
 
 
 Call = TypeVar("Call", bound=StageRequest | MediaRequest)
@@ -156,6 +192,8 @@ class EncodeReply(msgspec.Struct, frozen=True):
     """Of an item that went as media; without pixels."""
     ran_s: float = 0.0
     """Seconds in the replica, less those in its engine's queue. What the call took besides is queueing and transfer."""
+    version: Version = ANY
+    """Of its engine."""
 
 
 class PrefillReply(msgspec.Struct, frozen=True):
@@ -169,6 +207,8 @@ class PrefillReply(msgspec.Struct, frozen=True):
     """Of these, what reading embeddings took. 0 where none was read, or the connector does not tell."""
     node: str = ""
     """Ray's id of the node that holds the blocks."""
+    version: Version = ANY
+    """Of its engine."""
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -187,6 +227,8 @@ class Chunk(msgspec.Struct, frozen=True):
     kv_s: float | None = None
     """With the first chunk: seconds until the KV blocks of its prefill were there, where these can be told from the wait for
     a place in the engine."""
+    version: Version = ANY
+    """With the first chunk: of the engine that makes them."""
 
 
 def salted(prompt: Prompt, salt: str | None) -> Prompt:
@@ -280,24 +322,26 @@ def merge_ec_params(replies: dict[int, EncodeReply], prompt: Prompt) -> dict[str
     return merged
 
 
+OF_THE_PROMPT = ("prompt_logprobs", "flat_logprobs", "skip_reading_prefix_cache", "skip_clone")
+"""Sampling parameters that prefill needs. All others are about the answer."""
+
+
 def prefill_params(params: Any, ec_transfer_params: dict[str, Any] | None) -> Any:
     """Sampling parameters of the prefill call: one token that nobody reads, and the blocks held for decode.
 
     Its token must not stop the request by itself: NIXL holds blocks of requests that ran to their end, and decode samples
     the first token again from the last prompt position, with the client's own parameters.
     """
-    prefill = params.clone()
-    prefill.n = 1
-    prefill.max_tokens = 1
-    prefill.min_tokens = 0
-    prefill.ignore_eos = True
-    prefill.stop = []
-    prefill.stop_token_ids = []
-    prefill.structured_outputs = None
-    prefill.logprobs = None
-    prefill.detokenize = prefill.prompt_logprobs is not None
-    prefill.extra_args = _extra(params, kv_transfer_params=REMOTE_DECODE, ec_transfer_params=ec_transfer_params)
-    return prefill
+    return type(params)(
+        max_tokens=1,
+        temperature=0.0,
+        watermarking=False,
+        ignore_eos=True,
+        detokenize=params.detokenize and params.prompt_logprobs is not None,
+        output_kind=type(params.output_kind).FINAL_ONLY,
+        extra_args=_extra(params, kv_transfer_params=REMOTE_DECODE, ec_transfer_params=ec_transfer_params),
+        **{name: getattr(params, name) for name in OF_THE_PROMPT},
+    )
 
 
 def decode_params(
@@ -365,9 +409,14 @@ def is_streamed(params: Any) -> bool:
     return bool(params.output_kind.name != "FINAL_ONLY")
 
 
-def pulls_blocks(params: Any) -> bool:
-    """Whether a decode request waits for the KV blocks of a prefill."""
-    return bool(params.extra_args) and "kv_transfer_params" in params.extra_args
+def pulled_blocks(params: Any) -> dict[str, Any] | None:
+    """``kv_transfer_params`` of a decode request that waits for the KV blocks of a prefill."""
+    return (params.extra_args or {}).get("kv_transfer_params")
+
+
+def hand_off_id(kv_transfer_params: dict[str, Any] | None) -> str | None:
+    """Prefill's id of the request whose KV blocks these name; None with a connector that has no leases."""
+    return (kv_transfer_params or {}).get("remote_request_id")
 
 
 def _extra(params: Any, **transfer: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 ::
 
     URL ── data: ── file: ── http(s): ──> bytes      media_fetch.py, with media_address.py
+    a name of the client's ─────────────> bytes      media_names.py
     bytes ──> pixels, frames, seconds in bounds?     media_check.py      at the ingress, or on an encoder
     bytes ──> image, frames, samples                 vLLM's own MediaIO classes      (see from_media.py)
 
@@ -31,27 +32,40 @@ from serve_app.errors import BadRequest, Overloaded
 from serve_app.handoff import Media, digest_of
 from serve_app.media_check import check, check_image, check_jpegs, set_vllm_limits
 from serve_app.media_fetch import Fetcher, Room, decode_base64, read_file, split_data_url, too_large, unlimited
+from serve_app.media_names import Content, MediaNames, Named, key_of, naming
+from serve_app.peers import Peers
 from serve_app.vllm_errors import to_vllm_error
 
 CONNECTOR = "epd"
 MODALITY_OF: dict[type, str] = {io: modality for modality, io in MODALITY_IO_MAP.items()}
 
 
-def install(rules: MediaConfig, undecoded: Collection[str] = (), admission: Admission | None = None) -> Fetcher:
+def install(
+    rules: MediaConfig,
+    undecoded: Collection[str] = (),
+    admission: Admission | None = None,
+    peers: Peers | None = None,
+) -> Fetcher:
     """Make vLLM load media by these rules, in this process. The caller closes the fetcher at the end.
 
     ``undecoded``: modalities whose items are left as ``Media``, for an encoder to decode. ``admission`` counts what comes.
+    ``peers`` may remember media by the names that clients gave it.
     """
     fetcher = Fetcher(rules)
-    make = partial(EPDMediaConnector, rules, fetcher, frozenset(undecoded), admission)
+    names = MediaNames(rules.remember_uuid_bytes, peers)
+    make = partial(EPDMediaConnector, rules, fetcher, names, frozenset(undecoded), admission)
     MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(make)
     envs.VLLM_MEDIA_CONNECTOR = CONNECTOR
     set_vllm_limits(rules)
     AsyncMultiModalContentParser.parse_image_pil = _parse_decoded
+    for name, parse in _PARSE.items():
+        setattr(AsyncMultiModalContentParser, name, naming(parse))
     return fetcher
 
 
 _parse_image_pil = AsyncMultiModalContentParser.parse_image_pil
+_PARSE = {name: getattr(AsyncMultiModalContentParser, name) for name in ("parse_image", "parse_video", "parse_audio")}
+"""Of these every part with a URL comes to the connector, `input_audio` too."""
 
 
 def _parse_decoded(parser: Any, image_pil: Any, uuid: str | None = None) -> None:
@@ -69,6 +83,7 @@ class EPDMediaConnector(MediaConnector):
         self,
         rules: MediaConfig,
         fetcher: Fetcher,
+        names: MediaNames,
         undecoded: frozenset[str] = frozenset(),
         admission: Admission | None = None,
         media_io_kwargs: dict[str, dict[str, Any]] | None = None,
@@ -77,6 +92,7 @@ class EPDMediaConnector(MediaConnector):
         super().__init__(media_io_kwargs)
         self._rules = rules
         self._fetcher = fetcher
+        self._names = names
         self._undecoded = undecoded
         self._admission = admission
 
@@ -86,17 +102,37 @@ class EPDMediaConnector(MediaConnector):
             raise VLLMValidationError("A media URL must be a text.")
         try:
             room = self._room()
-            match url.partition(":")[0].lower():
-                case "data":
-                    return await in_thread(self._load_data, url, media_io, room)
-                case "file":
-                    return await in_thread(self._load_file, url, media_io, room)
-                case "http" | "https":
-                    return await in_thread(self._decode, await self._fetch(url, room), media_io)
-                case _:
-                    raise VLLMValidationError("A media URL must begin with https:, http:, data: or file:.")
+            if isinstance(url, Named):
+                return await self._load_named(url, media_io, room)
+            return await in_thread(self._decode, await self._content(url, media_io, room), media_io)
         except (BadRequest, Overloaded) as error:
             raise to_vllm_error(error) from error
+
+    async def _load_named(self, url: Named, media_io: MediaIO[Any], room: Room) -> Any:
+        """The item of that name: what is remembered; else what the URL gives, which is remembered once it could be read."""
+        key = key_of(url, MODALITY_OF.get(type(media_io)))
+        content = None if url.inline else self._names.get(key)
+        if content is None and not len(url):
+            content = await self._names.find(url, key)
+        if content is None:
+            content = await self._content(url, media_io, room)
+        else:
+            room(len(content.data))
+        media = await in_thread(self._decode, content, media_io)
+        self._names.remember(url, key, content)
+        return media
+
+    async def _content(self, url: str, media_io: MediaIO[Any], room: Room) -> Content:
+        match url.partition(":")[0].lower():
+            case "data":
+                content: Content = await in_thread(self._read_data, url, media_io, room)
+                return content
+            case "file":
+                return Content(await in_thread(read_file, url, self._rules, room))
+            case "http" | "https":
+                return Content(await self._fetch(url, room))
+            case _:
+                raise VLLMValidationError("A media URL must begin with https:, http:, data: or file:.")
 
     def _room(self) -> Room:
         """Asks for room for bytes of an item, until its request has ended."""
@@ -124,21 +160,17 @@ class EPDMediaConnector(MediaConnector):
         await in_thread(self._put_cached_bytes, url, data)
         return data
 
-    def _load_data(self, url: str, media_io: MediaIO[Any], room: Room) -> Any:
+    def _read_data(self, url: str, media_io: MediaIO[Any], room: Room) -> Content:
         media_type, text = split_data_url(url)
         room(len(text) * 3 // 4)
-        if media_type != "video/jpeg" or not isinstance(media_io, VideoMediaIO):
-            return self._decode(decode_base64(text, self._rules), media_io)
-        check_jpegs(text, self._rules)
-        try:
-            return media_io.load_base64(media_type, text)
-        except Exception as error:
-            raise to_client_error(error) from error
+        if media_type == "video/jpeg" and isinstance(media_io, VideoMediaIO):
+            return Content(text.encode(errors="replace"), jpegs=True)
+        return Content(decode_base64(text, self._rules))
 
-    def _load_file(self, url: str, media_io: MediaIO[Any], room: Room) -> Any:
-        return self._decode(read_file(url, self._rules, room), media_io)
-
-    def _decode(self, data: bytes, media_io: MediaIO[Any]) -> Any:
+    def _decode(self, content: Content, media_io: MediaIO[Any]) -> Any:
+        data = content.data
+        if content.jpegs:
+            return self._decode_jpegs(data.decode(), media_io)
         if len(data) > self._rules.max_bytes:
             raise too_large("The media", self._rules)
         modality = MODALITY_OF.get(type(media_io))
@@ -146,6 +178,13 @@ class EPDMediaConnector(MediaConnector):
             return decode(data, media_io, self._rules)
         units = check_image(data, self._rules) if modality == "image" else len(data)
         return Media(modality, data, media_io, units, digest_of(data))
+
+    def _decode_jpegs(self, text: str, media_io: MediaIO[Any]) -> Any:
+        check_jpegs(text, self._rules)
+        try:
+            return media_io.load_base64("video/jpeg", text)
+        except Exception as error:
+            raise to_client_error(error) from error
 
 
 def decode(data: bytes, media_io: MediaIO[Any], rules: MediaConfig) -> Any:

@@ -5,6 +5,7 @@ limits that vLLM keeps while it decodes are set to the same numbers, for headers
 """
 
 import copy
+import itertools
 import math
 import warnings
 from io import BytesIO
@@ -16,6 +17,7 @@ from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.image import open_image
 from vllm.multimodal.media import ImageMediaIO, MediaIO, VideoMediaIO
+from vllm.multimodal.video_decoders import VideoSourceMetadata
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 from vllm.utils.mem_constants import MiB_bytes
 
@@ -115,30 +117,91 @@ def gif_has_more_frames(data: bytes, limit: int) -> bool:
     return False
 
 
+MAX_FPS = 240
+"""From here on a rate is not believed: FFmpeg gives the container's unit of time where it finds none, as in what browsers
+record."""
+
+
 def check_video(data: bytes, media_io: VideoMediaIO, rules: MediaConfig) -> VideoMediaIO:
-    """Opens the video as vLLM's default backend does, which decodes no more frames than the header declares."""
+    """Opens the video as vLLM's default backend does, which decodes no more frames than the header declares, or are counted
+    here."""
     # Never release() a capture of bytes: OpenCV 5.0.0 crashes the process. It closes with its last reference.
     capture = OpenCVVideoBackendMixin.open_video_capture(data)
     width, height = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
     frames, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
     if width * height > rules.max_pixels:
         too_much(f"The video has {width}×{height} pixels", f"{rules.max_pixels} pixels")
-    if frames > rules.max_frames:
-        too_much(f"The video has {frames:.0f} frames", f"{rules.max_frames} frames")
-    if fps > 0 and frames / fps > rules.max_seconds:
+    counted = None
+    if not (0 < frames <= rules.max_frames and 0 < fps < MAX_FPS):
+        counted = counted_frames(data, rules)
+        frames, fps, _ = counted
+    if frames / fps > rules.max_seconds:
         too_much(f"The video takes {frames / fps:.1f} s", f"{rules.max_seconds:g} s")
     limited = copy.copy(media_io)  # one IO can serve several items at once
-    limited.video_loader = _limited(type(media_io.video_loader), width * height, rules.max_video_pixels)()
+    limited.video_loader = _limited(
+        type(media_io.video_loader), width * height, rules.max_video_pixels, counted, [capture]
+    )()
     return limited
 
 
-def _limited(loader: Any, frame_pixels: int, max_pixels: int) -> Any:
-    """A video loader of vLLM's that refuses to take more frames than fit: only it knows how many it samples."""
+def counted_frames(data: bytes, rules: MediaConfig) -> VideoSourceMetadata:
+    """Of a video whose container does not say, as one that was written to a pipe, or says what cannot be.
+
+    All are decoded, once: a recording may break off anywhere. But first its packets, which cost little, say whether they are
+    too many.
+    """
+    packets = OpenCVVideoBackendMixin.open_video_capture(data)
+    packets.set(cv2.CAP_PROP_FORMAT, -1)  # undecoded
+    if sum(1 for _ in itertools.islice(iter(packets.grab, False), rules.max_frames + 1)) > rules.max_frames:
+        too_much("The video has too many frames", f"{rules.max_frames} frames")
+    capture = OpenCVVideoBackendMixin.open_video_capture(data)
+    frames, first_s, last_s = 0, 0.0, 0.0
+    while frames < rules.max_frames and capture.grab():
+        last_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        first_s = first_s if frames else last_s
+        frames += 1
+        if last_s - first_s > rules.max_seconds:
+            too_much(f"The video takes {last_s - first_s:.1f} s", f"{rules.max_seconds:g} s")
+    if not frames:
+        raise _not_decodable()
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    if not 0 < fps < MAX_FPS:
+        fps = 24.0  # as transformers has it
+    if last_s > first_s:
+        shown = (frames - 1) / (last_s - first_s)
+        fps = fps if 0.9 < fps / shown < 1.1 else shown  # times are rounded: the same rate is the same number
+    return VideoSourceMetadata(frames, fps, frames / fps)
+
+
+def _limited(
+    loader: Any, frame_pixels: int, max_pixels: int, counted: VideoSourceMetadata | None, unread: list[Any]
+) -> Any:
+    """A video loader of vLLM's that refuses to take more frames than fit: only it knows how many it samples.
+
+    ``counted``: what is so, where the container does not say. ``unread``: a capture of the video, for the loader to read
+    frames from. Its own has been at the end, to look for the last frame, and of some files (a single frame, MPEG-TS, IVF) no
+    or few frames come after that.
+    """
 
     class Limited(loader):
         @classmethod
-        def compute_frames_index_to_sample(cls, *args: Any, **kwargs: Any) -> list[int]:
-            indices: list[int] = super().compute_frames_index_to_sample(*args, **kwargs)
+        def load_bytes(cls, data: bytes, **kwargs: Any) -> Any:
+            try:
+                return super().load_bytes(data, **kwargs)
+            finally:
+                unread.clear()  # the class is there until the garbage collector comes
+
+        @classmethod
+        def _prepare_source(cls, source: VideoSourceMetadata) -> VideoSourceMetadata:
+            prepared: VideoSourceMetadata = super()._prepare_source(counted or source)
+            return prepared
+
+        @classmethod
+        def compute_frames_index_to_sample(cls, source: VideoSourceMetadata, *args: Any, **kwargs: Any) -> list[int]:
+            # Samplers that take frames in pairs take none of one.
+            indices: list[int] = (
+                [0] if source.total_frames_num == 1 else super().compute_frames_index_to_sample(source, *args, **kwargs)
+            )
             if len(indices) * frame_pixels > max_pixels:
                 too_much(
                     f"{len(indices)} frames of the video have {len(indices) * frame_pixels} pixels",
@@ -146,7 +209,18 @@ def _limited(loader: Any, frame_pixels: int, max_pixels: int) -> Any:
                 )
             return indices
 
+        @classmethod
+        def read_frames(cls, _: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[int]]:
+            frames, indices = super().read_frames(unread.pop(), *args, **kwargs)
+            if not indices:
+                raise _not_decodable()
+            return frames, indices
+
     return Limited
+
+
+def _not_decodable() -> VLLMValidationError:
+    return VLLMValidationError("Cannot read the media: none of the video's frames can be decoded.")
 
 
 def check_jpegs(text: str, rules: MediaConfig) -> None:

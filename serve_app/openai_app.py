@@ -44,6 +44,8 @@ from serve_app.ingress_metrics import IngressMetrics
 from serve_app.media_fetch import Fetcher
 from serve_app.metrics import merge_metrics
 from serve_app.page import add_page
+from serve_app.peers import Peers
+from serve_app.responses import Responses
 from serve_app.status import Status
 from serve_app.trace import Trace
 from serve_app.tracing import Tracing, tracing
@@ -116,18 +118,23 @@ def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
     return vllm_config
 
 
-async def make_app(config: EPDConfig, args: Namespace, client: EPDClient, status: Status) -> ASGIApp:
+async def make_app(
+    config: EPDConfig, args: Namespace, client: EPDClient, status: Status, peers: Peers | None = None
+) -> ASGIApp:
     """The ASGI app of an ingress replica."""
     folder = config.media.allowed_local_path
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
-    fetcher = media.install(config.media, client.from_media, client.admission)
+    fetcher = media.install(config.media, client.from_media, client.admission, peers)
     app = build_app(args, ("generate",), client.model_config)
     _shape_errors(app)
     app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)
     await init_app_state(client, app.state, args, ("generate",))
     drop = REPLACED | NOT_HERE.keys()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
+    app.state.openai_serving_responses = Responses(
+        app.state.openai_serving_responses, peers or Peers(), config.response_store_bytes
+    )
     _add_routes(app, client, status)
     if config.page:
         add_page(app)
@@ -146,7 +153,7 @@ def _shape_errors(app: FastAPI) -> None:
 
     def shaped(handler: Any) -> Any:
         async def answer(request: Request, error: Exception) -> JSONResponse:
-            return of_route(request.url.path, await handler(request, error))
+            return of_route(route_of(request.scope), await handler(request, error))
 
         return answer
 
@@ -254,6 +261,12 @@ def error_response(status: int, message: str, kind: str = "BadRequestError") -> 
     )
 
 
+def route_of(scope: Scope) -> str:
+    """The path within the application: Serve's has its ``route_prefix`` before it, and names that as ``root_path``."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def of_route(path: str, response: JSONResponse) -> JSONResponse:
     """OpenAI's error, in Anthropic's shape on Anthropic's routes."""
     if not path.startswith("/v1/messages"):
@@ -286,8 +299,8 @@ class BodyTooLarge(HTTPException):
 
 
 class PipelineMiddleware:
-    """Outermost: request id, body limit, the trace with its log line, metrics and span, and the status line that waits for
-    the first token.
+    """Outermost: key, request id, body limit, the trace with its log line, metrics and span, and the status line that waits
+    for the first token.
 
     A streaming response starts before its generator has asked the engine for anything. Its start is held back here until
     the trace is decided: by the first token it goes out as it is; by a failure it is replaced by that error's own response.
@@ -300,14 +313,20 @@ class PipelineMiddleware:
         self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = MutableHeaders(scope=scope)
+        # Where Anthropic's clients send the key; vLLM reads OpenAI's header alone.
+        if (key := headers.get("x-api-key")) and "authorization" not in headers:
+            headers["authorization"] = f"Bearer {key}"
+        if scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        path = route_of(scope)
         request_id = clean_id(headers.get("x-request-id") or "") or uuid.uuid4().hex
         headers["x-request-id"] = request_id  # vLLM's servings read it from there; Serve's proxy echoes it
-        with self.tracing.request(f"POST {scope['path']}", headers) as span:
-            record = Trace(request_id, span)
-            reply = _HeldReply(send, record, scope["path"])
+        with self.tracing.request(f"POST {path}", headers) as span:
+            record = Trace(request_id, span, credentials=headers.get("authorization") or "")
+            reply = _HeldReply(send, record, path)
             try:
                 with record.holds:
                     await self._answer(scope, receive, reply, record)
@@ -322,9 +341,9 @@ class PipelineMiddleware:
                 record.timeout_s = positive(timeout)
             except ValueError:
                 message = f"The header x-request-timeout-s must be a positive number of seconds, not {timeout[:40]!r}."
-                return await of_route(scope["path"], error_response(400, message))(scope, receive, reply)
+                return await of_route(route_of(scope), error_response(400, message))(scope, receive, reply)
         too_large = of_route(
-            scope["path"], error_response(413, BodyTooLarge(self.max_body_bytes).detail, "RequestEntityTooLarge")
+            route_of(scope), error_response(413, BodyTooLarge(self.max_body_bytes).detail, "RequestEntityTooLarge")
         )
         if int(headers.get("content-length") or 0) > self.max_body_bytes:
             return await too_large(scope, receive, reply)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from serve_app.config import RetryConfig, Stage
-from serve_app.errors import EngineDead, HandoffLost, StageError, StageUnavailable
+from serve_app.errors import EngineDead, HandoffLost, OtherVersion, StageError, StageUnavailable
 
 
 @dataclass
@@ -49,6 +49,8 @@ class Ladder:
     all, decode prefills. An engine ends a request in the same way whether its KV blocks or embeddings were lost or its
     grammar cannot be compiled or followed; so decode does a structured request alone where that happened, and where it
     happens again it is the grammar.
+
+    Where no replica has the weights that embeddings or blocks were made with, whoever refused them makes its own.
     """
 
     structured: bool
@@ -56,14 +58,20 @@ class Ladder:
     prefills_lost: int = 0
     blocks_lost: int = 0
     engines_died: int = 0
+    other_than_encoders: bool = False
+    other_than_prefill: bool = False
 
-    def failed(self, error: StageError, encoded: bool) -> None:
-        """``encoded``: whether encoders had encoded something of the attempt."""
+    def failed(self, error: StageError, encoded: bool, said: bool = False) -> None:
+        """``encoded``: whether encoders had encoded something of the attempt. ``said``: whether it went on from tokens."""
         at_decode, lost = error.stage is Stage.DECODE, isinstance(error, HandoffLost)
         self.embeddings_lost += lost and encoded
         self.blocks_lost += lost and at_decode
         self.prefills_lost += isinstance(error, StageUnavailable) and error.stage is Stage.PREFILL
         self.engines_died += isinstance(error, EngineDead) and at_decode
+        if isinstance(error, OtherVersion):
+            by_encoders = encoded and not said
+            self.other_than_encoders |= at_decode or by_encoders
+            self.other_than_prefill |= at_decode or not by_encoders
 
     @property
     def alone(self) -> bool:
@@ -71,11 +79,11 @@ class Ladder:
 
     @property
     def without_encoders(self) -> bool:
-        return self.alone or self.embeddings_lost >= 2
+        return self.alone or self.other_than_encoders or self.embeddings_lost >= 2
 
     @property
     def without_prefill(self) -> bool:
-        return self.alone or self.prefills_lost + self.blocks_lost >= 2
+        return self.alone or self.other_than_prefill or self.prefills_lost + self.blocks_lost >= 2
 
     @property
     def cannot_be_structured(self) -> bool:
@@ -101,11 +109,13 @@ class Retries:
     def allow(self, error: Exception, attempt: int, begun: bool = False) -> bool:
         """Whether attempt number ``attempt`` (from 1) may be followed by another after this failure.
 
-        Only failures that say nothing about the request itself: a replica gone, a hand-off lost. ``begun``: the client has a
-        part of the answer. The rest is no more work than was under way, so it needs no budget.
+        Only failures that say nothing about the request itself: a replica gone, a hand-off lost. ``begun``: a part of the
+        answer is kept. The rest is little more work than was under way, so it needs no budget. Nor does a request that no
+        replica took, as it began with another version: next it goes where there are such.
         """
         transient = isinstance(error, StageUnavailable | HandoffLost)
-        return transient and attempt < self._config.attempts and (begun or self._budget.spend())
+        free = begun or isinstance(error, OtherVersion)
+        return transient and attempt < self._config.attempts and (free or self._budget.spend())
 
     async def pause(self, attempt: int) -> None:
         """Wait before the next attempt: at random up to ``backoff_s``, doubled each time, so that not all come at once."""

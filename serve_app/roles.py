@@ -130,7 +130,7 @@ def ingress_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
 
 def shared_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
     media = config.media
-    args: dict[str, Any] = {"model": model_path, "served_model_name": [config.model_name]} | config.engine_args
+    args: dict[str, Any] = {"model": model_path, "served_model_name": config.model_names} | config.engine_args
     if media.limits:
         args["limit_mm_per_prompt"] = {
             modality: limit.count if limit.model_fields_set == {"count"} else limit.model_dump(exclude_none=True)

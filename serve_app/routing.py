@@ -5,9 +5,10 @@ Which replica takes a call is the matter of ``balance.py``.
 
 import asyncio
 import contextvars
+import itertools
 import pickle
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,11 @@ from ray.serve.request_router import RequestRouter, RunningReplica
 
 from serve_app.admission import size_of
 from serve_app.config import Stage
-from serve_app.errors import EngineDead, EPDError, HandoffLost, StageUnavailable
-from serve_app.handoff import MediaRequest, StageRequest
+from serve_app.errors import EngineDead, EPDError, HandoffLost, OtherVersion, StageUnavailable
+from serve_app.handoff import ANY, MediaRequest, StageRequest, Version
 
-encoder_routers: WeakValueDictionary[str, RequestRouter] = WeakValueDictionary()
-"""The routers of this process' Encoder handles, by application."""
+routers: WeakValueDictionary[tuple[str, str], RequestRouter] = WeakValueDictionary()
+"""The routers of this process' handles, by application and deployment."""
 
 
 LIGHT_BYTES = 1 << 20
@@ -92,8 +93,50 @@ def avoid(replica: str) -> None:
     _avoided[replica] = time.monotonic() + AVOID_S
 
 
-def sound(replicas: list[RunningReplica]) -> list[RunningReplica]:
-    """Those that are not to be avoided. Routers ask with each call: next to nothing where none is, as nearly always."""
+REMEMBERED_REPLICAS = 1024
+
+_versions: dict[str, Version] = {}
+"""By Ray's name of a replica: what it answered last."""
+
+_kinds: set[Version] = set()
+
+
+def learn(replica: str, version: Version) -> None:
+    """Of which version a replica is, as it has told."""
+    if _versions.get(replica) == version:
+        return
+    _versions.pop(replica, None)
+    _versions[replica] = version
+    if len(_versions) > REMEMBERED_REPLICAS:
+        del _versions[next(iter(_versions))]
+    _kinds.clear()
+    _kinds.update(_versions.values())
+
+
+def of_version(asked: Version, replicas: list[RunningReplica]) -> list[RunningReplica]:
+    """Those that may be of the version that a call asks for: all that have not told of another.
+
+    Routers ask with each call. As nearly always, all that have told fit, and there are as few kinds as stages.
+    """
+    if all(kind.fits(asked) for kind in _kinds):
+        return replicas
+    return [each for each in replicas if _versions.get(each.replica_id.to_full_id_str(), ANY).fits(asked)]
+
+
+def asked_version(args: Iterable[Any]) -> Version:
+    """What the arguments of a call ask for: a request does, or a version among them."""
+    for arg in args:
+        if isinstance(arg, StageRequest | MediaRequest):
+            return arg.version
+        if isinstance(arg, Version):
+            return arg
+    return ANY
+
+
+def sound(replicas: list[RunningReplica], asked: Version = ANY) -> list[RunningReplica]:
+    """Those that are not to be avoided, of the version that is asked for if there are such: a call that no replica fits
+    goes to any, which refuses it. Routers ask with each call: next to nothing where none is, as nearly always."""
+    replicas = of_version(asked, replicas) or replicas
     if not _avoided:
         return replicas
     now = time.monotonic()
@@ -140,14 +183,36 @@ class StageHandle:
     @property
     def absent(self) -> bool:
         """Whether no replica takes calls now, so that a call would wait for one to start. Known of encoders only."""
-        router = encoder_routers.get(self._unary.app_name) if self.stage is Stage.ENCODER else None
+        router = self._router if self.stage is Stage.ENCODER else None
         return router is not None and not router.curr_replicas
 
+    @property
+    def weights(self) -> frozenset[str]:
+        """Of the replicas that take calls now, as far as they have told; empty while all that ever told had the same."""
+        if len({kind.weights for kind in _kinds}) < 2 or self._router is None:
+            return frozenset()
+        told = (_versions.get(replica.to_full_id_str()) for replica in self._router.curr_replicas)
+        return frozenset(version.weights for version in told if version is not None and version.weights)
+
+    @property
+    def _router(self) -> RequestRouter | None:
+        return routers.get((self._unary.app_name, self._unary.deployment_name))
+
     async def call(self, method: str, *args: Any) -> Any:
-        """Call one replica. Cancelling the caller cancels the call, and with it the replica's engine request."""
+        """Call one replica, and where it refuses as it is of another version the next. Cancelling the caller cancels the
+        call, and with it the replica's engine request."""
         handle = self._light if all(map(is_light, args)) else self._unary
-        with self._calling(handle, method, args) as call:
-            return await call.response
+        for refusals in itertools.count(1):
+            try:
+                with self._calling(handle, method, args) as call:
+                    reply = await call.response
+            except OtherVersion as refused:
+                if not self._others_may_fit(refused, args, refusals):
+                    raise
+            else:
+                if (version := getattr(reply, "version", None)) is not None:
+                    learn(call.replica or self.actor(reply.replica), version)
+                return reply
 
     async def stream(self, method: str, *args: Any, source: str = "") -> AsyncGenerator[tuple[Any, str]]:
         """Stream from one replica, whose id comes with each item; closing the iterator early cancels the call.
@@ -155,13 +220,30 @@ class StageHandle:
         ``source``: the node that holds what the first item needs: ``HandoffLost`` if Ray loses it before.
         """
         handle = self._light_stream if all(map(is_light, args)) else self._stream
-        with self._calling(handle, method, args, source) as call:
-            first = True
-            async for item in call.response:
-                call.seen = time.monotonic()
-                if first:
-                    call.source, call.replica, first = "", self.actor(item[1]), False
-                yield item
+        first = True
+        for refusals in itertools.count(1):
+            try:
+                with self._calling(handle, method, args, source) as call:
+                    async for item in call.response:
+                        call.seen = time.monotonic()
+                        if first:
+                            call.source, call.replica, first = "", self.actor(item[1]), False
+                            learn(call.replica, getattr(item[0], "version", ANY))
+                        yield item
+                return
+            except OtherVersion as refused:
+                if not first or not self._others_may_fit(refused, args, refusals):
+                    raise
+
+    def _others_may_fit(self, refused: OtherVersion, args: tuple[Any, ...], refusals: int) -> bool:
+        """Whether a call that a replica refused as it is of another version may find one that takes it.
+
+        Each replica refuses once: from then on routers pass it by. Ray may still send a call where another one was to go,
+        hence the bound.
+        """
+        learn(self.actor(refused.replica), Version(*refused.version))
+        replicas = list(self._router.curr_replicas.values()) if self._router is not None else []
+        return refusals <= 2 * len(replicas) and bool(of_version(asked_version(args), replicas))
 
     @contextmanager
     def _calling(

@@ -53,11 +53,15 @@ class Trace:
     choices: int = 0
     output_tokens: int = 0
     timeout_s: float | None = None
-    """Deadline of this request from its beginning, where the client set one."""
+    """Deadline of this request from its beginning to its first token, where the client set one."""
     rungs: list[str] = field(default_factory=list)
     """Rungs of the failure ladder that ran, in order."""
     replicas: dict[str, list[str]] = field(default_factory=dict)
     """Stage → replicas that worked on the request."""
+    credentials: str = field(default="", repr=False)
+    """The header `Authorization` that the request came with: whose names of media are meant."""
+    weights: str = ""
+    """Of the engine whose tokens are in the answer: all of them have to come from engines with the same."""
     error: Exception | None = None
     """The first failure of the pipeline, if any; it decides the HTTP status when nothing was sent yet."""
     decided: asyncio.Event = field(default_factory=asyncio.Event)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.integration.answers import events, gather, reduce
-from tests.integration.cases import CASES, MANY, STREAMED, one_of_many
+from tests.integration.cases import CASES, LIKE, MANY, STREAMED, one_of_many
 from tests.integration.servers import REPOSITORY, Server, vllm_server
 
 if not Path("/dev/nvidiactl").exists() and os.environ.get("EPD_FAKED_CARDS") != "1":
@@ -21,7 +21,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Answers of one engine by case name; ``<name>/stream`` for streams and ``many/<i>`` for one of many."""
     answers: dict[str, Any] = {}
     with vllm_server(tmp_path_factory.mktemp("baseline"), {"media": MEDIA_RULES}) as server:
-        for name, (path, body) in CASES.items():
+        for name, (path, body) in (CASES | {name: like for name, (_, like) in LIKE.items()}).items():
             response = server.post(path, body)
             assert response.status_code == 200, f"{name}: {response.text}"
             answers[name] = reduce(response.json())

@@ -1,10 +1,12 @@
 """Stand-ins for what the ingress talks to: stages, and below them Serve's handles. All come in by constructor."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from serve_app.config import Stage
-from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
+from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest, Version
+from serve_app.peers import Peers
 from serve_app.status import Status
 
 
@@ -36,6 +38,7 @@ class FakeStage:
     ) -> None:
         self.stage = stage
         self.absent = False
+        self.weights: frozenset[str] = frozenset()
         self.calls: Calls = []
         self.sources: list[str] = []
         self._log = [] if log is None else log
@@ -93,7 +96,7 @@ class FakePipeline:
         self.prefills = 0
         known = {
             Stage.ENCODER: {"encode": self.encode},
-            Stage.PREFILL: {"prefill": self.prefill},
+            Stage.PREFILL: {"prefill": self.prefill, "renew": self.renew},
             Stage.DECODE: {"generate": self.generate, "release": self.release},
         }
         self.stages = {
@@ -127,10 +130,14 @@ class FakePipeline:
         yield Chunk("a", [1]), "decode-0"
         yield Chunk("b", [2], finish_reason="stop"), "decode-0"
 
-    async def release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None: ...
+    async def renew(self, waiting: list[str]) -> list[set[str]]:
+        return [set()]
+
+    async def release(self, request_id: str, kv_transfer_params: dict[str, Any], version: Version) -> None: ...
 
     def released(self) -> list[Any]:
-        return [args for method, args in self.decoder.calls if method == "release"]
+        """Of which request, and which blocks."""
+        return [args[:2] for method, args in self.decoder.calls if method == "release"]
 
 
 def encoded(request: StageRequest, replica: str = "encoder-0") -> EncodeReply:
@@ -203,3 +210,18 @@ class _Method:
         handle = self._handle
         handle.used.append(handle._options)
         return handle._answer(self._method, *args, streaming=handle._options["stream"])
+
+
+class FakePeers(list[Peers]):
+    """Ingress replicas that can ask each other, each with the ``Peers`` of one."""
+
+    def __init__(self, replicas: int) -> None:
+        super().__init__(Peers(f"ingress-{number}", self) for number in range(replicas))
+
+    def broadcast(self, method: str, *args: Any) -> Any:
+        assert method == "tell_peer"
+
+        async def results() -> list[Any]:
+            return [SimpleNamespace(get_async=lambda peers=peers: peers.tell(*args)) for peers in self]
+
+        return SimpleNamespace(_fetch_replica_results_async=results)

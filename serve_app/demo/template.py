@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 
-# `@MEDIA@` stands for one branch per kind of media. The loop over `message.content` stays in the open, not in a macro:
-# vLLM looks for exactly that to decide that the template takes lists of parts.
+# `@PART@` stands for a text or a medium. The loop over `message.content` stays in the open, not in a macro: vLLM looks for
+# exactly that to decide that the template takes lists of parts.
 _TEMPLATE = """\
 {%- if tools %}
 {{- '<|im_start|>system\\n' }}
 {%- if messages[0].role == 'system' %}
 {%- if messages[0].content is string %}{{- messages[0].content }}
-{%- else %}{%- for part in messages[0].content %}{{- part.text }}{%- endfor %}
+{%- else %}
+{%- for part in messages[0].content %}
+@PART@
+{%- endfor %}
 {%- endif %}
 {%- else %}{{- 'You are a helpful assistant.' }}
 {%- endif %}
@@ -33,9 +36,7 @@ _TEMPLATE = """\
 {%- if message.content is string %}{{- message.content }}
 {%- elif message.content %}
 {%- for part in message.content %}
-{%- if part.type == 'text' or 'text' in part %}{{- part.text }}
-@MEDIA@
-{%- endif %}
+@PART@
 {%- endfor %}
 {%- endif %}
 {%- for call in message.tool_calls or [] %}
@@ -61,9 +62,10 @@ def chat_template(media: Mapping[str, str]) -> str:
 
     A part counts as an image if its type says so, or if it has the field `image` or `image_url`.
     """
-    branches = (
+    branches = "".join(
         f"{{%- elif part.type in ('{kind}', '{kind}_url', 'input_{kind}') or '{kind}' in part or '{kind}_url' in part %}}"
-        f"{{{{- '{marker}' }}}}"
+        f"{{{{- '{marker}' }}}}\n"
         for kind, marker in media.items()
     )
-    return _TEMPLATE.replace("@MEDIA@", "\n".join(branches))
+    part = "{%- if part.type == 'text' or 'text' in part %}{{- part.text }}\n" + branches + "{%- endif %}"
+    return _TEMPLATE.replace("@PART@", part)

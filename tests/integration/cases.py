@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.integration.media import image_url, video_url
+from tests.integration.media import cut, data_url, frames_of, frames_url, image_url, recording, video_url
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 Case = tuple[str, dict[str, Any]]
@@ -17,7 +17,15 @@ def image(seed: int, size: tuple[int, int] = (84, 84)) -> dict[str, Any]:
 
 
 def video(seed: int) -> dict[str, Any]:
-    return {"type": "video_url", "video_url": {"url": video_url(seed)}}
+    return video_at(video_url(seed))
+
+
+def video_at(url: str | None) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": None if url is None else {"url": url}}
+
+
+def film(data: bytes) -> Case:
+    return chat(video_at(data_url("video/x", data)), text("What happens?"))
 
 
 def chat(*parts: dict[str, Any] | str, **options: Any) -> Case:
@@ -75,6 +83,20 @@ MEDIA: dict[str, Case] = {
         ]
     ),
     "an image and a long text": chat(text(LONG), image(11), text(LONG)),
+    "an image in the system's message": chat(
+        messages=[turn("system", text("You saw this:"), image(20)), turn("user", text("What was it?"))]
+    ),
+    "an image in the system's message, with tools": chat(
+        messages=[turn("system", text("You saw this:"), image(20)), turn("user", text("What was it?"))], tools=[WEATHER]
+    ),
+    "images of the assistant and of a tool": chat(
+        messages=[
+            turn("user", text("Look.")),
+            turn("assistant", text("I saw this:"), image(21)),
+            turn("tool", text("And this:"), image(22)) | {"tool_call_id": "call-1"},
+        ],
+        tools=[WEATHER],
+    ),
     "video": chat(video(1), text("What happens?")),
     "video and image": chat(image(12), video(2), text("What happens?")),
 }
@@ -85,6 +107,7 @@ SAMPLING: dict[str, Case] = {
     "n=3 of a text": chat(text("Tell a story."), temperature=0.8, top_p=0.9, seed=11, n=3),
     "logprobs": chat(text("Describe."), image(14), logprobs=True, top_logprobs=3),
     "logprobs of n=2": chat(text("Describe."), image(14), temperature=1.0, seed=3, n=2, logprobs=True, top_logprobs=2),
+    "logprobs of named tokens": chat(text("Describe."), image(14), logprobs=True, logprob_token_ids=[300, 7]),
     "prompt_logprobs": chat(text("Describe."), image(15), prompt_logprobs=2, max_tokens=4),
     "stop strings": chat(text("Tell me about the weather."), stop=["e"], max_tokens=40),
     "stop string included": chat(text("Describe."), image(1), stop=["t"], include_stop_str_in_output=True),
@@ -159,6 +182,29 @@ OTHER: dict[str, Case] = {
     "tokenize": ("/tokenize", {"model": "demo", "prompt": "Once upon a time"}),
     "detokenize": ("/detokenize", {"model": "demo", "tokens": [300, 301, 302]}),
 }
+ONE_FRAME = recording("mp4", 1)
+BROKE_OFF = cut(recording("webm", 24, piped=True))
+LIKE: dict[str, tuple[list[Case], Case]] = {
+    "a video of one frame": (
+        [film(ONE_FRAME)],
+        chat(video_at(frames_url(frames_of(ONE_FRAME))), text("What happens?")),
+    ),
+    "a video without a length": ([film(recording("matroska", 24, piped=True))], film(recording("matroska", 24))),
+    "a video that broke off": ([film(BROKE_OFF)], film(recording("webm", len(frames_of(BROKE_OFF))))),
+    "an image by its name": (
+        [
+            chat(text("Describe."), image(30) | {"uuid": "a"}),
+            chat(text("Describe."), {"type": "image_url", "image_url": None, "uuid": "a"}),
+        ],
+        chat(text("Describe."), image(30)),
+    ),
+    "a video by its name": (
+        [chat(video(30) | {"uuid": "a"}), chat(video_at(None) | {"uuid": "a"}, text("What happens?"))],
+        chat(video(30), text("What happens?")),
+    ),
+}
+"""What vLLM's own server refuses: requests one after the other, of which the last is answered as the one after them."""
+
 CASES = TEXT | MEDIA | SAMPLING | OTHER
 STREAMED = ["text", "1 image", "2 images", "video", "n=2", "logprobs", "stop strings", "a named tool", "completion"]
 MANY = 32

@@ -3,6 +3,7 @@
 import base64
 import io
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,65 @@ def video_url(seed: int, frames: int = 8, size: tuple[int, int] = (84, 84)) -> s
             writer.write(np.asarray(picture(seed * 1000 + frame, size))[:, :, ::-1])
         writer.release()
         return data_url("video/mp4", path.read_bytes())
+
+
+class Pipe(bytearray):
+    """A file that is written from its beginning to its end, as a pipe or a connection is."""
+
+    def write(self, data: bytes) -> int:
+        self += data
+        return len(data)
+
+
+CODECS = {
+    "mp4": "mpeg4",
+    "matroska": "mpeg4",
+    "webm": "libvpx",
+    "mpegts": "mpeg2video",
+    "ivf": "libvpx",
+    "avi": "mpeg4",
+}
+
+
+def recording(
+    container: str, frames: int, seed: int = 1, rate: int = 4, piped: bool = False, at_ms: list[int] | None = None
+) -> bytes:
+    """A video of 84×84 pixels; ``piped``: its container does not tell its length, which is known at the end only.
+
+    ``rate``: frames a second; ``at_ms``: when each is shown, in place of that.
+    """
+    import av
+
+    out = Pipe() if piped else io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream(CODECS[container], rate=rate, width=84, height=84, pix_fmt="yuv420p")
+        if at_ms:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for index in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.asarray(picture(seed * 1000 + index)))
+            if at_ms:
+                frame.pts, frame.time_base = at_ms[index], Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return bytes(out) if isinstance(out, Pipe) else out.getvalue()
+
+
+def cut(video: bytes) -> bytes:
+    """A recording that broke off."""
+    return video[: len(video) * 2 // 3]
+
+
+def frames_of(video: bytes) -> list[Image.Image]:
+    """What can be decoded of a video."""
+    import cv2
+
+    capture = cv2.VideoCapture(io.BytesIO(video), cv2.CAP_FFMPEG, [])
+    return [Image.fromarray(frame[:, :, ::-1]) for _, frame in iter(capture.read, (False, None))]
+
+
+def frames_url(frames: list[Image.Image]) -> str:
+    """A video as vLLM takes it frame by frame. It says JPEG, and PNG loses nothing."""
+    return "data:video/jpeg;base64," + ",".join(base64.b64encode(png(frame)).decode() for frame in frames)
 
 
 def wav(seed: int, seconds: float = 1.0, rate: int = 16000) -> bytes:

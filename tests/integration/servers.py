@@ -145,7 +145,9 @@ def default_sigint() -> None:
 
 
 @contextlib.contextmanager
-def start(command: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
+def start(
+    command: list[str], port: int, log: Path, env: dict[str, str] | None = None, prefix: str = ""
+) -> Iterator[Server]:
     environment = marked_environment(str(log)) | {"PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"} | (env or {})
     environment.pop("PYTEST_CURRENT_TEST", None)
     with log.open("wb") as out:
@@ -158,7 +160,7 @@ def start(command: list[str], port: int, log: Path, env: dict[str, str] | None =
             start_new_session=True,
             preexec_fn=default_sigint,
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
+    server = Server(f"http://127.0.0.1:{port}{prefix}", process, log)
     try:
 
         def up() -> bool:
@@ -187,9 +189,10 @@ def serve_config(
 ) -> Path:
     """A Serve config of our application; ``deployments``: Ray's options by name, ``application``: its own besides these,
     ``more``: those of Serve itself."""
-    application = (application or {}) | {
-        "name": "epd",
+    application = {
         "route_prefix": "/",
+        **(application or {}),
+        "name": "epd",
         "import_path": import_path,
         "args": MODEL | args,
         "deployments": [{"name": name} | options for name, options in (deployments or {}).items()],
@@ -220,7 +223,8 @@ def serve_run(
     temp = tempfile.mkdtemp(prefix="epd-")  # a short path: sockets allow 107 bytes
     env = RAY_ENV | {"TMPDIR": temp} | (env or {})
     try:
-        with start([*SERVE, str(path)], port, log, env) as server:
+        prefix = (application or {}).get("route_prefix", "")
+        with start([*SERVE, str(path)], port, log, env, prefix) as server:
             yield server
             shared = shared_memory(str(log))
         left = wait_gone(str(log))

@@ -128,6 +128,13 @@ def test_sound_from_the_web_is_known_by_its_content(
         assert differences(reduce(response.json()), audio_baseline[name]) == []
 
 
+def test_sound_is_known_by_its_name(server: Server, audio_baseline: dict[str, Any]) -> None:
+    for part in (input_audio(2), {"type": "input_audio", "input_audio": None}):
+        response = server.post(*chat(text("Listen."), part | {"uuid": "sound"}))
+        assert response.status_code == 200, response.text
+        assert differences(reduce(response.json()), audio_baseline["input_audio"]) == []
+
+
 def test_reasoning_is_told_apart(server: Server) -> None:
     message = server.post(*CASES["audio_url"]).json()["choices"][0]["message"]
     assert message["reasoning"] and not message["content"]

@@ -1,22 +1,29 @@
-"""A replica that goes away first finishes what it holds: under load, stages shrink, grow and get a new config."""
+"""Under load, stages grow, get a new config and other weights, and shrink. A replica that goes away first finishes what it
+holds, and no answer is made with two versions of the weights."""
 
 import asyncio
+import os
+import shutil
 import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from prometheus_client import REGISTRY
+from safetensors.numpy import load_file, save_file
 
 from serve_app.config import EPDConfig, Stage
 from serve_app.handoff import Prompt, StageRequest, prefill_params
 from serve_app.placement import Cluster as Cpu
 from serve_app.placement import resolve
-from serve_app.roles import engine_args, model_path, replica_env
+from serve_app.roles import DEMO_DEFAULTS, engine_args, model_path, replica_env
 from serve_app.transfer import side_channel_env
 from serve_app.vllm_plugin import REPLICA_ENV
-from tests.chaos.load import Load, asks
+from tests.chaos.load import Ask, Load, Outcome, ask, asks, failed, of_choices
 from tests.integration.servers import Server, serve_config
 from tests.integration.test_lifecycle import BIN, Cluster, cluster
 
@@ -29,13 +36,25 @@ class Application:
 
     def __init__(self, ray: Cluster, folder: Path) -> None:
         self.ray, self.folder = ray, folder
+        demo = resolve(EPDConfig(accelerator="cpu", model="demo-random"), Cpu(0, 2)).config
+        self.model = Path(shutil.copytree(model_path(demo), folder / "model"))
         self.args: dict[str, Any] = {"accelerator": "cpu", "ec": {"storage_path": str(folder / "ec")}}
+        self.args |= {"model": str(self.model), "engine_args": DEMO_DEFAULTS}
         log = folder / "no.log"
         log.write_text("")
         self.server = Server(f"http://127.0.0.1:{ray.http_port}", None, log)  # type: ignore[arg-type]
 
-    def deploy(self, counts: dict[str, int], args: dict[str, Any] | None = None) -> None:
-        """Returns when as many replicas run as were asked for, all of them of this config."""
+    def replace_weights(self) -> None:
+        """By others of the same names and shapes, in the folder that the engines were started from."""
+        file = self.model / "model.safetensors"
+        tensors = {name: tensor[..., ::-1] if tensor.ndim > 1 else tensor for name, tensor in load_file(file).items()}
+        save_file({name: tensor.copy() for name, tensor in tensors.items()}, file.with_suffix(".new"), {"format": "pt"})
+        os.replace(file.with_suffix(".new"), file)
+
+    def deploy(
+        self, counts: dict[str, int], args: dict[str, Any] | None = None, look: Callable[[], None] = lambda: None
+    ) -> None:
+        """Returns when as many replicas run as were asked for, all of them of this config. ``look``: called meanwhile."""
         before = self.replicas()
         self.args |= args or {}
         replicas = {name: {"num_replicas": count} for name, count in counts.items()}
@@ -43,6 +62,7 @@ class Application:
         self.ray.run(BIN / "serve", "deploy", "-a", self.ray.dashboard, path)
 
         def there() -> bool:
+            look()
             now = self.replicas()
             settled = all(state == "RUNNING" for states in now.values() for state in states.values())
             as_many = {name: len(states) for name, states in now.items()} == counts
@@ -95,22 +115,83 @@ def test_a_prefill_engine_says_what_it_holds_until_the_lease_is_over(monkeypatch
     asyncio.run(main())
 
 
-def test_no_request_fails_while_replicas_go_and_a_new_config_comes(tmp_path: Path, baseline: dict[str, Any]) -> None:
+SLOW_START = """
+import multiprocessing, time
+def register():
+    if multiprocessing.parent_process() is not None:  # an engine of a replica
+        time.sleep(10)
+"""
+
+
+def slow_start(folder: Path) -> dict[str, str]:
+    """Environment of a stage whose engines take their time to start: a plugin of vLLM that waits."""
+    plugin = folder / "slow"
+    metadata = plugin / "slow_start-1.dist-info"
+    metadata.mkdir(parents=True)
+    (plugin / "slow_start.py").write_text(SLOW_START)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: slow-start\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nslow = slow_start:register\n")
+    return {
+        "PYTHONPATH": os.pathsep.join([str(plugin), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).strip(":")
+    }
+
+
+def versions(server: Server) -> dict[str, set[str]]:
+    """Of the replicas that run, by stage; nothing while no ingress answers."""
+    try:
+        stages = server.get("/status").json()
+    except (requests.RequestException, ValueError):
+        return {}
+    return {stage["stage"]: {load["version"] for load in stage["loads"] if "version" in load} for stage in stages}
+
+
+def overlap(told: dict[str, set[str]]) -> bool:
+    """Whether prefill and decode have replicas that cannot go on from each other."""
+    return len(told.get("prefill", set()) | told.get("decode", set())) > 1
+
+
+def test_every_answer_is_of_one_version_while_replicas_come_and_go_and_weights_are_replaced(
+    tmp_path: Path, baseline: dict[str, Any]
+) -> None:
     one = {"Ingress": 1, "Encoder": 1, "Prefill": 1, "Decode": 1}
     two = one | {"Prefill": 2, "Decode": 2}
+    seen: list[dict[str, set[str]]] = []
     with cluster(tmp_path) as ray:
         application = Application(ray, tmp_path)
-        application.deploy(two)
+        application.deploy(one)
         server = application.server
         server.wait_until(server.healthy, "the deployed application", 60)
         began = time.monotonic()
         with Load(server, asks(baseline)[0]) as load:
-            application.deploy(one)
-            application.deploy(two | {"Ingress": 2}, {"retry": {"attempts": 4}})
+            application.deploy(two)
+            server.wait_until(lambda: len(load.outcomes) >= REQUESTS / 2, f"{REQUESTS // 2} answers", 120)
+            application.replace_weights()
+            replaced = time.monotonic()
+            changed = {"retry": {"attempts": 4}, "prefill": {"env": slow_start(tmp_path)}}
+            application.deploy(two | {"Ingress": 2}, changed, lambda: seen.append(versions(server)))
+            everywhere = time.monotonic()
             application.deploy(one)
             server.wait_until(lambda: len(load.outcomes) >= REQUESTS, f"{REQUESTS} answers", 120)
-        bad = [outcome for outcome in load.outcomes if outcome.status != 200 or outcome.wrong]
-        slowest = max(outcome.seconds for outcome in load.outcomes)
-        rungs = [outcome.rungs for outcome in load.outcomes if outcome.rungs]
-        print(f"{len(load.outcomes)} in {time.monotonic() - began:.0f} s, slowest {slowest:.1f} s, rungs {rungs}")
-        assert not bad
+        with requests.Session() as session:
+            new = {id(each): ask(session, server, each, streaming=False).choices for each in load.asks}
+
+    def version(outcome: Outcome) -> str:
+        told = outcome.choices
+        if told == of_choices(outcome.asked.answer["choices"]):
+            return "old"
+        return "new" if told == new[id(outcome.asked)] else "neither"
+
+    def tells_apart(each: Ask) -> bool:
+        return new[id(each)] not in (None, of_choices(each.answer["choices"]))
+
+    print(f"{len(load.outcomes)} in {time.monotonic() - began:.0f} s")
+    print(f"slowest {max(outcome.seconds for outcome in load.outcomes):.1f} s")
+    print(f"rungs {Counter(outcome.rungs for outcome in load.outcomes)}")
+    print(f"versions {Counter(version(outcome) for outcome in load.outcomes)}, seen {[s for s, _ in groupby(seen)]}")
+    assert all(map(tells_apart, load.asks))
+    assert not failed(load.outcomes)
+    assert not [outcome for outcome in load.outcomes if version(outcome) == "neither"]
+    assert any(map(overlap, seen)), seen
+    before = [outcome for outcome in load.outcomes if outcome.began + outcome.seconds < replaced]
+    assert {version(outcome) for outcome in before} == {"old"}
+    assert {version(outcome) for outcome in load.begun_since(everywhere)} == {"new"}

@@ -1,18 +1,23 @@
 """What is started ends, however it ends; what crashes is replaced."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import requests
 
+from deployments.decode import SAVE_S
 from serve_app.transfer import free_ports
 from tests.integration.answers import arriving, gather
 from tests.integration.cases import chat, image, text
@@ -72,24 +77,36 @@ def test_killed_replica_takes_its_engine_along_and_is_replaced(server: Server, d
 
 
 @pytest.mark.parametrize("way", ["its replica is killed", "its engine crashes"])
-def test_answer_under_way_goes_on_where_its_decode_was_lost(server: Server, way: str) -> None:
-    """With the tokens and the text that it would have had, after the only decode replica has been replaced."""
-    path, body = chat(text("Describe."), image(1), max_tokens=1500, ignore_eos=True)
-    whole = server.post(path, body).json()["choices"][0]
+def test_answers_under_way_go_on_where_their_decode_was_lost(server: Server, way: str) -> None:
+    """With the tokens and the text that they would have had, after the only decode replica has been replaced: a stream after
+    what its client has, an answer that is not streamed after what decode had saved of it."""
+    length = 3000
+    path, body = chat(text("Describe."), image(1), max_tokens=length, ignore_eos=True)
+    expected = server.post(path, body).json()["choices"][0]
     replica, below = replica_tree(server, "Decode")
     victim = replica if "replica" in way else engine_core(below)
     heard: list[dict[str, Any]] = []
-    lost_after = 0
-    with server.session.post(server.url + path, json=body | {"stream": True}, stream=True, timeout=240) as response:
+    began, lost_after = math.inf, 0
+    with (
+        ThreadPoolExecutor(1) as pool,
+        server.session.post(server.url + path, json=body | {"stream": True}, stream=True, timeout=240) as response,
+    ):
+        unstreamed = pool.submit(requests.post, server.url + path, json=body, timeout=240)
         for event in arriving(response):
             heard.append(event)
-            if not lost_after and (lost_after := len(gather(heard)["choices"][0]["token_ids"])):
+            began = min(began, time.monotonic())
+            if not lost_after and time.monotonic() > began + 2 * SAVE_S:
+                lost_after = len(gather(heard)["choices"][0]["token_ids"])
                 victim.kill()
                 victim.wait()
-    answer = gather(heard)["choices"][0]
-    assert lost_after < len(answer["token_ids"]) / 2
-    assert (answer["token_ids"], answer["text"]) == (whole["token_ids"], whole["message"]["content"])
-    assert answer["finish_reason"] == "length"
+    stream, whole = gather(heard)["choices"][0], unstreamed.result().json()["choices"][0]
+    made = server.metric("vllm:generation_tokens_total", stage="decode")
+    assert lost_after < length * 2 / 3
+    assert (stream["token_ids"], stream["text"]) == (expected["token_ids"], expected["message"]["content"])
+    assert (whole["token_ids"], whole["message"]) == (expected["token_ids"], expected["message"])
+    assert stream["finish_reason"] == whole["finish_reason"] == "length"
+    assert "decode-again" in unstreamed.result().headers["x-epd-rungs"]
+    assert made < (length - lost_after) + length * 0.9, "of the new replica: the rest of both answers"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import MEDIA_RULES, stream
 from tests.integration.answers import differences, reduce
-from tests.integration.cases import CASES, MANY, STREAMED
+from tests.integration.cases import CASES, LIKE, MANY, STREAMED
 from tests.integration.conftest import TOPOLOGIES, all_at_once
 from tests.integration.servers import Server, serve_run
 
@@ -28,6 +28,16 @@ def test_answers_as_one_engine(server: Server, baseline: dict[str, Any], name: s
     path, body = CASES[name]
     response = server.post(path, body)
     assert response.status_code == 200, response.text
+    assert differences(reduce(response.json()), baseline[name]) == []
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_answers_as_one_engine_where_that_takes_another_form(
+    server: Server, baseline: dict[str, Any], name: str
+) -> None:
+    for path, body in LIKE[name][0]:
+        response = server.post(path, body)
+        assert response.status_code == 200, response.text
     assert differences(reduce(response.json()), baseline[name]) == []
 
 

@@ -14,8 +14,8 @@ from ray.serve.config import RequestRouterConfig
 from serve_app import routing
 from serve_app.balance import FORGET_UNROUTED_S, LeastCostRouter, Loads, TwoChoicesRouter, rank, tiers
 from serve_app.config import Stage
-from serve_app.handoff import Item, Prompt, StageRequest
-from serve_app.routing import Call, StageHandle, encoder_routers, sending
+from serve_app.handoff import ANY, Item, Prompt, StageRequest, Version
+from serve_app.routing import Call, StageHandle, routers, sending
 
 REPLICAS = ["a", "b", "c", "d"]
 
@@ -110,10 +110,10 @@ class Replica:
         self.replica_id = ReplicaID(name, DeploymentID("Encoder", "shop"))
 
 
-def pending(call: str, item_hash: str, cost: int) -> Any:
+def pending(call: str, item_hash: str, cost: int, version: Version = ANY) -> Any:
     prompt = Prompt([1], (Item("image", item_hash, 0, cost, None, None),))
     return SimpleNamespace(
-        args=[StageRequest("id", prompt, None)],
+        args=[StageRequest("id", prompt, None, version=version)],
         metadata=SimpleNamespace(internal_request_id=call),
         routing_context=SimpleNamespace(should_backoff=False),
     )
@@ -174,17 +174,62 @@ def test_an_item_passes_by_an_encoder_whose_engine_is_dead(
     )
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_a_call_passes_by_a_replica_whose_engine_is_dead(avoided: Callable[..., None], waits: bool) -> None:
-    replicas = [Replica(name) for name in ("a", "b")]
+def two_choices(replicas: list[Replica], waits: bool) -> Callable[..., set[str]]:
+    """Asks Ray's router of prefill and decode, as ours changes it, for the candidates of a call."""
     router: Any = object.__new__(TwoChoicesRouter)
+    router._deployment_id = DeploymentID("Decode", "shop")
     router._replicas = {replica.replica_id: replica for replica in replicas}
     router.apply_locality_routing = lambda pending_request: set(router._replicas)
     router.initialize_state(waits=waits)
 
-    def chosen() -> set[str]:
-        ranks = asyncio.run(router.choose_replicas(replicas, None))
+    def chosen(version: Version = ANY) -> set[str]:
+        request: Any = pending("call", "item", 1, version)
+        request.metadata.multiplexed_model_id = ""
+        ranks = asyncio.run(router.choose_replicas(replicas, request))
         return {replica.replica_id.unique_id for tier in ranks for replica in tier}
+
+    return chosen
+
+
+OLD, NEW = Version("f", weights="old"), Version("f", weights="new")
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[[Replica, Version], None]:
+    """Have a replica tell its version."""
+    monkeypatch.setattr(routing, "_versions", {})
+    monkeypatch.setattr(routing, "_kinds", set())
+    return lambda replica, version: routing.learn(replica.replica_id.to_full_id_str(), version)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_call_passes_by_replicas_of_another_version(told: Callable[..., None], waits: bool) -> None:
+    replicas = [Replica(name) for name in REPLICAS]
+    chosen = two_choices(replicas, waits)
+    told(replicas[0], OLD)
+    told(replicas[1], OLD)
+    for _ in range(20):  # of two at random both can be of the other version
+        assert chosen(NEW) <= {"c", "d"}
+        assert 1 <= len(chosen(ANY)) <= 2
+    told(replicas[2], NEW)
+    told(replicas[3], OLD)
+    assert chosen(NEW) == {"c"}
+    told(replicas[2], OLD)
+    assert chosen(NEW), "one of those refuses it, and the request hears of it: no call waits behind it"
+
+
+def test_an_item_passes_by_encoders_of_another_version(router: LeastCostRouter, told: Callable[..., None]) -> None:
+    replicas = [Replica(name) for name in ("a", "b", "c")]
+    told(replicas[0], OLD)
+    told(replicas[1], NEW)
+    assert set(choose(router, pending("1", "item", 10, NEW), replicas)) == {"b", "c"}
+    assert set(choose(router, pending("2", "item", 10), replicas)) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_call_passes_by_a_replica_whose_engine_is_dead(avoided: Callable[..., None], waits: bool) -> None:
+    replicas = [Replica(name) for name in ("a", "b")]
+    chosen = two_choices(replicas, waits)
 
     assert chosen() == {"a", "b"}
     avoided(replicas[0])
@@ -202,7 +247,7 @@ def test_calls_without_an_item_go_anywhere(router: LeastCostRouter) -> None:
 def test_a_handle_knows_whether_an_encoder_takes_calls(router: LeastCostRouter) -> None:
     def handle(stage: Stage, app_name: str) -> Any:
         made = object.__new__(StageHandle)
-        made.stage, made._unary = stage, SimpleNamespace(app_name=app_name)  # type: ignore[assignment]
+        made.stage, made._unary = stage, SimpleNamespace(app_name=app_name, deployment_name=stage.capitalize())  # type: ignore[assignment]
         return made
 
     assert handle(Stage.ENCODER, "shop").absent
@@ -219,10 +264,11 @@ def as_ray_sends_it(name: str) -> Any:
     return made
 
 
-def test_the_router_is_known_to_the_handle_as_ray_sends_it() -> None:
-    made = as_ray_sends_it("LeastCostRouter")
+@pytest.mark.parametrize("name", ["LeastCostRouter", "TwoChoicesRouter"])
+def test_the_router_is_known_to_the_handle_as_ray_sends_it(name: str) -> None:
+    made = as_ray_sends_it(name)
     made.initialize_state()
-    assert encoder_routers["sent"] is made
+    assert routers["sent", "Encoder"] is made
 
 
 @pytest.mark.parametrize("name", ["LeastCostRouter", "TwoChoicesRouter"])

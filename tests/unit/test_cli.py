@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_app import cli
-from serve_app.__main__ import main, wait_ready
+from serve_app.__main__ import at, main, says_ready, wait_ready
 
 
 def shown(table: Table) -> list[str]:
@@ -182,12 +182,16 @@ def test_common_media_is_known_where_the_system_has_no_list_of_types(tmp_path: P
 class Guarded(BaseHTTPRequestHandler):
     """A server that is ready, and tells its model to who has the key."""
 
+    prefix = ""
+
     def do_GET(self) -> None:
-        known = self.path == "/health" or self.headers["Authorization"] == "Bearer secret"
-        self.send_response(200 if known else 401)
+        path = self.path.removeprefix(self.prefix)
+        known = path == "/health" or self.headers["Authorization"] == "Bearer secret"
+        here = self.path.startswith(self.prefix)
+        self.send_response((200 if known else 401) if here else 404)
         self.end_headers()
-        body = {"ingress": "healthy", "decode": "healthy"} if self.path == "/health" else {"data": [{"id": "m"}]}
-        self.wfile.write(json.dumps(body if known else {}).encode())
+        body = {"ingress": "healthy", "decode": "healthy"} if path == "/health" else {"data": [{"id": "m"}]}
+        self.wfile.write(json.dumps(body if known and here else {}).encode())
 
     def log_message(self, *args: object) -> None: ...
 
@@ -208,6 +212,32 @@ def test_what_to_try_runs_here_and_has_the_key_that_is_asked_for(
         monkeypatch.chdir(Path(sys.executable).parents[1])
         assert wait_ready(config, time.time()) == 0
         server.shutdown()
+        url = f"http://127.0.0.1:{server.server_port}"
     told = capsys.readouterr().out
     assert "model: m;" in told and '-H "Authorization: Bearer $VLLM_API_KEY"' in told
-    assert f"  bin/{Path(sys.executable).name} -m serve_app status" in told
+    assert f"  bin/{Path(sys.executable).name} -m serve_app status --url {url}" in told
+
+
+@pytest.mark.parametrize("route_prefix", ["/epd", None])
+def test_server_below_a_prefix_is_ready_there_and_all_that_is_told_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], route_prefix: str | None
+) -> None:
+    prefix = route_prefix or ""
+    with HTTPServer(("127.0.0.1", 0), type("Below", (Guarded,), {"prefix": prefix})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = tmp_path / "serve_config.yaml"
+        application = {"args": {"api": {"api_key": "secret"}}} | ({"route_prefix": prefix} if prefix else {})
+        http = {"host": "127.0.0.1", "port": server.server_port}
+        config.write_text(json.dumps({"http_options": http, "applications": [application]}))
+        assert says_ready(config, time.time())
+        server.shutdown()
+    url = f"http://127.0.0.1:{server.server_port}{prefix}"
+    told = capsys.readouterr().out
+    for line in (f"{url}/v1   (model: m;", f"curl {url}/v1/chat", f"{url}/ ", f"{url}/docs", f"{url}/health"):
+        assert line in told
+    assert f"status --url {url}\n" in told and f"ask --url {url} --timing" in told
+
+
+def test_what_to_try_at_the_usual_address_needs_no_url() -> None:
+    assert at("http://127.0.0.1:8000") == ""
+    assert at("http://127.0.0.1:8000/epd") == " --url http://127.0.0.1:8000/epd"

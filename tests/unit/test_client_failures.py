@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from tokenizers.decoders import DecodeStream
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.sampling_params import BeamSearchParams, RequestOutputKind, StructuredOutputsParams
 
 from serve_app import handoff, trace
 from serve_app.client import EPDClient
@@ -188,7 +190,7 @@ def test_failing_release_changes_nothing(make_client: Make) -> None:
         raise BadRequest("no")
         yield
 
-    async def release(request_id: str, kv: dict[str, Any]) -> None:
+    async def release(request_id: str, kv: dict[str, Any], version: Any) -> None:
         raise StageUnavailable(Stage.DECODE, "is gone")
 
     pipeline = FakePipeline(generate=decode, release=release)
@@ -205,7 +207,7 @@ def test_release_runs_outside_the_context_of_the_request(make_client: Make) -> N
         raise BadRequest("no")
         yield
 
-    async def release(request_id: str, kv: dict[str, Any]) -> None:
+    async def release(request_id: str, kv: dict[str, Any], version: Any) -> None:
         seen.append(trace.current.get())
 
     token = trace.current.set(Trace("req"))
@@ -470,18 +472,20 @@ def test_answer_whose_replica_goes_after_its_last_word_is_whole(make_client: Mak
     assert (record.rungs, record.error, len(pipeline.decoder.requests("generate"))) == ([], None, 1)
 
 
-def test_all_answers_of_a_lost_replica_go_on(make_client: Make) -> None:
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY], ids=["streamed", "whole"])
+def test_all_answers_of_a_lost_replica_go_on(make_client: Make, kind: RequestOutputKind) -> None:
     """More of them than the budget of retries has: they are no more work than there was."""
 
     async def main() -> None:
-        decodes = {f"req{index}": BreaksOff() for index in range(40)}
+        decodes = {f"req{index}": BreaksOff(said=2) for index in range(40)}
         all_said = asyncio.Barrier(len(decodes))
 
         async def generate(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
-            decode = decodes[request.request_id]
+            decode, said = decodes[request.request_id], 0
             async for each in decode(request):
                 yield each
-                if len(decode.calls) == 1:
+                said += 1
+                if len(decode.calls) == 1 and said == decode.said:
                     await all_said.wait()
 
         client = make_client(FakePipeline(generate=generate).stages)
@@ -489,10 +493,30 @@ def test_all_answers_of_a_lost_replica_go_on(make_client: Make) -> None:
 
         async def one(request_id: str) -> None:
             decodes[request_id].speak_as(client)
-            outputs = [output async for output in client.generate(prompt, params(max_tokens=99), request_id)]
+            asked = params(max_tokens=99, output_kind=kind)
+            outputs = [output async for output in client.generate(prompt, asked, request_id)]
             assert "".join(texts(outputs)) == SAYS
 
         await asyncio.gather(*map(one, decodes))
+
+    asyncio.run(main())
+
+
+def test_answer_that_is_not_streamed_and_has_its_first_token_alone_costs_a_retry(make_client: Make) -> None:
+    """That comes ahead of what is made of the rest: a run that begins with it is a whole run."""
+
+    async def main() -> None:
+        whole: dict[str, Any] = {"max_tokens": 99, "output_kind": RequestOutputKind.FINAL_ONLY}
+        decode = BreaksOff(said=1)
+        pipeline = FakePipeline(generate=decode)
+        retry = {"ratio": 0, "floor_per_s": 0, "backoff_s": 0}  # one, and never another
+        client = decode.speak_as(make_client(pipeline.stages, retry=retry))
+        assert texts(await run(client, **whole)) == [SAYS]
+        first, anew = decode.calls
+        assert anew.prompt == first.prompt
+        decode.calls.clear()
+        with pytest.raises(GracefulHTTPError, match=str(DECODE_GONE)):
+            await run(client, **whole)
 
     asyncio.run(main())
 
@@ -530,7 +554,7 @@ def test_structure_is_not_blamed_for_what_decode_did_not_find(make_client: Make,
     assert texts(generate(make_client, pipeline, "red", **STRUCTURE)) == ["a", "b"]
     ((alone,),) = [args for method, args in pipeline.decoder.calls if method == "generate"][1:]
     assert pixels(alone) == [True]
-    assert not handoff.pulls_blocks(alone.params) and "ec_transfer_params" not in (alone.params.extra_args or {})
+    assert handoff.pulled_blocks(alone.params) is None and "ec_transfer_params" not in (alone.params.extra_args or {})
 
 
 def test_items_whose_embeddings_were_lost_are_encoded_again(make_client: Make) -> None:
@@ -587,6 +611,39 @@ def test_hand_off_is_never_used_twice(make_client: Make) -> None:
     generate(make_client, pipeline, "red")
     assert [blocks(call) for call in pipeline.decoder.requests("generate")] == [[1], [2], [3]]
     assert [args[1]["remote_block_ids"] for args in pipeline.released()] == [[1], [2]]
+
+
+def test_hand_off_that_outwaits_its_lease_is_prefilled_again(make_client: Make) -> None:
+    calls = 0
+
+    async def prefill(request: StageRequest) -> PrefillReply:
+        return PrefillReply(
+            {"remote_request_id": f"hand-off {len(pipeline.prefiller.requests('prefill'))}"}, None, 3, "p"
+        )
+
+    async def renew(waiting: list[str]) -> list[set[str]]:
+        return [{"hand-off 1"}]
+
+    async def generate_(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:  # as one that waits for a place in Serve's router
+            await asyncio.Event().wait()
+        yield Chunk("a", [1], finish_reason="stop"), "decode-0"
+
+    pipeline = FakePipeline(prefill=prefill, generate=generate_, renew=renew)
+
+    def make(stages: Any) -> EPDClient:
+        client = make_client(stages)
+        assert client._leases is not None
+        client._leases.after_s, client._leases.every_s = 0.0, 0.01
+        return client
+
+    outputs, record = traced(make, pipeline)
+    assert texts(outputs) == ["a"]
+    assert record.rungs == ["decode-again"]
+    taken = [handoff.hand_off_id(handoff.pulled_blocks(call.params)) for call in pipeline.decoder.requests("generate")]
+    assert taken == ["hand-off 1", "hand-off 2"]
 
 
 def test_decode_waits_no_longer_for_blocks_than_their_node_lives(make_client: Make) -> None:
@@ -711,6 +768,62 @@ def test_deadline_of_the_client_counts_from_the_beginning_of_its_request(make_cl
         return loop.time() - began
 
     assert asyncio.run(main()) < 1.9
+
+
+class Beams(BeamSearchOnlineMixin):
+    """vLLM's beam search in front of a client."""
+
+    def __init__(self, client: EPDClient) -> None:
+        self.engine_client, self.renderer = client, client.renderer
+
+    async def search(self, *colours: str, steps: int) -> RequestOutput:
+        prompt = await render(self.engine_client, *colours)  # type: ignore[arg-type]
+        (output,) = [each async for each in self.beam_search(prompt, "req", BeamSearchParams(2, steps))]
+        return output
+
+
+async def two_ways(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+    logprobs = [{token: Logprob(-float(token)) for token in (5, 6)}]
+    yield Chunk("", [5], logprobs, -5.0, finish_reason="length"), "decode-0"
+
+
+@pytest.mark.parametrize("without", [(), (Stage.PREFILL,)], ids=["E+P+D", "E+PD"])
+def test_each_step_of_a_beam_search_has_a_deadline_of_its_own(make_client: Make, without: tuple[Stage, ...]) -> None:
+    async def main() -> None:
+        trace.current.set(record := Trace("req"))
+
+        async def slow(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+            record.began -= 200  # so many seconds pass
+            async for each in two_ways(request):
+                yield each
+
+        pipeline = FakePipeline(without, generate=slow)
+        output = await Beams(make_client(pipeline.stages, request_timeout_s=300)).search("red", steps=5)
+        assert [len(beam.token_ids) for beam in output.outputs] == [5, 5]
+        assert len(pipeline.decoder.requests("generate")) == 1 + 4 * 2
+
+    asyncio.run(main())
+
+
+def test_step_of_a_beam_search_that_makes_no_progress_is_a_504(make_client: Make) -> None:
+    async def main() -> None:
+        trace.current.set(Trace("req"))
+        steps = 0
+
+        async def hangs(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+            nonlocal steps
+            steps += 1
+            if steps > 3:
+                await asyncio.Event().wait()
+            async for each in two_ways(request):
+                yield each
+
+        stages = FakePipeline(generate=hangs).stages
+        with pytest.raises(GracefulHTTPError, match=r"did not answer within 0\.3 s") as caught:
+            await Beams(make_client(stages, request_timeout_s=0.3)).search(steps=5)
+        assert caught.value.http_status == 504
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("slow", ["encode", "prefill", "generate"])

@@ -222,10 +222,20 @@ def test_nothing_configured_is_a_whole_pipeline_with_the_devices_left_open() -> 
 
 @pytest.mark.parametrize(
     ("args", "name"),
-    [({}, DEMO_MODEL), ({"model": "a/b"}, "a/b"), ({"model": "a/b", "served_model_name": "c"}, "c")],
+    [
+        ({}, DEMO_MODEL),
+        ({"model": "a/b"}, "a/b"),
+        ({"model": "a/b", "served_model_name": "c"}, "c"),
+        ({"model": "a/b", "served_model_name": ["c", "d"]}, "c"),
+    ],
 )
 def test_name_in_the_api_is_the_served_one_before_the_models(args: dict[str, Any], name: str) -> None:
     assert EPDConfig(**args).model_name == name
+
+
+def test_list_of_no_names_is_refused() -> None:
+    with pytest.raises(ValidationError, match="served_model_name"):
+        EPDConfig(served_model_name=[])
 
 
 def test_world_size_is_all_ranks_of_an_engine() -> None:

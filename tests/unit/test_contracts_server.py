@@ -190,6 +190,21 @@ def test_leases_of_kv_blocks_are_renewed_by_ids_joined_by_commas() -> None:
     assert '",".join(' in source and 'split(",")' in source
 
 
+def test_nixl_hashes_what_engines_agree_on_when_its_caches_are_registered_and_tells_it_then() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker, connector, pull_worker, push_worker
+
+    where = "serve_app/kv_transport.py register_kv_caches"
+    source = inspect.getsource(base_worker.NixlBaseConnectorWorker)
+    assert source.count("self.compat_hash = compute_nixl_compatibility_hash(") == 1, where
+    assert source.count("self.xfer_handshake_metadata = NixlHandshakePayload(") == 1, where
+    registers = inspect.getsource(base_worker.NixlBaseConnectorWorker.register_kv_caches)
+    assert "compute_nixl_compatibility_hash(" in registers and "self.xfer_handshake_metadata = " in registers, where
+    assert "handshake_payload.compatibility_hash != self.compat_hash" in source, where
+    for module in (pull_worker, push_worker):
+        assert "compat_hash" not in inspect.getsource(module), where
+    assert "return self.connector_worker.xfer_handshake_metadata" in inspect.getsource(connector), where
+
+
 def test_every_route_that_tells_health_speaks_for_the_stages(vllm_routes: set[str]) -> None:
     from serve_app.openai_app import REPLACED
 
@@ -254,6 +269,14 @@ def test_ray_broadcasts_to_all_replicas_and_keeps_their_exceptions() -> None:
     assert not hasattr(DeploymentResponseGenerator, "aclose"), "serve_app/routing.py stream: aclose() may do now"
 
 
+def test_replicas_that_are_asked_all_at_once_can_be_awaited_one_by_one() -> None:
+    from ray.serve._private.replica_result import ReplicaResult
+    from ray.serve.handle import DeploymentBroadcastResponse
+
+    for method in (DeploymentBroadcastResponse._fetch_replica_results_async, ReplicaResult.get_async):
+        assert list(parameters(method)) == ["self"] and inspect.iscoroutinefunction(method), "serve_app/peers.py find"
+
+
 def test_plugins_are_registered_where_vllm_and_torch_look() -> None:
     for group, name, value in (
         ("vllm.general_plugins", "epd", "serve_app.vllm_plugin:register"),
@@ -290,6 +313,38 @@ def test_renderer_processes_media_through_the_hooks_that_are_guarded() -> None:
         ["self", "image_pil", "uuid"],
         ["parser", "image_pil", "uuid"],  # ours, where another test has installed it
     ), "serve_app/media.py install"
+
+
+def test_every_part_with_a_url_and_its_name_pass_three_methods_of_the_parser() -> None:
+    from vllm.renderers.chat_utils import AsyncMultiModalContentParser
+
+    from serve_app.media import _PARSE  # vLLM's own, where another test has installed ours
+
+    assert {name: list(parameters(parse)) for name, parse in _PARSE.items()} == {
+        "parse_image": ["self", "image_url", "uuid"],
+        "parse_video": ["self", "video_url", "uuid"],
+        "parse_audio": ["self", "audio_url", "uuid"],
+    }, "serve_app/media_names.py naming"
+    assert "return self.parse_audio(audio_url, uuid)" in inspect.getsource(
+        AsyncMultiModalContentParser.parse_input_audio
+    ), "serve_app/media.py _PARSE"
+
+
+def test_renderer_of_a_chat_is_told_its_cache_salt() -> None:
+    from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    assert "prompt_extras" in parameters(BaseRenderer.render_chat_async), "serve_app/guard.py guard_renderer"
+    rendered = inspect.getsource(OnlineRenderer.preprocess_chat)
+    assert "renderer.render_chat_async(" in rendered and '"cache_salt"' in rendered, "serve_app/guard.py guard_renderer"
+
+
+def test_video_loaders_read_frames_by_a_method_of_theirs() -> None:
+    from vllm.multimodal.video_decoders.opencv import decode_opencv
+
+    source = inspect.getsource(decode_opencv)
+    for method in ("_prepare_source", "compute_frames_index_to_sample", "read_frames"):
+        assert f"loader_cls.{method}(" in source, "serve_app/media_check.py _limited"
 
 
 def test_bodies_are_read_where_the_ingress_looks_for_it() -> None:

@@ -190,6 +190,17 @@ def test_template_of_tools(model: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "f", "parameters": {}}}]])
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+@pytest.mark.parametrize("first", [True, False])
+def test_template_drops_no_media_whoever_sends_it(model: Path, role: str, first: bool, tools: Any) -> None:
+    parts = [{"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": " and "}, {"type": "video"}]
+    messages = [{"role": role, "content": parts}, {"role": "user", "content": "Go"}]
+    prompt = render(model, messages if first else messages[::-1], tools=tools)
+    vision = "<|vision_start|><|{}_pad|><|vision_end|>"
+    assert prompt.count(f"See {vision.format('image')} and {vision.format('video')}") == 1
+
+
 def test_audio_model_takes_sounds_only(tmp_path: Path) -> None:
     prompt = render(ensure_audio_model(tmp_path), [{"role": "user", "content": [{"type": "audio"}, {"type": "image"}]}])
     assert "<|im_start|>user\n<|audio_bos|><|AUDIO|><|audio_eos|><|im_end|>" in prompt

@@ -1,9 +1,11 @@
 """serve_app.encoding: which items go to an encoder, each of them once, and what happens when one fails."""
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
@@ -11,8 +13,8 @@ from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, 
 from serve_app import trace
 from serve_app.config import EncodeConfig, Stage
 from serve_app.encoding import Encoded, Encodes, EncodeStage, encode_at_prefill
-from serve_app.errors import BadRequest, HandoffLost, StageUnavailable
-from serve_app.handoff import EncodeReply, Item, Prompt, StageRequest
+from serve_app.errors import BadRequest, HandoffLost, OtherVersion, StageUnavailable
+from serve_app.handoff import EncodeReply, Item, Prompt, StageRequest, Version
 from serve_app.trace import Trace
 from tests.fakes import FakeClock, FakeStage, encoded
 
@@ -720,5 +722,77 @@ def test_work_is_outstanding_exactly_as_long_as_calls_are(shareable: bool) -> No
         await asyncio.gather(task, return_exceptions=True)
         await asyncio.sleep(0.01)
         assert bench.at_rest()
+
+    asyncio.run(main())
+
+
+# ---- encoders of several versions
+
+OLD, NEW = Version("f", weights="old"), Version("f", weights="new")
+
+
+class Overlap(Bench):
+    """Encoders of these weights, which take turns among those that a call fits."""
+
+    def __init__(self, *versions: Version, **config: Any) -> None:
+        super().__init__(self._encode, **config)
+        self.versions, self.turns = list(versions), itertools.count()
+
+    async def _encode(self, call: StageRequest) -> EncodeReply:
+        if not (fitting := [version for version in self.versions if version.fits(call.version)]):
+            raise OtherVersion(Stage.ENCODER, "is of another version", "r", self.versions[0])
+        version = fitting[next(self.turns) % len(fitting)]
+        return msgspec.structs.replace(encoded(call), version=version)
+
+    async def asked_for(self, version: Version, *items: str) -> tuple[Encoded, Trace]:
+        record = Trace("req")
+        call = msgspec.structs.replace(request(*items), version=version)
+        return await self.stage.encode(call, record), record
+
+
+def test_items_are_encoded_by_the_version_that_is_asked_for_and_remembered_with_theirs() -> None:
+    async def main() -> None:
+        bench = Overlap(OLD)
+        assert (await bench.asked_for(Version("f"), "a"))[0].version == OLD
+        bench.versions = [NEW, OLD]
+        assert (await bench.asked_for(NEW, "a"))[0].version == NEW
+        assert bench.asked == ["a", "a"]
+        for version in (NEW, Version("f")):
+            assert (await bench.asked_for(version, "a"))[0].version == NEW
+        assert bench.asked == ["a", "a"], "remembered"
+        bench.stage.forget_version(NEW)
+        await bench.asked_for(NEW, "a")
+        assert len(bench.asked) == 3
+
+    asyncio.run(main())
+
+
+def test_item_that_two_requests_ask_two_versions_for_is_two_calls() -> None:
+    async def main() -> None:
+        bench = Overlap(OLD, NEW)
+        results = await asyncio.gather(bench.asked_for(OLD, "a"), bench.asked_for(NEW, "a"), bench.asked_for(NEW, "a"))
+        assert [result.version for result, _ in results] == [OLD, NEW, NEW]
+        assert bench.asked == ["a", "a"] and bench.at_rest()
+
+    asyncio.run(main())
+
+
+def test_item_that_no_encoder_has_the_weights_for_is_encoded_by_prefill_and_encoders_are_up() -> None:
+    async def main() -> None:
+        bench = Overlap(OLD)
+        result, record = await bench.asked_for(NEW, "a")
+        assert with_pixels(result) == ["a"] and result.version == Version()
+        assert record.rungs == ["encode-at-prefill(other version)"] and bench.asked == ["a"]
+        assert not bench.stage.state.down
+
+    asyncio.run(main())
+
+
+def test_prompt_whose_items_two_versions_answered_for_keeps_those_of_most() -> None:
+    async def main() -> None:
+        bench = Overlap(OLD, NEW)
+        result, _ = await bench.asked_for(Version("f"), "a", "b", "c")
+        assert result.version == OLD and with_pixels(result) == []
+        assert bench.asked == ["a", "b", "c", "b"]
 
     asyncio.run(main())

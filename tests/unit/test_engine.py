@@ -60,6 +60,22 @@ def test_only_output_is_the_first_and_the_last() -> None:
     assert [(chunk.text, chunk.finish_reason) for chunk in chunks(60.0, 0)] == [("a", "length")]
 
 
+def test_what_is_held_goes_on_before_a_failure() -> None:
+    async def failing() -> AsyncGenerator[RequestOutput]:
+        for number in range(3):
+            yield output(number, finished=False)
+        raise StageUnavailable(Stage.DECODE, "failed")
+
+    async def main() -> list[Chunk]:
+        said = []
+        with pytest.raises(StageUnavailable):
+            async for each in coalesced(failing(), 60.0):
+                said.append(to_chunk(each))
+        return said
+
+    assert [chunk.text for chunk in asyncio.run(main())] == ["a", "bc"]
+
+
 def test_closing_early_closes_the_engine_s_stream() -> None:
     closed = []
 

@@ -11,6 +11,7 @@ from serve_app.errors import (
     EngineDead,
     EPDError,
     HandoffLost,
+    OtherVersion,
     Overloaded,
     StageError,
     StageTimeout,
@@ -56,6 +57,7 @@ def test_only_a_timeout_is_a_gateway_timeout() -> None:
         HandoffLost: 503,
         StageUnavailable: 503,
         EngineDead: 503,
+        OtherVersion: 503,
         StageTimeout: 504,
     }
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm.sampling_params import SamplingParams
 
 from serve_app.config import MediaConfig, Stage
@@ -21,7 +22,7 @@ from serve_app.from_media import ItemProcessor, declared_fields
 from serve_app.handoff import EncodeReply, Media, MediaRequest, Prompt, digest_of, keyed
 from serve_app.media_fetch import decode_base64
 from tests.fakes import FakePipeline, FakeStage
-from tests.integration.media import picture, png, video_url
+from tests.integration.media import picture, png, recording, video_url
 
 Make = Callable[..., Any]
 GONE = StageUnavailable(Stage.ENCODER, "is gone")
@@ -286,10 +287,28 @@ def test_media_over_a_limit_is_refused_by_the_encoder_too(make_client: Make) -> 
     asyncio.run(main())
 
 
-def test_items_cannot_be_named_by_the_client(make_client: Make) -> None:
+def test_no_client_names_an_item_behind_the_door(make_client: Make) -> None:
+    """vLLM takes a name for the item's hash: another client's picture could be put in its place."""
+
     async def main() -> None:
-        with pytest.raises(VLLMValidationError, match="known by their content"):
-            await Bench(make_client).render(IMAGE, {"image": [image(1)]}, multi_modal_uuids={"image": ["mine"]})
+        bench = Bench(make_client)
+        named = {"multi_modal_uuids": {"image": ["mine"]}}
+        rendered = await bench.render(IMAGE, {"image": [image(1)]}, **named)
+        assert rendered["mm_hashes"] == (await bench.render(IMAGE, {"image": [image(1)]}))["mm_hashes"]
+        with pytest.raises(VLLMValidationError, match="in the messages of a chat only"):
+            await bench.render(IMAGE, {"image": [await bench.processor.decoded(image(1))]}, **named)
+
+    asyncio.run(main())
+
+
+def test_video_of_one_frame_is_an_item(make_client: Make) -> None:
+    async def main() -> None:
+        bench = Bench(make_client)
+        backend = get_video_loader_backend_for_processor("Qwen2VLVideoProcessor")
+        one = media("video", recording("mp4", 1), VideoMediaIO(ImageMediaIO("RGB"), video_backend=backend), 1)
+        rendered = await bench.render(VIDEO, {"video": [one]})
+        assert (await bench.processor.features(one)).metadata["video_grid_thw"][0] == 1
+        assert await bench.tokens(rendered)
 
     asyncio.run(main())
 

@@ -224,15 +224,23 @@ def test_prefill_runs_one_token_that_cannot_end_the_request_early() -> None:
     """NIXL holds blocks only of requests that ran to their length."""
     params = prefill_params(client_params(structured_outputs=StructuredOutputsParams(json="{}")), EC)
     assert (params.n, params.max_tokens, params.min_tokens, params.ignore_eos) == (1, 1, 0, True)
-    assert (params.stop, params.stop_token_ids) == ([], [])
-    assert (params.structured_outputs, params.logprobs) == (None, None)
-    assert (params.temperature, params.seed) == (0.7, 11)
+    assert (params.stop, params.stop_token_ids, params.structured_outputs) == ([], [], None)
     assert params.extra_args == {"mine": 1, "kv_transfer_params": REMOTE_DECODE, "ec_transfer_params": EC}
 
 
-@pytest.mark.parametrize(("wanted", "detokenize"), [(None, False), (0, True), (3, True)])
-def test_prefill_makes_text_only_for_logprobs_of_the_prompt(wanted: int | None, detokenize: bool) -> None:
-    params = prefill_params(client_params(prompt_logprobs=wanted), None)
+def test_prefill_makes_no_logprobs_of_the_answer() -> None:
+    params = prefill_params(client_params(logprobs=2, logprob_token_ids=[5, 6]), None)
+    assert (params.logprobs, params.logprob_token_ids, params.num_logprobs) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "of_the_client", "detokenize"),
+    [(None, True, False), (0, True, True), (3, True, True), (3, False, False)],
+)
+def test_prefill_makes_text_only_for_logprobs_of_the_prompt(
+    wanted: int | None, of_the_client: bool, detokenize: bool
+) -> None:
+    params = prefill_params(client_params(prompt_logprobs=wanted, stop=[], detokenize=of_the_client), None)
     assert (params.prompt_logprobs, params.detokenize) == (wanted, detokenize)
 
 

@@ -13,6 +13,7 @@ from deployments import ingress
 from deployments.ingress import Ingress
 from serve_app.config import EPDConfig, Stage
 from serve_app.errors import CannotStart, StageUnavailable
+from serve_app.handoff import Version
 from serve_app.kv_layout import KVLayout
 from tests.fakes import FakeStage
 
@@ -70,37 +71,76 @@ def test_ingress_whose_stages_take_too_long_says_which() -> None:
 HOPPER = KVLayout("a", "FLASH_ATTN", "NVIDIA H100")
 BLACKWELL = KVLayout("b", "FLASHINFER", "NVIDIA B200")
 DEAD = StageUnavailable(Stage.PREFILL, "died")
+MINE = Version("front")
+
+
+def telling(stage: Stage, replies: Any) -> FakeStage:
+    """A stage whose replicas tell what they are made of."""
+
+    async def made_of() -> list[Any]:
+        if isinstance(replies, Exception):
+            raise replies
+        return list(replies)
+
+    return FakeStage(stage, made_of=made_of)
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "args", "refused"),
+    ("prefill", "decode", "refused"),
     [
-        ([HOPPER, HOPPER], [HOPPER], {}, False),
-        ([HOPPER, BLACKWELL], [HOPPER], {}, True),
-        ([DEAD, BLACKWELL], [HOPPER], {}, True),
-        ([DEAD], [HOPPER], {}, False),
-        (DEAD, [HOPPER], {}, False),
-        ([BLACKWELL], [HOPPER], {"kv": {"connector": "Mine", "module_path": "mine"}}, False),
+        ([HOPPER, HOPPER], [HOPPER], False),
+        ([HOPPER, BLACKWELL], [HOPPER], True),
+        ([DEAD, BLACKWELL], [HOPPER], True),
+        ([DEAD], [HOPPER], False),
+        (DEAD, [HOPPER], False),
+        ([None], [HOPPER], False),
     ],
 )
 def test_ingress_does_not_start_where_decode_could_not_take_prefills_blocks(
-    prefill: Any, decode: Any, args: dict[str, Any], refused: bool
+    prefill: Any, decode: Any, refused: bool
 ) -> None:
-    def stage(of: Stage, replies: Any) -> FakeStage:
-        async def kv_layout() -> list[Any]:
-            if isinstance(replies, Exception):
-                raise replies
-            return list(replies)
-
-        return FakeStage(of, kv_layout=kv_layout)
+    def told(layouts: Any) -> Any:
+        return layouts if layouts is DEAD else [each if each is DEAD else (MINE, each) for each in layouts]
 
     one = made()
-    one._config = EPDConfig(**args)
-    one._stages = {Stage.PREFILL: stage(Stage.PREFILL, prefill), Stage.DECODE: stage(Stage.DECODE, decode)}
+    one._config = EPDConfig()
+    one._stages = {stage: telling(stage, told(of)) for stage, of in ((Stage.PREFILL, prefill), (Stage.DECODE, decode))}
     if not refused:
-        return asyncio.run(one._stages_agree())
+        return asyncio.run(one._stages_agree(MINE))
     with pytest.raises(CannotStart, match="NVIDIA B200, FLASHINFER"):
-        asyncio.run(one._stages_agree())
+        asyncio.run(one._stages_agree(MINE))
+
+
+def test_ingress_whose_stages_run_in_another_version_waits_for_one_of_its_own() -> None:
+    one, replies = made(), [(Version("old"), None)]
+    one._config = EPDConfig(startup_timeout_s=5)
+    stages = {Stage.ENCODER: [], Stage.PREFILL: replies, Stage.DECODE: [(MINE, None), (Version("old"), None)]}
+    one._stages = {stage: telling(stage, of) for stage, of in stages.items()}
+
+    async def main() -> None:
+        waiting = asyncio.create_task(one._stages_agree(MINE))
+        done, _ = await asyncio.wait([waiting], timeout=0.2)
+        assert not done
+        replies.append((MINE, None))
+        await waiting
+
+    asyncio.run(main())
+
+
+def test_ingress_that_finds_no_stage_of_its_version_says_in_what_they_differ() -> None:
+    one = made()
+    one._config = EPDConfig(startup_timeout_s=0.1)
+    one._stages = {Stage.DECODE: telling(Stage.DECODE, [(Version("old"), None)])}
+    with pytest.raises(CannotStart, match=r"decode runs in another version \(front\): the model's files"):
+        asyncio.run(one._stages_agree(MINE))
+
+
+def test_layouts_of_versions_that_hand_nothing_to_each_other_may_differ() -> None:
+    one = made()
+    one._config = EPDConfig()
+    old, new = (Version("old"), BLACKWELL), (MINE, HOPPER)
+    one._stages = {stage: telling(stage, [old, new]) for stage in (Stage.PREFILL, Stage.DECODE)}
+    asyncio.run(one._stages_agree(MINE))
 
 
 def test_controller_that_is_away_takes_one_thread_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,17 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import io
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,14 +21,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from vllm import envs
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, ImageMediaIO, VideoMediaIO
 from vllm.multimodal.video import get_video_loader_backend_for_processor
+from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from serve_app import media
 from serve_app.config import MediaConfig
 from serve_app.media import EPDMediaConnector, to_client_error
 from serve_app.media_check import gif_has_more_frames
-from tests.integration.media import data_url, picture, png, video_url, wav
+from serve_app.media_names import MediaNames
+from tests.integration.media import cut, data_url, picture, png, recording, video_url, wav
 from tests.unit.web import Web, redirect, response
 
 SETTINGS = (
@@ -146,7 +151,7 @@ def test_video_as_jpegs_is_loaded_and_counted() -> None:
 )
 def test_other_schemes_are_refused(url: str) -> None:
     async def main() -> None:
-        connector = EPDMediaConnector(MediaConfig(), Web({}).fetcher(MediaConfig()))
+        connector = EPDMediaConnector(MediaConfig(), Web({}).fetcher(MediaConfig()), MediaNames(0))
         with pytest.raises(VLLMValidationError, match="must begin with https:, http:, data: or file:"):
             await connector.fetch_image_async(url)
 
@@ -162,7 +167,7 @@ def test_refusals_of_fetching_reach_the_client_as_they_are() -> None:
 
 
 def test_offline_way_of_vllm_is_closed() -> None:
-    connector = EPDMediaConnector(MediaConfig(), Web({}).fetcher(MediaConfig()))
+    connector = EPDMediaConnector(MediaConfig(), Web({}).fetcher(MediaConfig()), MediaNames(0))
     with pytest.raises(NotImplementedError):
         connector.fetch_image("http://127.0.0.1/a.png")
 
@@ -304,7 +309,7 @@ VIDEO = video_url(1, frames=8)  # 4 frames per second, 84×84
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
-        ({"max_frames": 7}, "has 8 frames, and this server takes at most 7 frames"),
+        ({"max_frames": 7}, "has too many frames, and this server takes at most 7 frames"),
         ({"max_seconds": 1.9}, "takes 2.0 s, and this server takes at most 1.9 s"),
         ({"max_pixels": 84 * 84 - 1}, "84×84 pixels"),
         ({"max_video_pixels": 8 * 84 * 84 - 1}, "8 frames of the video have 56448 pixels"),
@@ -328,6 +333,115 @@ def test_pixels_of_a_video_are_counted_with_the_models_own_sampling() -> None:
     assert load(VIDEO, "video", backend).media[0].shape[0] == 4
     with pytest.raises(VLLMValidationError, match="4 frames of the video"):
         load(VIDEO, "video", backend, max_video_pixels=4 * 84 * 84 - 1)
+
+
+QWEN = {"video_backend": get_video_loader_backend_for_processor("Qwen2VLVideoProcessor")}
+
+
+def frames_of(data: bytes, io_kwargs: dict[str, Any] | None = None, **rules: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    frames, metadata = load(data_url("video/x", data), "video", io_kwargs, **rules).media
+    assert len(frames) == len(metadata["frames_indices"])
+    return frames, metadata
+
+
+@pytest.mark.parametrize("io_kwargs", [{}, QWEN], ids=["uniform sampling", "the model's own"])
+@pytest.mark.parametrize("container", ["mp4", "matroska", "webm", "mpegts"])
+@pytest.mark.parametrize("piped", [False, True])
+def test_video_of_one_frame_is_that_frame(container: str, piped: bool, io_kwargs: dict[str, Any]) -> None:
+    frames, metadata = frames_of(recording(container, 1, piped=piped and container != "mp4"), io_kwargs)
+    assert frames.shape == (1, 84, 84, 3)
+    assert abs(frames[0].astype(int) - np.asarray(picture(1000))).mean() < 16
+    assert (metadata["total_num_frames"], metadata["frames_indices"]) == (1, [0])
+
+
+@pytest.mark.parametrize("io_kwargs", [{"num_frames": 32}, QWEN], ids=["uniform sampling", "the model's own"])
+@pytest.mark.parametrize("container", ["matroska", "webm", "avi"])
+@pytest.mark.parametrize("rate", [4, 30])
+def test_video_whose_container_tells_no_length_is_as_one_that_does(
+    container: str, rate: int, io_kwargs: dict[str, Any]
+) -> None:
+    told, metadata = frames_of(recording(container, 60, rate=rate), io_kwargs)
+    counted, ours = frames_of(recording(container, 60, rate=rate, piped=True), io_kwargs)
+    assert metadata["total_num_frames"] == 60
+    assert ours == metadata
+    assert np.array_equal(counted, told)
+
+
+def test_recording_that_broke_off_is_what_can_be_decoded_of_it() -> None:
+    whole, _ = frames_of(recording("webm", 24), {"num_frames": 32})
+    frames, metadata = frames_of(cut(recording("webm", 24, piped=True)), {"num_frames": 32})
+    assert 8 < len(frames) == metadata["total_num_frames"] < 24
+    assert np.array_equal(frames, whole[: len(frames)])
+
+
+@pytest.mark.parametrize("data", [recording("mpegts", 24, piped=True), recording("ivf", 24, piped=True)], ids=len)
+def test_stream_that_cannot_be_rewound_is_read_from_its_beginning(data: bytes) -> None:
+    """vLLM's loader looks for its end first, and gets no or few frames after that."""
+    frames, metadata = frames_of(data, {"num_frames": 32})
+    assert len(frames) == metadata["total_num_frames"] == 24
+    assert abs(frames[0].astype(int) - np.asarray(picture(1000))).mean() < 16
+
+
+def without_rate(webm: bytes) -> bytes:
+    """Without the frames a second of its track (DefaultDuration), as browsers record: Void stands in its place."""
+    at = webm.index(b"\x23\xe3\x83")
+    size = 4 + (webm[at + 3] & 0x7F)
+    return webm[:at] + bytes([0xEC, 0x80 | (size - 2)]) + bytes(size - 2) + webm[at + size :]
+
+
+@pytest.mark.parametrize("piped", [True, False])
+def test_rate_of_a_recording_that_tells_none_is_that_of_its_frames(piped: bool) -> None:
+    """FFmpeg takes the container's unit of time for it: a thousand frames a second."""
+    at_ms = [index * 17 + index % 3 for index in range(60)]
+    data = without_rate(recording("webm", 60, piped=piped, at_ms=at_ms))
+    _, metadata = frames_of(data, QWEN)
+    assert metadata["total_num_frames"] == 60
+    assert metadata["fps"] == pytest.approx(58.6, rel=0.02)
+    assert metadata["duration"] == pytest.approx(1.02, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"max_frames": 7}, "has too many frames, and this server takes at most 7 frames"),
+        ({"max_seconds": 1.9}, "s, and this server takes at most 1.9 s"),
+        ({"max_pixels": 84 * 84 - 1}, "84×84 pixels"),
+        ({"max_video_pixels": 8 * 84 * 84 - 1}, "8 frames of the video have 56448 pixels"),
+    ],
+)
+def test_counted_video_over_a_limit_is_refused(rules: dict[str, Any], words: str) -> None:
+    assert words in refusal(data_url("video/webm", recording("webm", 8, piped=True)), "video", **rules)
+
+
+def test_frames_over_the_limit_are_counted_without_decoding_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    open_again = OpenCVVideoBackendMixin.open_video_capture
+
+    def counting(data: bytes) -> Any:
+        opened.append(open_again(data))
+        return opened[-1]
+
+    monkeypatch.setattr(OpenCVVideoBackendMixin, "open_video_capture", counting)
+    refusal(data_url("video/webm", recording("webm", 30, piped=True)), "video", max_frames=7)
+    assert [capture.get(cv2.CAP_PROP_FORMAT) for capture in opened][1:] == [-1]
+
+
+def test_video_none_of_whose_frames_can_be_decoded_is_refused() -> None:
+    data = bytearray(recording("mp4", 8))
+    start = data.index(b"mdat") + 4
+    end = data.index(b"moov", start) - 4
+    data[start:end] = bytes(end - start)
+    assert "none of the video's frames can be decoded" in refusal(data_url("video/mp4", bytes(data)), "video")
+
+
+def test_what_a_video_needed_is_not_kept() -> None:
+    """Classes wait for the garbage collector: one per video must not hold its bytes."""
+    io_ = VideoMediaIO(ImageMediaIO("RGB"))
+    data = recording("webm", 8, piped=True)
+    before = sys.getrefcount(data)
+    media.decode(data, io_, MediaConfig())
+    gc.collect(0)
+    assert sys.getrefcount(data) == before
 
 
 HLS = b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://127.0.0.1:1/a.ts\n#EXT-X-ENDLIST\n"

@@ -110,7 +110,7 @@ def test_client_that_leaves_or_an_app_that_fails_is_logged_and_passed_on(
 
 @pytest.mark.parametrize(
     "scope",
-    [{"type": "lifespan"}, {"type": "websocket"}, {"type": "http", "method": "GET"}],
+    [{"type": "lifespan"}, {"type": "websocket"}, {"type": "http", "method": "GET", "headers": []}],
     ids=["lifespan", "websocket", "GET"],
 )
 def test_other_scopes_pass_untouched(scope: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from serve_app.config import EPDConfig, Stage
+from serve_app.door import Door
 from serve_app.errors import BadRequest, StageUnavailable
 from serve_app.openai_app import NOT_HERE, _add_routes, make_app, server_args
-from tests.fakes import FakeStage, fake_status
+from tests.fakes import FakePipeline, FakeStage, fake_status
 
 
 class Ingress:
@@ -140,3 +141,86 @@ def test_key_comes_from_the_config_or_from_the_environment(
         assert status == (200 if key in accepted else 401), key
     for path in ("/health", "/status", "/"):  # for probes, and for the page, which asks for the key
         assert http.get(path).status_code == 200
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def test_every_served_name_is_the_models(make_api: Any) -> None:
+    api = make_api(FakePipeline().stages, served_model_name=["one", "two"])
+    assert [model["id"] for model in api.get("/v1/models").json()["data"]] == ["one", "two"]
+    for name, status in (("one", 200), ("two", 200), ("three", 404)):
+        answer = api.post("/v1/chat/completions", json={"model": name, "messages": MESSAGES})
+        assert answer.status_code == status, answer.text
+
+
+def test_key_may_come_in_the_header_of_anthropics_clients(make_api: Any) -> None:
+    api = make_api(FakePipeline().stages, api={"api_key": "secret"})
+    body = {"model": "demo", "messages": MESSAGES, "max_tokens": 4}
+    for headers, status in (
+        ({"x-api-key": "secret"}, 200),
+        ({"x-api-key": "other"}, 401),
+        ({"x-api-key": "other", "authorization": "Bearer secret"}, 200),
+        ({"x-api-key": "secret", "authorization": "Bearer other"}, 401),
+        ({}, 401),
+    ):
+        assert api.post("/v1/messages", json=body, headers=headers).status_code == status, headers
+    assert api.post("/v1/messages/count_tokens", json=body, headers={"x-api-key": "secret"}).status_code == 200
+    assert api.get("/v1/models", headers={"x-api-key": "secret"}).status_code == 200
+
+
+# ---- below a route prefix
+
+
+KEY = {"x-api-key": "secret"}
+
+
+def below_a_prefix(api: TestClient) -> TestClient:
+    """A client of an application with ``route_prefix: /epd``: Serve leaves the prefix in the path and names it as
+    ``root_path``."""
+    return TestClient(api.app, root_path="/epd", base_url="http://testserver/epd/", raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize("path", ["v1/models", "v1/chat/completions", "v1/messages", "v1/responses/x", "v1"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_key_is_asked_for_below_a_prefix(make_api: Any, method: str, path: str) -> None:
+    below = below_a_prefix(make_api({}, api={"api_key": "secret"}))
+    assert below.request(method, path).status_code == 401
+    assert below.request(method, path, headers=KEY).status_code != 401
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_below_a_prefix_have_the_routes_own_shape(make_api: Any, stream: bool) -> None:
+    gone = StageUnavailable(Stage.DECODE, "is gone")
+    below = below_a_prefix(
+        make_api(FakePipeline(fails={"generate": [gone] * 9}).stages, media={"max_body_bytes": 4096})
+    )
+    body = {"model": "demo", "messages": MESSAGES, "max_tokens": 4, "stream": stream}
+    for each, status in ((body, 503), (body | {"messages": 3}, 400), (body | {"user": "x" * 4096}, 413)):
+        answer = below.post("v1/messages", json=each)
+        assert (answer.status_code, answer.json().get("type")) == (status, "error"), answer.text
+        answer = below.post("v1/chat/completions", json=each)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, status)
+    late = below.post("v1/messages", json=body, headers={"x-request-timeout-s": "soon"})
+    assert (late.status_code, late.json()["type"]) == (400, "error")
+
+
+def test_server_that_ends_says_so_below_a_prefix_in_the_routes_own_shape(make_api: Any) -> None:
+    door = Door(make_api({}).app)
+    door.close()
+    below = TestClient(door, root_path="/epd", base_url="http://testserver/epd/")
+    assert [below.post(path).json().get("type") for path in ("v1/messages", "v1/responses")] == ["error", None]
+
+
+def test_page_docs_and_operations_are_below_the_prefix(make_api: Any) -> None:
+    below = below_a_prefix(make_api({}))
+    for path in ("health", "status", "metrics", "version", "page.js", "page.css"):
+        assert below.get(path).status_code == 200, path
+    for path in ("", "."):  # with and without the slash at its end, which the relative names in the page need
+        answer = below.get("http://testserver/epd" + path.replace(".", "/"))
+        assert answer.status_code == 200 and 'src="page.js"' in answer.text
+        assert str(answer.url) == "http://testserver/epd/"
+    assert "/epd/openapi.json" in below.get("docs").text
+    schema = below.get("openapi.json").json()
+    assert schema["servers"] == [{"url": "/epd"}] and "/v1/chat/completions" in schema["paths"]
+    assert below.get("inference/v1/generate").status_code == 400

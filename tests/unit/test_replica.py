@@ -19,16 +19,19 @@ from vllm import SamplingParams
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from deployments._replica import PORT_TRIES, EngineReplica, alone_on, started
-from deployments.decode import Decode
+from deployments.decode import SAVE_S, Decode
 from deployments.encoder import Encoder
 from deployments.prefill import Prefill
-from serve_app import engine
+from serve_app import engine, fingerprint, fit
 from serve_app.config import EPDConfig
-from serve_app.errors import CannotStart, ConfigError
-from serve_app.handoff import READ_S, Prompt, StageRequest
+from serve_app.errors import CannotStart, ConfigError, OtherVersion
+from serve_app.handoff import ANY, READ_S, Media, MediaRequest, Prompt, StageRequest, Version
+from serve_app.kv_layout import KVLayout
+from serve_app.kv_waits import pulls
 from serve_app.start_failure import EngineFailed
 from serve_app.transfer import side_channel_env
 from serve_app.workload import HELP, Meter
+from tests.fakes import FakeClock
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'EngineReplica.__del__' was never awaited")  # Serve awaits it
 
@@ -51,6 +54,10 @@ class FakeEngine:
         return "# HELP vllm:x x\n# TYPE vllm:x gauge\nvllm:x 1\n"
 
 
+async def nothing_overdue(after_s: float) -> list[str]:
+    return []
+
+
 def replica(name: str, engine: FakeEngine, **attributes: Any) -> EngineReplica:
     made = object.__new__(CLASSES[name])
     state = {
@@ -61,6 +68,7 @@ def replica(name: str, engine: FakeEngine, **attributes: Any) -> EngineReplica:
         "node": "n",
         "_lease_s": 0.0,
         "_answered_at": 0.0,
+        "pulls": pulls(nothing_overdue, 30.0),
     }
     made.__dict__.update(state | attributes)
     return made
@@ -196,7 +204,7 @@ def test_prefill_takes_cache_hits_off_its_work() -> None:
             return output
 
     prefill: Any = replica("Prefill", Engine())
-    request: Any = SimpleNamespace(prompt=SimpleNamespace(token_ids=[0] * 100))
+    request: Any = SimpleNamespace(prompt=SimpleNamespace(token_ids=[0] * 100), version=ANY)
     reply = asyncio.run(prefill.prefill(request))
     assert prefill.work.stats()["done"] == 40
     assert (reply.ec_s, reply.node) == (0.5, "n")
@@ -223,7 +231,7 @@ def test_decode_tells_the_time_of_the_transfer_where_nothing_else_was_waited_for
     engine = Engine()
     engine.slots = slots
     decode: Any = replica("Decode", engine, _interval_s=0.0)
-    request: Any = SimpleNamespace(params=SimpleNamespace(extra_args=extra), streamed=True)
+    request: Any = SimpleNamespace(params=SimpleNamespace(extra_args=extra), streamed=True, version=ANY)
 
     async def main() -> list[Any]:
         return [chunk async for chunk, _ in decode.generate(request)]
@@ -251,3 +259,104 @@ def test_decode_gives_the_first_token_at_once_and_the_rest_as_the_client_wants_i
         return [chunk.token_ids async for chunk, _ in decode.generate(request)]
 
     assert asyncio.run(main()) == chunks
+
+
+def test_answer_that_is_not_streamed_is_saved_in_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made of it outlives its replica, but for the last ``SAVE_S``."""
+    clock, per_token_s, length = FakeClock(), 1 / 64, 1000
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=clock))
+
+    class Engine(FakeEngine):
+        async def generate(self, request: Any) -> AsyncGenerator[RequestOutput]:
+            for number in range(length):
+                choice = CompletionOutput(0, "a", [number], None, None)
+                yield RequestOutput("r", None, None, None, [choice], finished=number == length - 1)
+                clock.now += per_token_s
+
+    decode: Any = replica("Decode", Engine(), _interval_s=0.02)
+    request = StageRequest("r", Prompt([1]), SamplingParams(), streamed=False)
+
+    async def main() -> list[list[int]]:
+        return [chunk.token_ids async for chunk, _ in decode.generate(request)]
+
+    pieces = asyncio.run(main())
+    assert [token for piece in pieces for token in piece] == list(range(length))
+    assert len(pieces[0]) == 1
+    assert max(map(len, pieces)) * per_token_s <= SAVE_S
+    assert len(pieces) <= 2 + length * per_token_s / SAVE_S
+
+
+# ---- versions
+
+MINE, OTHERS = Version("front", weights="w1"), Version("front", weights="w2")
+
+
+def asked_of(name: str, version: Version) -> Any:
+    """A call of each method of a stage that goes on from what another replica has made."""
+    request = StageRequest("r", Prompt([1]), SamplingParams(), version=version)
+    media = MediaRequest("r", Media("image", b"", None, 1, "d"), 1, version=version)
+    made: Any = replica(name, FakeEngine(), version=MINE, _interval_s=0.0)
+    match name:
+        case "Encoder":
+            return [made.encode(request), made.encode_media(media)]
+        case "Prefill":
+            return [made.prefill(request)]
+    return [anext(made.generate(request))]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_replica_refuses_at_once_what_began_with_another_version(name: str) -> None:
+    async def refused(call: Any) -> OtherVersion:
+        with pytest.raises(
+            OtherVersion, match=r"runs in another version than the request began with \(weights\)"
+        ) as caught:
+            await call
+        return caught.value
+
+    for call in asked_of(name, OTHERS):
+        error = asyncio.run(refused(call))
+        assert (error.stage, error.replica, error.version) == (name.lower(), "r", MINE)
+
+
+def test_replica_tells_its_version_with_the_first_chunk_and_to_those_who_look() -> None:
+    class Engine(FakeEngine):
+        async def generate(self, request: Any) -> AsyncGenerator[RequestOutput]:
+            for number in range(2):
+                choice = CompletionOutput(0, "a", [1], None, None, finish_reason="stop" if number else None)
+                yield RequestOutput("r", None, None, None, [choice], finished=bool(number))
+
+    decode: Any = replica("Decode", Engine(), version=MINE, _interval_s=0.0)
+
+    async def main() -> list[Version]:
+        request = StageRequest("r", Prompt([1]), SamplingParams(), version=MINE)
+        return [chunk.version async for chunk, _ in decode.generate(request)]
+
+    assert asyncio.run(main()) == [MINE, ANY]
+    assert asyncio.run(decode.made_of()) == (MINE, None)
+    assert asyncio.run(decode.load())["version"] == "front-w1"
+
+
+def starting(name: str, monkeypatch: pytest.MonkeyPatch, before: Version, after: Version) -> EngineReplica:
+    """A replica whose engine has loaded what was of one version before and is of another after."""
+    versions = iter([before, after])
+    monkeypatch.setattr(fingerprint, "version_of", lambda *_: next(versions))
+    monkeypatch.setattr(fit, "check", lambda *_: None)
+    engine: Any = FakeEngine()
+    engine.vllm_config = SimpleNamespace(ec_transfer_config=None, kv_transfer_config=None)
+    engine.kv_layout = KVLayout("l" * 64, "FLASH_ATTN", "H100")
+    made = replica(name, engine, _config=EPDConfig())
+    made._check(engine.vllm_config)
+    made._stays_the_same()
+    return made
+
+
+@pytest.mark.parametrize(("name", "layout"), [("Encoder", ""), ("Prefill", "l" * 12), ("Decode", "l" * 12)])
+def test_engines_that_hand_blocks_over_tell_how_they_lay_them_out(
+    monkeypatch: pytest.MonkeyPatch, name: str, layout: str
+) -> None:
+    assert starting(name, monkeypatch, MINE, MINE).version == MINE._replace(layout=layout)
+
+
+def test_replica_whose_files_are_replaced_while_it_loads_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CannotStart, match=r"the model's files \(weights\) were replaced while it loaded"):
+        starting("Decode", monkeypatch, MINE, OTHERS)

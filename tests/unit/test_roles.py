@@ -92,7 +92,7 @@ def test_one_engine_alone_has_no_transfer_configs() -> None:
 def test_all_stages_agree_on_what_makes_tokens_and_hashes() -> None:
     config = on_gpus(
         model="a/b",
-        served_model_name="c",
+        served_model_name=["c", "d"],
         engine_args={"dtype": "bfloat16"},
         media={
             "limits": {"image": 3},
@@ -104,7 +104,7 @@ def test_all_stages_agree_on_what_makes_tokens_and_hashes() -> None:
     )
     shared = {
         "model": "folder",
-        "served_model_name": ["c"],
+        "served_model_name": ["c", "d"],
         "dtype": "bfloat16",
         "limit_mm_per_prompt": {"image": 3},
         "mm_processor_kwargs": {"min_pixels": 4},

@@ -1,6 +1,7 @@
 """serve_app.routing: calls over a handle are cancelled with their caller and fail only with errors of ours."""
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from types import SimpleNamespace
@@ -31,8 +32,8 @@ from vllm import SamplingParams
 
 from serve_app import routing
 from serve_app.config import Stage
-from serve_app.errors import BadRequest, EngineDead, EPDError, HandoffLost, StageUnavailable
-from serve_app.handoff import Item, Media, MediaRequest, Prompt, StageRequest
+from serve_app.errors import BadRequest, EngineDead, EPDError, HandoffLost, OtherVersion, StageUnavailable
+from serve_app.handoff import Chunk, Item, Media, MediaRequest, PrefillReply, Prompt, StageRequest, Version
 from serve_app.routing import StageHandle, to_stage_error
 from tests.fakes import FakeBroadcast, FakeHandle, FakeResponse
 
@@ -390,3 +391,122 @@ def test_broadcast_gives_a_result_or_an_error_of_ours_for_each_replica() -> None
 def test_broadcast_that_takes_too_long_is_an_error_of_ours() -> None:
     with pytest.raises(StageUnavailable, match="did not answer: TimeoutError"):
         asyncio.run(handle(FakeBroadcast(TimeoutError())).broadcast("metrics"))
+
+
+# ---- replicas of several versions
+
+OLD, NEW = Version("f", weights="old"), Version("f", weights="new")
+
+
+class Versions:
+    """Replicas of a stage by name. As ours, its router passes by those that have told of another version."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **replicas: Version) -> None:
+        monkeypatch.setattr(routing, "_versions", {})
+        monkeypatch.setattr(routing, "_kinds", set())
+        self.replicas = replicas
+        self.asked: list[str] = []
+        self.handle = StageHandle(Stage.PREFILL, FakeHandle(self._send))  # type: ignore[arg-type]
+        ids = {name: ReplicaID(name, DeploymentID("Stage", "shop")) for name in replicas}
+        self.wrappers: Any = {name: SimpleNamespace(replica_id=of) for name, of in ids.items()}
+        self.curr_replicas = {of: self.wrappers[name] for name, of in ids.items()}
+        monkeypatch.setattr(routing, "routers", {("shop", "Stage"): self})
+
+    def _send(self, method: str, request: StageRequest, streaming: bool) -> FakeResponse:
+        candidates = routing.sound(list(self.wrappers.values()), request.version)
+        name = candidates[0].replica_id.unique_id
+        self.asked.append(name)
+        routing.sending.get().replica = self.handle.actor(name)  # type: ignore[union-attr]
+        return FakeResponse(self._stream(request, name) if streaming else self._answer(request, name))
+
+    async def _answer(self, request: StageRequest, name: str) -> PrefillReply:
+        version = self.replicas[name]
+        if not version.fits(request.version):
+            refusal = OtherVersion(Stage.PREFILL, "is of another version", name, version)
+            raise RayTaskError("f", "traceback", refusal).as_instanceof_cause()
+        return PrefillReply({}, None, 0, name, version=version)
+
+    async def _stream(self, request: StageRequest, name: str) -> AsyncIterator[tuple[Chunk, str]]:
+        reply = await self._answer(request, name)
+        yield Chunk("a", [1], version=reply.version), name
+
+    def ask(self, kind: str, version: Version) -> str:
+        """Which replica answers."""
+        call = StageRequest("r", Prompt([1]), SamplingParams(), version=version)
+
+        async def main() -> str:
+            if kind == "call":
+                return str((await self.handle.call("prefill", call)).replica)
+            answers = [replica async for _, replica in self.handle.stream("generate", call)]
+            return answers[0]
+
+        return asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["call", "stream"])
+def test_call_that_is_refused_by_another_version_goes_on_to_the_next_replica(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    stage = Versions(monkeypatch, a=OLD, b=OLD, c=NEW)
+    assert stage.ask(kind, NEW) == "c"
+    assert stage.asked == ["a", "b", "c"]
+    assert stage.ask(kind, NEW) == "c" and stage.ask(kind, OLD) == "a"
+    assert stage.asked[3:] == ["c", "a"], "each has told"
+
+
+@pytest.mark.parametrize("kind", ["call", "stream"])
+def test_what_a_replica_answers_tells_of_its_version_too(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    stage = Versions(monkeypatch, a=OLD, b=NEW)
+    assert stage.ask(kind, Version("f")) == "a"
+    assert stage.ask(kind, NEW) == "b"
+    assert stage.asked == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["call", "stream"])
+def test_call_that_every_replica_refuses_fails_and_asks_each_once(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    stage = Versions(monkeypatch, a=OLD, b=OLD)
+    with pytest.raises(OtherVersion, match="The prefill stage is of another version") as caught:
+        stage.ask(kind, NEW)
+    assert isinstance(caught.value, StageUnavailable)
+    assert stage.asked == ["a", "b"]
+
+
+def test_calls_that_ray_sends_elsewhere_than_they_were_to_go_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Versions(monkeypatch, a=OLD, b=NEW)
+    monkeypatch.setattr(routing, "sound", lambda replicas, asked: replicas)
+    with pytest.raises(OtherVersion):
+        stage.ask("call", NEW)
+    assert stage.asked == ["a"] * 5
+
+
+def test_version_that_a_call_goes_on_from_is_its_requests_or_named() -> None:
+    call = StageRequest("r", Prompt([1]), SamplingParams(), version=NEW)
+    assert routing.asked_version([call]) == routing.asked_version(["id", {}, NEW]) == NEW
+    assert routing.asked_version(["id", ("a", "b")]) == Version()
+
+
+def test_weights_of_a_stage_are_those_of_its_replicas_of_now_once_there_are_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = Versions(monkeypatch, a=OLD, b=OLD, c=NEW)
+    stage.ask("call", Version("f"))
+    assert stage.handle.weights == frozenset(), "nothing to choose from"
+    stage.ask("call", NEW)
+    assert stage.handle.weights == {"old", "new"}
+    for name in ("a", "b"):
+        del stage.curr_replicas[ReplicaID(name, DeploymentID("Stage", "shop"))]
+    assert stage.handle.weights == {"new"}
+
+
+def test_what_is_known_of_replicas_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    Versions(monkeypatch)
+    for number in range(2 * routing.REMEMBERED_REPLICAS):
+        routing.learn(f"r{number}", NEW if number % 2 else OLD)
+    assert len(routing._versions) == routing.REMEMBERED_REPLICAS
+    assert routing._kinds == {OLD, NEW}
+
+
+def test_refusal_comes_out_of_a_replica_as_it_went_in() -> None:
+    refusal = OtherVersion(Stage.DECODE, "is of another version", "r1", NEW)
+    sent = pickle.loads(pickle.dumps(refusal))
+    assert (str(sent), sent.stage, sent.replica, sent.version) == (str(refusal), Stage.DECODE, "r1", NEW)

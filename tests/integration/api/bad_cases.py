@@ -326,7 +326,6 @@ MEDIA: dict[str, Bad] = {
         ("an image in gzip", BROKEN, image_at(data_url("image/png", gzip.compress(b"\0" * 10_000_000)))),
         ("a sound as image", BROKEN, image_at(data_url("image/png", wav(1)))),
         ("a video as image", BROKEN, image_at(video_url(1))),
-        ("an image as video", BROKEN, video_at(data_url("video/mp4", png(picture(1))))),
         ("a video that is none", "Could not open", video_at(data_url("video/mp4", b"nothing"))),
         ("a video that ends early", "Could not open", video_at(video_url(1)[:402])),
         ("a playlist", "playlist", video_at(data_url("video/mp4", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"))),
@@ -355,10 +354,9 @@ MEDIA: dict[str, Bad] = {
         ),
         ("a file for the model's processor", "`image_pil`", {"image_pil": f"{EXAMPLES}/shapes.png"}),
         ("URLs in a list without a type", "must be a text", {"image_url": ["http://127.0.0.1:1/x.png"]}),
-        ("an item with a name of the client's", "known by their content", {**image(1), "uuid": "0" * 64}),
         (
-            "an item that is a name only",
-            "known by their content",
+            "an item that is a name only, which nobody remembers",
+            "No media is remembered",
             {"type": "image_url", "image_url": None, "uuid": "0" * 64},
         ),
     )
@@ -547,6 +545,7 @@ HARMLESS: dict[str, tuple[str, dict[str, Any]]] = {
     "every token of the vocabulary": completion(list(range(1024))),
     "odd characters": chat(text("\0\u202e\U0010ffff\ufeff" * 50)),
     "an empty text": chat(text("")),
+    "an image as video": chat(video_at(data_url("video/mp4", png(picture(1))))),  # of one frame
     "the largest seed": chat(text("Hi"), temperature=1, seed=2**63 - 1, n=2),
     "the largest top_k": chat(text("Hi"), temperature=1, top_k=2**63 - 1),
     "tiny numbers": chat(text("Hi"), temperature=1e-300, top_p=1e-300, repetition_penalty=1e-300),

@@ -10,7 +10,7 @@ from tests.integration.servers import DEPLOYMENTS, Server, serve_run, wait_for_r
 
 @pytest.fixture(scope="package")
 def epd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """E+P+D with two replicas of each stage, engine log lines, a profiler, and small bodies only."""
+    """E+P+D with two replicas of each stage, engine log lines, a profiler, small bodies only, and a store of responses."""
     folder = tmp_path_factory.mktemp("epd")
     two = {name: {"num_replicas": 2} for name in DEPLOYMENTS}
     profiler = {
@@ -20,6 +20,7 @@ def epd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     }
     args = {
         "media": MEDIA_RULES | {"max_body_bytes": 4 << 20},
+        "response_store_bytes": 1 << 20,
         "engine_args": {"enable_log_requests": True, "profiler_config": profiler},
     }
     with serve_run(folder, args, two) as server:

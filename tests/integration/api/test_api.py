@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import openai
 import pytest
 import requests
 
-from tests.integration.answers import events
+from tests.integration.answers import arriving, events, gather
 from tests.integration.cases import CITY, LONG, WEATHER, chat, image, one_of_many, text
 from tests.integration.media import data_url, image_url
 from tests.integration.servers import REPOSITORY, Server
@@ -75,6 +76,58 @@ def test_openai_responses(client: openai.OpenAI) -> None:
     answer = client.responses.create(**options)
     streamed = "".join(e.delta for e in client.responses.create(stream=True, **options) if "text.delta" in e.type)
     assert answer.output_text == streamed != ""
+
+
+def test_response_is_found_gone_on_from_and_cancelled_by_whichever_ingress_is_asked(epd: Server) -> None:
+    """There are two. Each call has a connection of its own, so it is either's."""
+    path = f"{epd.url}/v1/responses"
+
+    def post(path: str, **body: Any) -> Any:
+        answer = requests.post(path, json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def get(response_id: str) -> Any:
+        answer = requests.get(f"{path}/{response_id}", timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    ask = {"model": "demo", "max_output_tokens": 8, "temperature": 0}
+    content = [{"type": "input_text", "text": "Describe."}, {"type": "input_image", "image_url": image_url(1)}]
+    first = post(path, input=[{"role": "user", "content": content}], **ask)
+    assert [get(first["id"]) for _ in range(8)] == [first] * 8
+    seconds = [post(path, input="And then?", previous_response_id=first["id"], **ask) for _ in range(8)]
+    assert len({str(each["output"][0]["content"]) for each in seconds}) == 1
+    assert all(each["usage"]["input_tokens"] > first["usage"]["input_tokens"] for each in seconds)
+
+    long = ask | {"max_output_tokens": 3500, "ignore_eos": True}
+    for _ in range(4):
+        made = post(path, input="Go on.", background=True, **long)
+        assert {get(made["id"])["status"] for _ in range(4)} <= {"queued", "in_progress"}
+        assert post(f"{path}/{made['id']}/cancel")["status"] == "cancelled"
+        assert {get(made["id"])["status"] for _ in range(4)} == {"cancelled"}
+    epd.wait_until(lambda: holds_nothing(epd), "the cancelled responses to be aborted", 20)
+    missing = requests.get(f"{path}/resp_none", timeout=60)
+    assert missing.status_code == 404 and "no ingress replica has it" in missing.json()["error"]["message"]
+
+
+def test_stream_of_a_background_response_is_joined_at_either_ingress(epd: Server) -> None:
+    path = f"{epd.url}/v1/responses"
+    body = {"model": "demo", "input": "Go on.", "max_output_tokens": 300, "ignore_eos": True, "temperature": 0}
+    with requests.post(path, json=body | {"background": True, "stream": True}, stream=True, timeout=60) as made:
+        coming = arriving(made)
+        first = next(coming)
+        where = f"{path}/{first['response']['id']}"
+
+        def join(after: int) -> list[Any]:
+            return events(requests.get(where, params={"stream": "true", "starting_after": after}, timeout=60))
+
+        with ThreadPoolExecutor(6) as pool:
+            joined = list(pool.map(join, range(6)))
+        told = [first, *coming]
+    assert told[-1]["type"] == "response.completed" and len(told) > 20
+    for after, seen in enumerate(joined):
+        assert seen == told[after + 1 :]
 
 
 def test_anthropic_messages(epd: Server) -> None:
@@ -148,6 +201,14 @@ def test_command_line_streams_an_answer_with_its_timing_and_shows_the_stages(epd
     assert all(stage in status for stage in ("ingress", "encoder", "prefill", "decode")) and "unhealthy" not in status
 
 
+def test_beam_search_has_the_whole_time_for_each_of_its_steps(epd: Server) -> None:
+    limit_s = 2.0
+    path, body = chat(text("Hello"), use_beam_search=True, n=2, max_tokens=100)
+    response = epd.post(path, body, headers={"x-request-timeout-s": str(limit_s)})
+    assert response.status_code == 200, response.text
+    assert response.elapsed.total_seconds() > limit_s
+
+
 def test_models_version_ping_docs(epd: Server, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
     assert epd.get("/version").json()["version"].startswith("0.32.0")
@@ -168,6 +229,30 @@ def test_local_file_in_the_allowed_folder(epd: Server) -> None:
     inline = epd.post(*chat(text("Describe."), image_at(data_url("image/png", path.read_bytes()))))
     assert local.status_code == 200, local.text
     assert local.json()["choices"][0]["token_ids"] == inline.json()["choices"][0]["token_ids"]
+
+
+def test_item_is_known_by_its_name_at_whichever_ingress_is_asked(epd: Server) -> None:
+    """There are two. Each call has a connection of its own, so it is either's."""
+
+    def ask(url: str | None, **body: Any) -> requests.Response:
+        part = {"type": "image_url", "image_url": url and {"url": url}, "uuid": "picture-1"}
+        path, body = chat(text("Describe."), part, **body)
+        return requests.post(epd.url + path, json=body, timeout=60)
+
+    def tokens(answer: requests.Response) -> Any:
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["token_ids"]
+
+    expected = tokens(epd.post(*chat(text("Describe."), image(1))))
+    for tenant in ({}, {"cache_salt": "a"}):
+        for missing in (ask(None, **tenant) for _ in range(4)):
+            assert missing.status_code == 400 and "picture-1" in missing.json()["error"]["message"]
+        assert tokens(ask(image_url(1), **tenant)) == expected
+        assert [tokens(ask(None, **tenant)) for _ in range(8)] == [expected] * 8
+    streamed = gather(events(ask(None, stream=True)))
+    assert streamed["choices"][0]["token_ids"] == expected
+    other = [ask(image_url(2)).status_code for _ in range(4)]
+    assert other == [400] * 4, "both replicas know the name by now"
 
 
 def test_text_touches_no_encoder(epd: Server) -> None:

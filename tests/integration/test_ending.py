@@ -1,0 +1,94 @@
+"""`make serve` beside Ray's note of a cluster that is gone; its end by SIGTERM, as docker, systemd and kubelet send it."""
+
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import requests
+
+from serve_app.transfer import free_ports
+from tests.integration.answers import arriving, gather
+from tests.integration.cases import chat, text
+from tests.integration.servers import Server, serve_run, shared_memory
+
+LONG = chat(text("Describe."), max_tokens=1500, ignore_eos=True)
+TRACES = ("SIGTERM received", "SIGABRT", "Fatal Python error", "Traceback")
+
+
+@pytest.fixture
+def gone() -> Iterator[tuple[Path, int]]:
+    """Ray's temporary folder with its note of a cluster, and the port on which that no longer listens."""
+    folder = Path(tempfile.mkdtemp(prefix="epd-"))  # a short path: sockets allow 107 bytes
+    (port,) = free_ports(1)
+    (folder / "ray").mkdir()
+    (folder / "ray/ray_current_cluster").write_text(f"127.0.0.1:{port}")
+    yield folder, port
+    shutil.rmtree(folder)
+
+
+def streamed(server: Server, begun: Event) -> dict[str, Any]:
+    path, body = LONG
+    heard = []
+    with server.session.post(server.url + path, json=body | {"stream": True}, stream=True, timeout=120) as response:
+        for event in arriving(response):
+            heard.append(event)
+            begun.set()
+    answer: dict[str, Any] = gather(heard)["choices"][0]
+    return {key: answer[key] for key in ("token_ids", "text", "finish_reason")}
+
+
+def whole(server: Server) -> dict[str, Any]:
+    (choice,) = server.post(*LONG).json()["choices"]
+    return {
+        "token_ids": choice["token_ids"],
+        "text": choice["message"]["content"],
+        "finish_reason": choice["finish_reason"],
+    }
+
+
+def takes_requests(server: Server) -> bool:
+    try:
+        return requests.post(server.url + LONG[0], json=LONG[1] | {"max_tokens": 1}, timeout=30).status_code != 503
+    except requests.ConnectionError:
+        return False
+
+
+def test_note_of_a_gone_cluster_is_passed_by_and_sigterm_lets_requests_end(
+    tmp_path: Path, gone: tuple[Path, int]
+) -> None:
+    folder, port = gone
+    one_engine = {"encoder": None, "prefill": None}
+    with serve_run(tmp_path, one_engine, env={"RAY_ADDRESS": "", "RAY_TMPDIR": str(folder)}) as server:
+        why = rf"no Ray cluster answers at \S+:{port}\. A new one is started here"
+        assert re.search(why, server.log.read_text(errors="replace"))
+        expected = whole(server)
+        assert len(expected["token_ids"]) == 1500
+        shared = shared_memory(server.mark)
+        begun = [Event(), Event()]
+        with ThreadPoolExecutor() as pool:
+            streams = [pool.submit(streamed, server, event) for event in begun]
+            assert all(event.wait(60) for event in begun)
+            unary = pool.submit(whole, server)
+            server.wait_until(lambda: under_way(server) == 3, "three requests", 10)
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_until(lambda: not takes_requests(server), "no new requests to be taken", 10)
+            assert not any(stream.done() for stream in streams), "too short to show anything"
+            answers = [stream.result() for stream in (*streams, unary)]
+        assert answers == [expected] * 3
+        assert server.process.wait(60) == 0
+        log = server.log.read_text(errors="replace")
+        assert not [line for line in log.splitlines() if any(trace in line for trace in TRACES)]
+        assert not shared & set(os.listdir("/dev/shm"))
+
+
+def under_way(server: Server) -> int:
+    (ingress,) = [stage for stage in server.get("/status").json() if stage["stage"] == "ingress"]
+    return int(ingress["loads"][0]["calls"])
