@@ -1,7 +1,6 @@
 """Under load, stages grow, get a new config and other weights, and shrink. A replica that goes away first finishes what it
 holds, and no answer is made with two versions of the weights."""
 
-import asyncio
 import os
 import shutil
 import time
@@ -13,22 +12,20 @@ from typing import Any
 
 import pytest
 import requests
-from prometheus_client import REGISTRY
 from safetensors.numpy import load_file, save_file
 
-from serve_app.config import EPDConfig, Stage
-from serve_app.handoff import Prompt, StageRequest, prefill_params
+from serve_app.config import EPDConfig
 from serve_app.placement import Cluster as Cpu
 from serve_app.placement import resolve
-from serve_app.roles import DEMO_DEFAULTS, engine_args, model_path, replica_env
-from serve_app.transfer import side_channel_env
-from serve_app.vllm_plugin import REPLICA_ENV
-from tests.chaos.load import Ask, Load, Outcome, ask, asks, failed, of_choices
+from serve_app.roles import DEMO_DEFAULTS, model_path
+from tests.chaos.conftest import Row
+from tests.chaos.load import Ask, Load, Outcome, ask, asks, failed, of_choices, wrong
 from tests.integration.servers import Server, serve_config
 from tests.integration.test_lifecycle import BIN, Cluster, cluster
 
 REQUESTS = 200
-LEASE_S = 6
+
+pytestmark = pytest.mark.engine
 
 
 class Application:
@@ -80,41 +77,6 @@ class Application:
         }
 
 
-def test_a_prefill_engine_says_what_it_holds_until_the_lease_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = resolve(EPDConfig.model_validate({"accelerator": "cpu", "kv": {"lease_s": LEASE_S}}), Cpu(0, 2)).config
-    folder = model_path(config)
-    for key, value in (replica_env(config, Stage.PREFILL) | side_channel_env("127.0.0.1")).items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setenv(REPLICA_ENV, "test")
-    args = {key: value for key, value in engine_args(config, Stage.PREFILL, folder).items() if key[:3] != "ec_"}
-
-    async def main() -> None:
-        from vllm import SamplingParams
-
-        from serve_app.engine import StageEngine
-
-        before = set(REGISTRY._collector_to_names)
-        engine = StageEngine(Stage.PREFILL, args)
-        try:
-            assert not engine.holds_blocks
-            params = prefill_params(SamplingParams(max_tokens=4), None)
-            output = await engine.final(StageRequest("r", Prompt(list(range(300, 400))), params))
-            assert output.kv_transfer_params is not None
-            began = time.monotonic()
-            await asyncio.sleep(1)  # nothing to wait for: it has to stay so
-            assert engine.holds_blocks and engine.kv_use < 0.1
-            async with asyncio.timeout(3 * LEASE_S):
-                while engine.holds_blocks:  # noqa: ASYNC110
-                    await asyncio.sleep(0.1)
-            assert time.monotonic() - began > LEASE_S / 2
-        finally:
-            engine.shutdown()
-            for collector in set(REGISTRY._collector_to_names) - before:  # of this process, which goes on
-                REGISTRY.unregister(collector)
-
-    asyncio.run(main())
-
-
 SLOW_START = """
 import multiprocessing, time
 def register():
@@ -151,7 +113,7 @@ def overlap(told: dict[str, set[str]]) -> bool:
 
 
 def test_every_answer_is_of_one_version_while_replicas_come_and_go_and_weights_are_replaced(
-    tmp_path: Path, baseline: dict[str, Any]
+    tmp_path: Path, baseline: dict[str, Any], row: Row
 ) -> None:
     one = {"Ingress": 1, "Encoder": 1, "Prefill": 1, "Decode": 1}
     two = one | {"Prefill": 2, "Decode": 2}
@@ -161,7 +123,6 @@ def test_every_answer_is_of_one_version_while_replicas_come_and_go_and_weights_a
         application.deploy(one)
         server = application.server
         server.wait_until(server.healthy, "the deployed application", 60)
-        began = time.monotonic()
         with Load(server, asks(baseline)[0]) as load:
             application.deploy(two)
             server.wait_until(lambda: len(load.outcomes) >= REQUESTS / 2, f"{REQUESTS // 2} answers", 120)
@@ -184,13 +145,13 @@ def test_every_answer_is_of_one_version_while_replicas_come_and_go_and_weights_a
     def tells_apart(each: Ask) -> bool:
         return new[id(each)] not in (None, of_choices(each.answer["choices"]))
 
-    print(f"{len(load.outcomes)} in {time.monotonic() - began:.0f} s")
-    print(f"slowest {max(outcome.seconds for outcome in load.outcomes):.1f} s")
-    print(f"rungs {Counter(outcome.rungs for outcome in load.outcomes)}")
-    print(f"versions {Counter(version(outcome) for outcome in load.outcomes)}, seen {[s for s, _ in groupby(seen)]}")
+    for outcome in load.outcomes:  # what the baseline says is the old version's answer
+        outcome.wrong = "of no version" if outcome.status == 200 and version(outcome) == "neither" else ""
+    row("weights replaced in a deploy", load.under_way_since(replaced), replaced, everywhere)
+    print(f"{Counter(map(version, load.outcomes))}, seen {[versions for versions, _ in groupby(seen)]}")
     assert all(map(tells_apart, load.asks))
     assert not failed(load.outcomes)
-    assert not [outcome for outcome in load.outcomes if version(outcome) == "neither"]
+    assert not wrong(load.outcomes)
     assert any(map(overlap, seen)), seen
     before = [outcome for outcome in load.outcomes if outcome.began + outcome.seconds < replaced]
     assert {version(outcome) for outcome in before} == {"old"}
