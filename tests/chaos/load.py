@@ -10,7 +10,7 @@ from typing import Any
 import requests
 
 from tests.integration.answers import differences, events, gather, reduce
-from tests.integration.cases import CASES, MANY, Case, chat, image, one_of_many, text
+from tests.integration.cases import CASES, MANY, STREAMED, Case, chat, image, one_of_many, text
 from tests.integration.servers import Server
 
 DEADLINE_S = 60.0
@@ -24,12 +24,24 @@ class Ask:
     case: Case
     answer: dict[str, Any]
     """The baseline's, reduced."""
+    stream: list[dict[str, Any]] | None = None
+    """What a stream tells of each choice; None: it is not asked for as a stream."""
 
 
 def asks(baseline: dict[str, Any], kinds: Sequence[str] = PLAIN) -> tuple[list[Ask], list[Ask]]:
     """What a steady load asks, of these kinds and of many pictures, and as many requests with pictures of their own."""
-    many = [Ask(one_of_many(index), baseline[f"many/{index}"]) for index in range(MANY)]
-    return [Ask(CASES[name], baseline[name]) for name in kinds] + many[::2], many[1::2]
+
+    def whole(case: Case, answer: Any) -> Ask:
+        return Ask(case, answer, of_choices(answer["choices"]))
+
+    def kind(name: str) -> Ask:
+        if name in PLAIN:
+            return whole(CASES[name], baseline[name])
+        stream = of_choices(baseline[f"{name}/stream"]["choices"]) if name in STREAMED else None
+        return Ask(CASES[name], baseline[name], stream)
+
+    many = [whole(one_of_many(index), baseline[f"many/{index}"]) for index in range(MANY)]
+    return [kind(name) for name in kinds] + many[::2], many[1::2]
 
 
 @dataclass
@@ -95,7 +107,7 @@ class Load:
 
 def ask(session: requests.Session, server: Server, ask: Ask, streaming: bool) -> Outcome:
     path, body = ask.case
-    streaming = streaming and "choices" in ask.answer and not body.get("use_beam_search") and not body.get("echo")
+    streaming = streaming and ask.stream is not None
     began = time.monotonic()
     status: int | str
     rungs = wrong = ""
@@ -114,7 +126,7 @@ def ask(session: requests.Session, server: Server, ask: Ask, streaming: bool) ->
                 status = "error event"
             elif streaming:
                 choices = of_choices(gather(told)["choices"])
-                wrong = "; ".join(differences(choices, of_choices(ask.answer["choices"])))
+                wrong = "; ".join(differences(choices, ask.stream))
             else:
                 answer = reduce(response.json())
                 choices = of_choices(answer["choices"]) if "choices" in answer else None

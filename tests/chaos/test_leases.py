@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from tests.chaos.conftest import ROUNDS, Row
-from tests.chaos.load import Ask, Outcome, ask, failed, wrong
+from tests.chaos.load import Ask, Outcome, ask, failed, of_choices, wrong
 from tests.integration.answers import reduce
 from tests.integration.cases import Case, completion
 from tests.integration.servers import Server, engine_pids, serve_run, vllm_server
@@ -77,7 +77,7 @@ def asks(tmp_path_factory: pytest.TempPathFactory) -> list[Ask]:
         ThreadPoolExecutor(AT_ONCE) as pool,
     ):
         answers = list(pool.map(lambda case: reduce(server.post(*case, timeout=300).json()), cases))
-    return [Ask(case, answer) for case, answer in zip(cases, answers, strict=True)]
+    return [Ask(case, answer, of_choices(answer["choices"])) for case, answer in zip(cases, answers, strict=True)]
 
 
 @pytest.fixture(scope="module")
