@@ -5,11 +5,13 @@ processed as ever; embeddings and KV blocks are not there, tokens come at a fixe
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import renderer_from_config
 
@@ -31,9 +33,22 @@ class NullEngine(engine.StageEngine):
     slots = 256
     holds_blocks = False
 
-    def __init__(self, stage: Stage, args: dict[str, Any], *_: Any) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        args: dict[str, Any],
+        metrics_in_ray: bool,
+        hang_timeout_s: float,
+        check: Callable[[VllmConfig], None],
+    ) -> None:
         self._stage = stage
         self._args = args
+        self._vllm_config = engine.engine_config(AsyncEngineArgs(**args))
+        check(self._vllm_config)
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        return self._vllm_config
 
     @property
     def renderer(self) -> Any:

@@ -248,7 +248,7 @@ class StageEngine:
 
     @property
     def kv_layout(self) -> KVLayout:
-        return layout_of(self._llm.vllm_config)
+        return layout_of(self.vllm_config)
 
     @property
     def slots(self) -> int:
