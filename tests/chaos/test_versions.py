@@ -120,11 +120,10 @@ def test_every_answer_is_of_one_version_while_replicas_come_and_go_and_weights_a
     seen: list[dict[str, set[str]]] = []
     with cluster(tmp_path) as ray:
         application = Application(ray, tmp_path)
-        application.deploy(one)
+        application.deploy(two)
         server = application.server
         server.wait_until(server.healthy, "the deployed application", 60)
         with Load(server, asks(baseline)[0]) as load:
-            application.deploy(two)
             server.wait_until(lambda: len(load.outcomes) >= REQUESTS / 2, f"{REQUESTS // 2} answers", 120)
             application.replace_weights()
             replaced = time.monotonic()

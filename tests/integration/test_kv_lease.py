@@ -182,7 +182,7 @@ def test_a_hand_off_whose_lease_was_renewed_is_decoded(run: Callable[[Scenario],
     run(scenario)
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.005, 0.02], ids=lambda seconds: f"after {seconds * 1000:g} ms")
+@pytest.mark.parametrize("after_s", [0.0, 0.01], ids=lambda seconds: f"after {seconds * 1000:g} ms")
 def test_a_decode_that_stands_still_for_longer_than_the_lease_is_never_wrong(
     run: Callable[[Scenario], None], after_s: float
 ) -> None:
