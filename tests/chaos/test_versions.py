@@ -123,7 +123,7 @@ def test_every_answer_is_of_one_version_while_replicas_come_and_go_and_weights_a
         application.deploy(two)
         server = application.server
         server.wait_until(server.healthy, "the deployed application", 60)
-        with Load(server, asks(baseline)[0]) as load:
+        with Load(server, asks(baseline)[0], pause_s=0.5) as load:  # the cores are for engines that start
             server.wait_until(lambda: len(load.outcomes) >= REQUESTS / 2, f"{REQUESTS // 2} answers", 120)
             application.replace_weights()
             replaced = time.monotonic()
