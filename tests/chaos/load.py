@@ -15,7 +15,9 @@ from tests.integration.servers import Server
 
 DEADLINE_S = 60.0
 PLAIN = ["text", "text of many blocks"] * 5 + ["1 image", "2 images", "an image between texts"]
-KINDS = [name for name in CASES if "video" not in name and "tokenize" not in name]
+OTHERS_LOGPROBS = "logprobs of named tokens"
+"""In the step of such a request vLLM's sampler (0.32.0) leaves out the logprobs of all others in its batch."""
+KINDS = [name for name in CASES if "video" not in name and "tokenize" not in name and name != OTHERS_LOGPROBS]
 """Texts and pictures, every sampling parameter, tools, beams, the other APIs: all that the chaos tests' server takes."""
 
 
