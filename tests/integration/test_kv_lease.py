@@ -58,6 +58,11 @@ class Engines:
         assert output.kv_transfer_params is not None
         return output.kv_transfer_params
 
+    async def handed_over(self) -> tuple[Prompt, list[int], dict[str, Any]]:
+        """A prompt that nobody has seen, the answer to it, and its hand-off."""
+        asked = self.fresh()
+        return asked, await self.tokens(self.prefill, asked), await self.hand_over(asked)
+
     async def use_every_free_block(self) -> None:
         await asyncio.gather(*(self.tokens(self.prefill, self.fresh()) for _ in range(16)))
 
@@ -139,9 +144,8 @@ def test_a_prefill_holds_a_hand_off_until_its_lease_is_over(run: Callable[[Scena
 
 def test_a_hand_off_in_its_lease_is_decoded_and_freed(run: Callable[[Scenario], None]) -> None:
     async def scenario(engines: Engines) -> None:
-        asked = engines.fresh()
-        expected = await engines.tokens(engines.prefill, asked)
-        assert await engines.tokens(engines.decode, asked, await engines.hand_over(asked)) == expected
+        asked, expected, blocks = await engines.handed_over()
+        assert await engines.tokens(engines.decode, asked, blocks) == expected
         await engines.until(lambda: engines.prefill.kv_use == 0, LEASE_S / 2)
 
     run(scenario)
@@ -149,9 +153,7 @@ def test_a_hand_off_in_its_lease_is_decoded_and_freed(run: Callable[[Scenario], 
 
 def test_a_hand_off_whose_lease_is_over_is_lost(run: Callable[[Scenario], None]) -> None:
     async def scenario(engines: Engines) -> None:
-        asked = engines.fresh()
-        expected = await engines.tokens(engines.prefill, asked)
-        blocks = await engines.hand_over(asked)
+        asked, expected, blocks = await engines.handed_over()
         await engines.until(lambda: engines.prefill.kv_use == 0)
         assert await engines.prefill.renew_leases([str(hand_off_id(blocks))]) == {hand_off_id(blocks)}
         await engines.use_every_free_block()
@@ -165,9 +167,7 @@ def test_a_hand_off_whose_lease_is_over_is_lost(run: Callable[[Scenario], None])
 
 def test_a_hand_off_whose_lease_was_renewed_is_decoded(run: Callable[[Scenario], None]) -> None:
     async def scenario(engines: Engines) -> None:
-        asked = engines.fresh()
-        expected = await engines.tokens(engines.prefill, asked)
-        blocks = await engines.hand_over(asked)
+        asked, expected, blocks = await engines.handed_over()
         name = hand_off_id(blocks)
         assert name is not None
         began = time.monotonic()
@@ -187,9 +187,7 @@ def test_a_decode_that_stands_still_for_longer_than_the_lease_is_never_wrong(
     run: Callable[[Scenario], None], after_s: float
 ) -> None:
     async def scenario(engines: Engines) -> None:
-        asked = engines.fresh()
-        expected = await engines.tokens(engines.prefill, asked)
-        blocks = await engines.hand_over(asked)
+        asked, expected, blocks = await engines.handed_over()
         decoded = asyncio.create_task(engines.tokens(engines.decode, asked, blocks))
         await asyncio.sleep(after_s)
         os.kill(engines.pids[Stage.DECODE], signal.SIGSTOP)
@@ -206,9 +204,7 @@ def test_a_decode_that_stands_still_for_longer_than_the_lease_is_never_wrong(
 
 def test_a_prefill_that_stands_still_for_longer_than_the_lease_is_noticed(run: Callable[[Scenario], None]) -> None:
     async def scenario(engines: Engines) -> None:
-        asked = engines.fresh()
-        expected = await engines.tokens(engines.prefill, asked)
-        blocks = await engines.hand_over(asked)
+        asked, expected, blocks = await engines.handed_over()
         os.kill(engines.pids[Stage.PREFILL], signal.SIGSTOP)
         try:
             decoded = asyncio.create_task(engines.tokens(engines.decode, asked, blocks))
