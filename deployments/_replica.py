@@ -33,7 +33,7 @@ from serve_app.vllm_plugin import REPLICA_ENV, SCRATCH_ENV
 from serve_app.workload import Meter, page
 
 if TYPE_CHECKING:
-    from serve_app.engine import StageEngine
+    from serve_app.stages.engine import StageEngine
 
 
 logger = logging.getLogger("ray.serve")
@@ -84,7 +84,7 @@ def alone_on(cards: Collection[int | str]) -> Iterator[None]:
 
 def started(*arguments: Any) -> "StageEngine":
     """An engine, on ports of its own. Raises ``EngineFailed`` with what its processes say of a failure."""
-    from serve_app.engine import StageEngine
+    from serve_app.stages.engine import StageEngine
 
     for tries_left in reversed(range(PORT_TRIES)):
         os.environ.update(side_channel_env(ray.util.get_node_ip_address()))
@@ -132,7 +132,7 @@ class EngineReplica:
 
         began = time.perf_counter()
         # Only now: vLLM reads its environment when it is imported.
-        importlib.import_module("serve_app.engine")
+        importlib.import_module("serve_app.stages.engine")
         imported = time.perf_counter()
         args = engine_args(config, self.stage, model_path(config), card_gib)
         with (

@@ -1,20 +1,19 @@
-"""Decode replicas: a prompt and the KV blocks of its prefill in, a stream of tokens out."""
+"""Decode replicas: a prompt and the KV blocks of its prefill in; tokens out, over the channel to the ingress that asked."""
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
 from deployments._replica import EngineReplica
+from serve_app.channel.outlet import Outlets
+from serve_app.channel.wire import First, ReplyTo
 from serve_app.config import EPDConfig, Stage
-from serve_app.handoff import ANY, Chunk, StageRequest, Version, hand_off_id, pulled_blocks
+from serve_app.handoff import DecodeReply, StageRequest, Version, hand_off_id, pulled_blocks
 from serve_app.kv_waits import pulls
 
-SAVE_S = 2.0
-"""How often, in seconds, what was made of an answer that is not streamed goes to the ingress: so much of it is lost with its
-replica. A message costs about a millisecond of CPU, on both ends together."""
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput
 
 
 @serve.deployment(name="Decode")
@@ -25,30 +24,48 @@ class Decode(EngineReplica):
 
     def __init__(self, config: EPDConfig) -> None:
         super().__init__(config)
-        self._interval_s = config.chunk_interval_s
-        self.pulls = pulls(self.engine.overdue_pulls, config.kv.lease_s)
+        from serve_app.stages.tap import codec
 
-    async def generate(self, request: StageRequest) -> AsyncGenerator[tuple[Chunk, str]]:
-        """New tokens, and this replica's id: the first at once, then what came in an interval in one chunk."""
-        from serve_app.engine import coalesced, queue_s, to_chunk
+        self.pulls = pulls(self.engine.overdue_pulls, config.kv.lease_s)
+        self.outlets: Outlets[EngineCoreOutput] = Outlets(
+            self.replica, codec(), config.chunk_interval_s, self.engine.abort
+        )
+        self.engine.tap.stepped = self.outlets.flush
+
+    async def decode(self, request: StageRequest, reply_to: ReplyTo) -> DecodeReply:
+        """Make the tokens of a request, whose id is the key that they go by. Returns when the last one has been made, or the
+        ingress wants no more."""
+        from serve_app.stages.tap import queue_s
 
         self.refuse_other(request.version)
-        began, first = time.perf_counter(), True
+        began, key, blocks = time.perf_counter(), request.request_id, pulled_blocks(request.params)
+        hand_off, heard, tokens = hand_off_id(blocks), False, 0
+
+        def hear(output: "EngineCoreOutput") -> None:
+            nonlocal heard, tokens
+            first = None
+            if not heard:
+                heard, waited = True, queue_s(output)
+                ran_s = time.perf_counter() - began - waited
+                first = First(key, self.replica, ran_s, waited if tells else None, self.version)
+                self.pulls.over(hand_off)
+            tokens += len(output.new_token_ids)
+            outlet.put(key, output, first, last=output.finished)
+
         with self.work.call(1):
             # With all places taken, the wait for one cannot be told from the transfer.
-            blocks = pulled_blocks(request.params)
             tells = blocks is not None and self.work.under_way <= self.engine.slots
-            interval_s = self._interval_s if request.streamed else max(self._interval_s, SAVE_S)
-            outputs = self.pulls.first(hand_off_id(blocks), coalesced(self.engine.generate(request), interval_s))
-            async with aclosing(outputs):
-                async for output in outputs:
-                    ran_s = time.perf_counter() - began - queue_s(output) if first else None
-                    kv_s = queue_s(output) if first and tells else None
-                    version = self.version if first else ANY
-                    first = False
-                    yield to_chunk(output, ran_s, kv_s, version), self.replica
+            outlet = await self.outlets.to(reply_to)
+            with outlet.call(key):
+                output = await self.pulls.wait(hand_off, self.engine.run(request, hear))
+        return DecodeReply(self.replica, output.outputs[0].finish_reason, tokens, self.version)
 
     async def release(self, request_id: str, kv_transfer_params: dict[str, Any], version: Version) -> None:
         """Give back the blocks of a prefill whose request will not be decoded. Engines of two versions do not connect."""
         self.refuse_other(version)
         await self.engine.release(request_id, kv_transfer_params)
+
+    async def __del__(self) -> None:
+        if (outlets := getattr(self, "outlets", None)) is not None:
+            await outlets.close()
+        await super().__del__()

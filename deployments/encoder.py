@@ -37,7 +37,7 @@ class Encoder(EngineReplica):
 
     async def encode_media(self, request: MediaRequest) -> EncodeReply:
         """The same for an item that is not processed yet."""
-        from serve_app.engine import ENCODE_PARAMS
+        from serve_app.engine_input import ENCODE_PARAMS
 
         self.refuse_other(request.version)
         began = time.perf_counter()
@@ -52,9 +52,9 @@ class Encoder(EngineReplica):
         return time.monotonic() < self._answered_at + self._lease_s
 
     async def _encode(self, request: StageRequest, began: float, features: Features | None = None) -> EncodeReply:
-        from serve_app.engine import queue_s
+        from serve_app.stages.engine import queue_s
 
-        output = await self.engine.final(request)
+        output = await self.engine.run(request)
         self._answered_at = time.monotonic()
         ran_s = time.perf_counter() - began - queue_s(output)
         return EncodeReply(output.ec_transfer_params or {}, self.replica, features, ran_s, self.version)

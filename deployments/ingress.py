@@ -6,6 +6,7 @@ import os
 import time
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -14,6 +15,7 @@ from serve_app.errors import CannotStart, EPDError
 from serve_app.handoff import Version
 from serve_app.kv_layout import KVLayout, check_layouts
 from serve_app.peers import Peers
+from serve_app.placement import is_elastic
 from serve_app.roles import ingress_args, model_path, replica_env
 from serve_app.routing import StageHandle
 from serve_app.start_failure import says_why
@@ -29,6 +31,11 @@ CONTROLLER_S = 5.0
 
 SCALED = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 """States of a deployment whose number of replicas, which may be none, is what its autoscaling wants or on its way there."""
+
+
+def channel_host() -> str:
+    """Where decode replicas bring their tokens: an address of this node that the others reach."""
+    return "127.0.0.1" if len(ray.nodes()) == 1 and not is_elastic() else str(ray.util.get_node_ip_address())
 
 
 @serve.deployment(name="Ingress")
@@ -56,15 +63,16 @@ class Ingress:
         began = time.perf_counter()
         # Only now: vLLM reads its environment when it is imported.
         from serve_app import openai_app
-        from serve_app.client import EPDClient
         from serve_app.door import Door
         from serve_app.fingerprint import front_of
+        from serve_app.ingress.client import EPDClient
         from serve_app.warm_up import warm_up
 
         args = ingress_args(self._config, model_path(self._config))
         vllm_config = openai_app.ingress_vllm_config(args)
         version = front_of(self._config, vllm_config.model_config)
         client = EPDClient(self._config, vllm_config, self._stages, version)
+        await client.answers.inlet.listen(channel_host())
         status = Status(self._stages, self._probe, self._census, lambda: {"replica": self._replica, **client.load})
         server_args = openai_app.server_args(self._config, args)
         app = await openai_app.make_app(self._config, server_args, client, status, self._peers)

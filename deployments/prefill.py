@@ -1,6 +1,7 @@
 """Prefill replicas: a prompt in, KV blocks held for one decode request out."""
 
 import time
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
@@ -9,6 +10,9 @@ from serve_app.config import Stage
 from serve_app.errors import HandoffLost
 from serve_app.handoff import READ_S, PrefillReply, StageRequest
 
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput
+
 
 @serve.deployment(name="Prefill")
 class Prefill(EngineReplica):
@@ -16,12 +20,18 @@ class Prefill(EngineReplica):
 
     async def prefill(self, request: StageRequest) -> PrefillReply:
         """Run the prompt; its blocks stay until decode has pulled them or the lease ends."""
-        from serve_app.engine import queue_s
+        from serve_app.stages.engine import queue_s
 
         self.refuse_other(request.version)
-        began = time.perf_counter()
+        began, prompt_logprobs = time.perf_counter(), None
+
+        def hear(output: "EngineCoreOutput") -> None:
+            nonlocal prompt_logprobs
+            logprobs: Any = output.new_prompt_logprobs_tensors
+            prompt_logprobs = prompt_logprobs if logprobs is None else logprobs
+
         with self.work.call(len(request.prompt.token_ids)) as call:
-            output = await self.engine.final(request)
+            output = await self.engine.run(request, hear if request.params.prompt_logprobs is not None else None)
             call.done = call.asked - (output.num_cached_tokens or 0)
         if output.kv_transfer_params is None:
             raise HandoffLost(self.stage, "ended without KV blocks to hand over")
@@ -29,7 +39,7 @@ class Prefill(EngineReplica):
         ec_s = (output.ec_transfer_params or {}).get(READ_S, 0.0)
         return PrefillReply(
             output.kv_transfer_params,
-            output.prompt_logprobs,
+            prompt_logprobs,
             output.num_cached_tokens,
             self.replica,
             ran_s,

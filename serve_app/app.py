@@ -4,7 +4,8 @@
 
     client ── HTTP ──> Ingress ─ handle ─> Encoder   one call per item      ══ EC connector ══> Prefill, Decode
                                ─ handle ─> Prefill   one call per choice    ══ KV connector ══> Decode
-                               ─ handle ─> Decode    one stream per choice
+                               ─ handle ─> Decode    one call per choice
+                               <═ channel ═ Decode   tokens: a frame per engine step
 
 ``serve run serve_config.yaml`` calls ``build_app`` with the mapping under ``args:``.
 """
@@ -120,8 +121,8 @@ def cluster() -> Cluster:
 def check_vllm_args(config: EPDConfig) -> None:
     """Refuse names that vLLM does not know; it is imported only when there are any."""
     if config.api or config.engine_args or any(stage.engine_args for stage in config.stages.values()):
-        from serve_app.engine import check_engine_args
         from serve_app.openai_app import check_api_args
+        from serve_app.stages.engine import check_engine_args
 
         check_engine_args(config.engine_args, "engine_args")
         for stage, stage_config in config.stages.items():

@@ -20,7 +20,7 @@ import msgspec
 from serve_app import handoff
 from serve_app.config import EncodeConfig, Stage
 from serve_app.encode_rule import Costs, Encodes, encode_at_prefill
-from serve_app.engine import ENCODE_PARAMS
+from serve_app.engine_input import ENCODE_PARAMS
 from serve_app.errors import BadRequest, EPDError, HandoffLost, OtherVersion, StageError, StageTimeout
 from serve_app.handoff import ANY, EncodeReply, Features, Item, Media, MediaRequest, Prompt, StageRequest, Version
 from serve_app.routing import StageHandle

@@ -33,7 +33,7 @@ from vllm.utils.torch_utils import set_default_torch_num_threads
 from serve_app import handoff
 from serve_app.config import MediaConfig
 from serve_app.encoding import Replies
-from serve_app.engine import SourcedItem, from_engine_input
+from serve_app.engine_input import SourcedItem, from_engine_input
 from serve_app.errors import BadRequest
 from serve_app.guard import why_not_processed
 from serve_app.handoff import Features, Media, Prompt

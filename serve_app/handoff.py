@@ -7,6 +7,7 @@ Sources: ``vllm/distributed/ec_transfer/ec_connector/utils.py`` (what a consumer
 ``vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py`` (the keys of ``kv_transfer_params``).
 """
 
+import copy
 import hashlib
 import uuid
 from collections.abc import Callable, Collection
@@ -138,14 +139,12 @@ class StageRequest(msgspec.Struct, frozen=True):
     """One call of a stage."""
 
     request_id: str
+    """Of this call alone: engines know it by that."""
     prompt: Prompt
     params: Any
-    """vLLM's SamplingParams; transfer parameters are in its ``extra_args``."""
+    """vLLM's SamplingParams, as its InputProcessor completed them; transfer parameters are in its ``extra_args``."""
     options: dict[str, Any] = {}
-    """Keyword arguments of ``AsyncLLM.generate``: lora_request, priority, trace_headers, …"""
-    streamed: bool = True
-    """Of decode: whether tokens go on as they come. Otherwise the first, which the deadline waits for, and then now and then
-    what was made since, for the answer to go on from where this replica is lost."""
+    """Fields of vLLM's EngineCoreRequest: lora_request, priority, trace_headers, …"""
     version: Version = ANY
     """Of the ingress, and of the engines that this call goes on from. An engine of another refuses it."""
 
@@ -200,6 +199,7 @@ class PrefillReply(msgspec.Struct, frozen=True):
     kv_transfer_params: dict[str, Any]
     """For one decode request, once."""
     prompt_logprobs: Any | None
+    """vLLM's LogprobsTensors, which the ingress gives to its OutputProcessor."""
     num_cached_tokens: int | None
     replica: str
     ran_s: float = 0.0
@@ -211,24 +211,15 @@ class PrefillReply(msgspec.Struct, frozen=True):
     """Of its engine."""
 
 
-class Chunk(msgspec.Struct, frozen=True):
-    """New tokens of one choice: what is new since the last chunk, never the prompt."""
+class DecodeReply(msgspec.Struct, frozen=True):
+    """The end of a decode call, whose tokens went over the channel."""
 
-    text: str
-    token_ids: list[int]
-    logprobs: Any | None = None
-    cumulative_logprob: float | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    num_cached_tokens: int | None = None
-    prompt_logprobs: Any | None = None
-    ran_s: float | None = None
-    """With the first chunk: seconds in the replica up to it, less those in its engine's queue."""
-    kv_s: float | None = None
-    """With the first chunk: seconds until the KV blocks of its prefill were there, where these can be told from the wait for
-    a place in the engine."""
+    replica: str
+    finish_reason: str | None
+    tokens: int
+    """That were sent."""
     version: Version = ANY
-    """With the first chunk: of the engine that makes them."""
+    """Of its engine."""
 
 
 def salted(prompt: Prompt, salt: str | None) -> Prompt:
@@ -248,6 +239,11 @@ def salted(prompt: Prompt, salt: str | None) -> Prompt:
         return msgspec.structs.replace(item, hash=digest)
 
     return msgspec.structs.replace(prompt, items=tuple(own(item) for item in prompt.items))
+
+
+def unique_id(request_id: str) -> str:
+    """Id of a call of prefill or decode, ``<id>-<short>`` as vLLM makes them: an engine may get two of one request."""
+    return f"{request_id}-{uuid.uuid4().hex[:8]}"
 
 
 def child_id(request_id: str, index: int) -> str:
@@ -337,7 +333,7 @@ def prefill_params(params: Any, ec_transfer_params: dict[str, Any] | None) -> An
         temperature=0.0,
         watermarking=False,
         ignore_eos=True,
-        detokenize=params.detokenize and params.prompt_logprobs is not None,
+        detokenize=False,
         output_kind=type(params.output_kind).FINAL_ONLY,
         extra_args=_extra(params, kv_transfer_params=REMOTE_DECODE, ec_transfer_params=ec_transfer_params),
         **{name: getattr(params, name) for name in OF_THE_PROMPT},
@@ -345,23 +341,15 @@ def prefill_params(params: Any, ec_transfer_params: dict[str, Any] | None) -> An
 
 
 def decode_params(
-    params: Any,
-    kv_transfer_params: dict[str, Any] | None,
-    ec_transfer_params: dict[str, Any] | None,
-    index: int = 0,
+    params: Any, kv_transfer_params: dict[str, Any] | None, ec_transfer_params: dict[str, Any] | None
 ) -> Any:
-    """Sampling parameters of the decode call of choice ``index``.
+    """Sampling parameters of the decode call of a choice with these ``params``: its text is made at the ingress.
 
-    Seeds of choices count up as in ``vllm/v1/engine/parallel_sampling.py``. Where prefill ran elsewhere, the logits of the
-    prompt are there and not here. What a client gets at the end comes in pieces too, or its first token could not be told
-    from its last.
+    Where prefill ran elsewhere, the logits of the prompt are there and not here.
     """
-    decode = params.clone()
-    decode.n = 1
-    if not is_streamed(params):
-        decode.output_kind = type(params.output_kind).DELTA
-    if decode.seed is not None:
-        decode.seed += index
+    decode = copy.copy(params)
+    decode.output_kind = type(params.output_kind).FINAL_ONLY
+    decode.detokenize, decode.stop = False, []
     if kv_transfer_params is not None:
         decode.prompt_logprobs = None
     decode.extra_args = _extra(params, kv_transfer_params=kv_transfer_params, ec_transfer_params=ec_transfer_params)
@@ -374,28 +362,25 @@ TELLS_APART = (
     "frequency_penalty",
     "presence_penalty",
     "repetition_detection",
-    "stop",
     "structured_outputs",
     "trace_decode_token_ids",
 )
-"""Sampling parameters that look at the answer and not at the prompt, or have a state of their own."""
+"""Sampling parameters that look at the answer and not at the prompt, or have a state of their own in the engine."""
 
 
 def can_go_on(params: Any) -> bool:
-    """Whether an answer that broke off can go on as if its tokens had been the end of the prompt.
-
-    Not with logprobs either: which characters a token completes is told from those before it.
-    """
+    """Whether an answer that broke off can go on as if its tokens had been the end of the prompt."""
     seeded = params.seed is not None and params.temperature > 0
-    counted = params.num_logprobs is not None or params.thinking_token_budget is not None
-    return not (seeded or counted or any(getattr(params, name) for name in TELLS_APART))
+    return not (
+        seeded or params.thinking_token_budget is not None or any(getattr(params, name) for name in TELLS_APART)
+    )
 
 
 def rest_of(request: StageRequest, said: list[int]) -> StageRequest:
     """The request for what comes after the tokens ``said`` of its answer."""
     if not said:
         return request
-    rest = request.params.clone()
+    rest = copy.copy(request.params)
     rest.prompt_logprobs = None
     rest.min_tokens = max(rest.min_tokens - len(said), 0)
     if rest.max_tokens is not None:

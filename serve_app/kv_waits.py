@@ -8,8 +8,8 @@ are in vain. What the engines do for it is in ``kv_lease.py``.
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Hashable
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable, Collection, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -37,8 +37,11 @@ class HandOffs(Generic[HandOff]):
         self._waits: dict[HandOff, tuple[float, asyncio.Timeout]] = {}
         self._looking: asyncio.Task[None] | None = None
 
-    async def wait(self, hand_off: HandOff, work: Awaitable[T]) -> T:
-        """The result of ``work``, which waits for a hand-off. Raises ``HandoffLost`` once that is known to be lost."""
+    async def wait(self, hand_off: HandOff | None, work: Awaitable[T]) -> T:
+        """The result of ``work``, which waits for a hand-off, or for none. Raises ``HandoffLost`` once that is known to be
+        lost."""
+        if hand_off is None:
+            return await work
         try:
             async with asyncio.timeout(None) as patience:
                 self._waits[hand_off] = time.monotonic(), patience
@@ -49,22 +52,16 @@ class HandOffs(Generic[HandOff]):
                 try:
                     return await work
                 finally:
-                    del self._waits[hand_off]
+                    self.over(hand_off)
         except TimeoutError:
             if not patience.expired():
                 raise
             raise HandoffLost(Stage.DECODE, self.why) from None
 
-    async def first(self, hand_off: HandOff | None, stream: AsyncGenerator[T]) -> AsyncGenerator[T]:
-        """The stream, whose first item waits for a hand-off; None: for none."""
-        async with aclosing(stream):
-            if hand_off is not None:
-                try:
-                    yield await self.wait(hand_off, anext(stream))
-                except StopAsyncIteration:
-                    return
-            async for item in stream:
-                yield item
+    def over(self, hand_off: HandOff | None) -> None:
+        """It has come: what is still to be done of the work does not wait for it any more."""
+        if hand_off is not None:
+            self._waits.pop(hand_off, None)
 
     async def _look(self) -> None:
         while self._waits:

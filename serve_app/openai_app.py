@@ -37,9 +37,9 @@ from vllm.entrypoints.serve.exception_handling.handlers.http import http_excepti
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from serve_app import media, trace
-from serve_app.client import EPDClient
 from serve_app.config import EPDConfig
 from serve_app.errors import ConfigError, EPDError
+from serve_app.ingress.client import EPDClient
 from serve_app.ingress_metrics import IngressMetrics
 from serve_app.media_fetch import Fetcher
 from serve_app.metrics import merge_metrics
@@ -115,6 +115,7 @@ def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
         model_config.multimodal_config.allow_missing_mm_embeddings = True
     if parsed.max_num_seqs is not None:
         vllm_config.scheduler_config.max_num_seqs = parsed.max_num_seqs
+    vllm_config.scheduler_config.stream_interval = parsed.stream_interval
     return vllm_config
 
 

@@ -8,9 +8,9 @@ import contextvars
 import itertools
 import pickle
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -38,11 +38,11 @@ LIGHT_BYTES = 1 << 20
 def is_light(argument: Any) -> bool:
     """Whether a call may go straight to the replica by gRPC, which costs half of a call through Ray's object store.
 
-    Pixels, media and logprobs, whose answers can be large, go through the object store.
+    Pixels, media and logprobs of prompts, which can be large, go through the object store.
     """
     match argument:
         case StageRequest(prompt=prompt, params=params):
-            if params.logprobs is not None or params.prompt_logprobs is not None:
+            if params.prompt_logprobs is not None:
                 return False
             size = 8 * len(prompt.token_ids) + sum(map(size_of, prompt.items))
             return size <= LIGHT_BYTES and size + len(pickle.dumps(params)) <= LIGHT_BYTES
@@ -52,21 +52,25 @@ def is_light(argument: Any) -> bool:
 
 
 SILENT_S = 10.0
-"""After so long without an answer, or another item of a stream, a call asks Ray whether those it waits for still live."""
+"""After so long without a sign of life, a call asks Ray whether those it waits for still live."""
 
 
 @dataclass(eq=False)
 class Call:
     """One call of a replica, while it is under way."""
 
-    seen: float
-    """When it last gave a sign of life."""
     source: str = ""
-    """The node that holds what its first item needs."""
+    """The node that holds what it waits for: ``HandoffLost`` if Ray loses it before anything was heard."""
+    seen: float = field(default_factory=time.monotonic)
+    """When it last gave a sign of life."""
     replica: str = ""
-    """Where it was sent, as Ray names its actor: told by its router (``balance.py``), then by its first item."""
+    """Where it was sent, as Ray names its actor: told by its router (``balance.py``)."""
     response: Any = None
     lost: Exception | None = None
+
+    def heard(self) -> None:
+        """Its replica has begun to answer."""
+        self.seen, self.source = time.monotonic(), ""
 
     def lose(self, error: Exception) -> None:
         self.lost = error
@@ -170,9 +174,7 @@ class StageHandle:
     def __init__(self, stage: Stage, handle: DeploymentHandle[Any]) -> None:
         self.stage = stage
         self._unary = handle
-        self._stream = handle.options(stream=True)
         self._light = handle.options(_by_reference=False)
-        self._light_stream = handle.options(stream=True, _by_reference=False)
         self._calls: set[Call] = set()
         self._watching: asyncio.Task[None] | None = None
 
@@ -198,42 +200,28 @@ class StageHandle:
     def _router(self) -> RequestRouter | None:
         return routers.get((self._unary.app_name, self._unary.deployment_name))
 
-    async def call(self, method: str, *args: Any) -> Any:
+    async def call(self, method: str, *args: Any, call: Call | None = None) -> Any:
         """Call one replica, and where it refuses as it is of another version the next. Cancelling the caller cancels the
-        call, and with it the replica's engine request."""
+        call, and with it the replica's engine request.
+
+        ``call``: the caller's own record of it, where the caller hears of it by other ways too.
+        """
         handle = self._light if all(map(is_light, args)) else self._unary
         for refusals in itertools.count(1):
             try:
-                with self._calling(handle, method, args) as call:
-                    reply = await call.response
+                with self._calling(handle, method, args, call or Call()) as made:
+                    reply = await made.response
             except OtherVersion as refused:
                 if not self._others_may_fit(refused, args, refusals):
                     raise
             else:
                 if (version := getattr(reply, "version", None)) is not None:
-                    learn(call.replica or self.actor(reply.replica), version)
+                    self.learn(reply.replica, version)
                 return reply
 
-    async def stream(self, method: str, *args: Any, source: str = "") -> AsyncGenerator[tuple[Any, str]]:
-        """Stream from one replica, whose id comes with each item; closing the iterator early cancels the call.
-
-        ``source``: the node that holds what the first item needs: ``HandoffLost`` if Ray loses it before.
-        """
-        handle = self._light_stream if all(map(is_light, args)) else self._stream
-        first = True
-        for refusals in itertools.count(1):
-            try:
-                with self._calling(handle, method, args, source) as call:
-                    async for item in call.response:
-                        call.seen = time.monotonic()
-                        if first:
-                            call.source, call.replica, first = "", self.actor(item[1]), False
-                            learn(call.replica, getattr(item[0], "version", ANY))
-                        yield item
-                return
-            except OtherVersion as refused:
-                if not first or not self._others_may_fit(refused, args, refusals):
-                    raise
+    def learn(self, replica: str, version: Version) -> None:
+        """A replica, by its id, has told its version."""
+        learn(self.actor(replica), version)
 
     def _others_may_fit(self, refused: OtherVersion, args: tuple[Any, ...], refusals: int) -> bool:
         """Whether a call that a replica refused as it is of another version may find one that takes it.
@@ -241,16 +229,13 @@ class StageHandle:
         Each replica refuses once: from then on routers pass it by. Ray may still send a call where another one was to go,
         hence the bound.
         """
-        learn(self.actor(refused.replica), Version(*refused.version))
+        self.learn(refused.replica, Version(*refused.version))
         replicas = list(self._router.curr_replicas.values()) if self._router is not None else []
         return refusals <= 2 * len(replicas) and bool(of_version(asked_version(args), replicas))
 
     @contextmanager
-    def _calling(
-        self, handle: DeploymentHandle[Any], method: str, args: tuple[Any, ...], source: str = ""
-    ) -> Iterator[Call]:
+    def _calling(self, handle: DeploymentHandle[Any], method: str, args: tuple[Any, ...], call: Call) -> Iterator[Call]:
         """Make a call: watched while it is under way, cancelled with its caller, failing only with errors of ours."""
-        call = Call(time.monotonic(), source)
         token = sending.set(call)
         try:
             try:
@@ -271,9 +256,6 @@ class StageHandle:
                 if isinstance(mapped, EngineDead):
                     avoid(call.replica)
                 raise mapped from error
-            call.cancel()
-            raise
-        except GeneratorExit:  # a stream from a handle has no aclose()
             call.cancel()
             raise
         finally:

@@ -1,12 +1,19 @@
 """Stand-ins for what the ingress talks to: stages, and below them Serve's handles. All come in by constructor."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+
+from serve_app.channel.wire import First, Frame, ReplyTo
 from serve_app.config import Stage
-from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest, Version
+from serve_app.handoff import ANY, DecodeReply, EncodeReply, PrefillReply, StageRequest, Version
+from serve_app.ingress.answers import Answers
 from serve_app.peers import Peers
+from serve_app.routing import Call
 from serve_app.status import Status
 
 
@@ -19,6 +26,9 @@ class FakeClock:
     def __call__(self) -> float:
         return self.now
 
+
+A, B = [64], [65]
+"""Tokens of the demo models whose texts are these letters."""
 
 Calls = list[tuple[str, tuple[Any, ...]]]
 
@@ -40,20 +50,22 @@ class FakeStage:
         self.absent = False
         self.weights: frozenset[str] = frozenset()
         self.calls: Calls = []
+        self.decodes: FakeDecode | None = None
         self.sources: list[str] = []
+        self.learnt: dict[str, Version] = {}
         self._log = [] if log is None else log
         self._fails = {method: list(errors) for method, errors in (fails or {}).items()}
         self._methods = methods
 
-    async def call(self, method: str, *args: Any) -> Any:
-        self._called(method, args)
+    async def call(self, method: str, *args: Any, call: Call | None = None) -> Any:
+        """``calls`` has what decode was asked, without where its tokens go."""
+        if call is not None:
+            self.sources.append(call.source)
+        self._called(method, args[:1] if method == "decode" else args)
         return await self._methods[method](*args)
 
-    async def stream(self, method: str, *args: Any, source: str = "") -> AsyncIterator[Any]:
-        self.sources.append(source)
-        self._called(method, args)
-        async for item in self._methods[method](*args):
-            yield item
+    def learn(self, replica: str, version: Version) -> None:
+        self.learnt[replica] = version
 
     async def broadcast(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[Any]:
         self._called(method, args)
@@ -83,21 +95,82 @@ def fake_status(stages: Mapping[Stage, Any], states: dict[str, str] | None = Non
     return Status(stages, probe, census, lambda: {"replica": "ingress-0", "calls": 0.0, "outstanding": 0.0})
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a fake decode makes of a request in one step."""
+
+    token_ids: list[int]
+    finish_reason: str | None = None
+    replica: str = "decode-0"
+    ran_s: float = 0.0
+    kv_s: float | None = None
+    version: Version = ANY
+    more: dict[str, Any] = field(default_factory=dict)
+    """Fields of vLLM's EngineCoreOutput."""
+
+    def output(self, key: str) -> EngineCoreOutput:
+        reason = FinishReason[self.finish_reason.upper()] if self.finish_reason else None
+        return EngineCoreOutput(key, list(self.token_ids), finish_reason=reason, **self.more)
+
+
+Steps = Callable[[StageRequest], AsyncIterator[Step]]
+
+
+class FakeDecode:
+    """Decode replicas over channels without sockets: ``answers`` hears what ``steps`` makes of each request."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self.answers: Answers | None = None
+        self.links: dict[str, FakeLink] = {}
+
+    async def decode(self, request: StageRequest, reply_to: ReplyTo) -> DecodeReply:
+        assert self.answers is not None, "no client listens"
+        tokens, replica, version, reason = 0, "decode-0", ANY, None
+        async for step in self._steps(request):
+            link = self.links.setdefault(step.replica, FakeLink(step.replica))
+            key, replica, version, reason = request.request_id, step.replica, step.version, step.finish_reason
+            first = [] if tokens else [First(key, replica, step.ran_s, step.kv_s, version)]
+            tokens += len(step.token_ids)
+            self.answers.received(link, Frame([step.output(key)], first))  # type: ignore[arg-type]
+            await asyncio.sleep(0)  # as over a socket
+            if key in link.aborted:
+                reason = "abort"
+                break
+        return DecodeReply(replica, reason, tokens, version)
+
+
+class FakeLink:
+    """The ingress' end of the connection of a decode replica."""
+
+    def __init__(self, replica: str) -> None:
+        self.replica = replica
+        self.aborted: list[str] = []
+
+    def abort(self, keys: list[str]) -> None:
+        self.aborted += keys
+
+
 class FakePipeline:
-    """Encoder, prefill and decode stages that answer as engines would; each method can be replaced, or fail at first."""
+    """Encoder, prefill and decode stages that answer as engines would; each method can be replaced, or fail at first.
+
+    ``steps``: what decode makes of a request.
+    """
 
     def __init__(
         self,
         without: tuple[Stage, ...] = (),
         fails: Mapping[str, Sequence[Exception]] | None = None,
+        steps: Steps | None = None,
         **methods: Callable[..., Any],
     ) -> None:
         self.log: list[str] = []
         self.prefills = 0
+        self.decodes = FakeDecode(steps or self.steps)
         known = {
             Stage.ENCODER: {"encode": self.encode},
             Stage.PREFILL: {"prefill": self.prefill, "renew": self.renew},
-            Stage.DECODE: {"generate": self.generate, "release": self.release},
+            Stage.DECODE: {"decode": self.decodes.decode, "release": self.release},
         }
         self.stages = {
             stage: FakeStage(
@@ -106,6 +179,7 @@ class FakePipeline:
             for stage, own in known.items()
             if stage not in without
         }
+        self.stages[Stage.DECODE].decodes = self.decodes
 
     @property
     def encoder(self) -> FakeStage:
@@ -126,9 +200,9 @@ class FakePipeline:
         self.prefills += 1
         return PrefillReply({"remote_block_ids": [self.prefills]}, None, 3, "prefill-0", node="node-0")
 
-    async def generate(self, request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
-        yield Chunk("a", [1]), "decode-0"
-        yield Chunk("b", [2], finish_reason="stop"), "decode-0"
+    async def steps(self, request: StageRequest) -> AsyncIterator[Step]:
+        yield Step(A)
+        yield Step(B, "length")
 
     async def renew(self, waiting: list[str]) -> list[set[str]]:
         return [set()]

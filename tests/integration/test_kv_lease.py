@@ -19,14 +19,14 @@ from vllm import SamplingParams
 
 from serve_app.config import EPDConfig, Stage
 from serve_app.errors import HandoffLost
-from serve_app.handoff import Prompt, StageRequest, decode_params, hand_off_id, prefill_params
+from serve_app.handoff import Prompt, StageRequest, decode_params, hand_off_id, prefill_params, unique_id
 from serve_app.placement import Cluster, resolve
 from serve_app.roles import engine_args, model_path, replica_env
 from serve_app.transfer import side_channel_env
 from serve_app.vllm_plugin import REPLICA_ENV
 
 if TYPE_CHECKING:
-    from serve_app.engine import StageEngine
+    from serve_app.stages.engine import StageEngine
 
 LEASE_S = 6
 CACHE = {"engine_args": {"kv_cache_memory_bytes": 16 << 20}}
@@ -50,11 +50,11 @@ class Engines:
         return prompt(self._prompts)
 
     async def tokens(self, engine: "StageEngine", prompt: Prompt, kv: dict[str, Any] | None = None) -> list[int]:
-        output = await engine.final(StageRequest("r", prompt, decode_params(GREEDY, kv, None)))
+        output = await engine.run(StageRequest(unique_id("r"), prompt, decode_params(GREEDY, kv, None)))
         return list(output.outputs[0].token_ids)
 
     async def hand_over(self, prompt: Prompt) -> dict[str, Any]:
-        output = await self.prefill.final(StageRequest("r", prompt, prefill_params(GREEDY, None)))
+        output = await self.prefill.run(StageRequest(unique_id("r"), prompt, prefill_params(GREEDY, None)))
         assert output.kv_transfer_params is not None
         return output.kv_transfer_params
 
@@ -100,7 +100,7 @@ def engines(runner: asyncio.Runner) -> Iterator[Engines]:
     pids: dict[str, int] = {}
 
     async def start(stage: Stage) -> None:
-        from serve_app.engine import StageEngine
+        from serve_app.stages.engine import StageEngine
 
         before = {child.pid for child in multiprocessing.active_children()}
         made[stage] = StageEngine(stage, engine_args(config, stage, folder))

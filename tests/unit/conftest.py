@@ -48,10 +48,13 @@ def decode_vllm_config(demo_vllm_config: Any) -> Any:
 @pytest.fixture
 def make_client(demo_vllm_config: Any) -> Callable[..., Any]:
     """Make an ``EPDClient`` in front of the stages that are passed."""
-    from serve_app.client import EPDClient
+    from serve_app.ingress.client import EPDClient
 
     def make(stages: Mapping[Stage, Any], **config: Any) -> EPDClient:
-        return EPDClient(resolve(EPDConfig(**config), Cluster(0, 2)).config, demo_vllm_config, stages)
+        client = EPDClient(resolve(EPDConfig(**config), Cluster(0, 2)).config, demo_vllm_config, stages)
+        if Stage.DECODE in stages and (decodes := stages[Stage.DECODE].decodes) is not None:
+            decodes.answers = client.answers
+        return client
 
     return make
 

@@ -8,7 +8,7 @@ from PIL import Image
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from serve_app.client import EPDClient
+from serve_app.ingress.client import EPDClient
 from tests.fakes import FakePipeline
 
 Make = Callable[..., EPDClient]
@@ -44,4 +44,4 @@ def generate(make: Make, pipeline: FakePipeline, *colours: str, **more: Any) -> 
 
 
 async def background(client: EPDClient) -> None:
-    await asyncio.gather(*client._background)
+    await asyncio.gather(*client.pipeline.background, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""serve_app.client: the order of the stages and what each is asked, over stages that are fakes."""
+"""serve_app.ingress.client, pipeline: the order of the stages and what each is asked, over stages that are fakes."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,42 +6,44 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.v1.outputs import LogprobsTensors
 
 from serve_app import trace
-from serve_app.client import EPDClient
 from serve_app.config import EPDConfig, Stage
 from serve_app.errors import StageUnavailable
-from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest
+from serve_app.handoff import EncodeReply, PrefillReply, StageRequest
+from serve_app.ingress.client import EPDClient
 from serve_app.trace import Trace
-from tests.fakes import FakePipeline, encoded
+from tests.fakes import A, B, FakePipeline, Step, encoded
 from tests.unit.running import Make, generate, params, render
 
 
 def test_encode_then_prefill_then_decode(make_client: Make) -> None:
     pipeline = FakePipeline()
     outputs = generate(make_client, pipeline, "red")
-    assert pipeline.log == ["encode", "prefill", "generate"]
+    assert pipeline.log == ["encode", "prefill", "decode"]
     assert [(o.outputs[0].text, o.outputs[0].token_ids, o.finished) for o in outputs] == [
-        ("a", [1], False),
-        ("b", [2], True),
+        ("a", A, False),
+        ("b", B, True),
     ]
 
 
 @pytest.mark.parametrize(
     ("without", "log"),
     [
-        ((), ["encode", "prefill", "generate"]),
-        ((Stage.PREFILL,), ["encode", "generate"]),
-        ((Stage.ENCODER,), ["prefill", "generate"]),
-        ((Stage.ENCODER, Stage.PREFILL), ["generate"]),
+        ((), ["encode", "prefill", "decode"]),
+        ((Stage.PREFILL,), ["encode", "decode"]),
+        ((Stage.ENCODER,), ["prefill", "decode"]),
+        ((Stage.ENCODER, Stage.PREFILL), ["decode"]),
     ],
 )
 def test_topology_decides_which_stages_work(make_client: Make, without: tuple[Stage, ...], log: list[str]) -> None:
     pipeline = FakePipeline(without)
     generate(make_client, pipeline, "red")
     assert pipeline.log == log
-    (decode,) = pipeline.decoder.requests("generate")
+    (decode,) = pipeline.decoder.requests("decode")
     assert ("kv_transfer_params" in (decode.params.extra_args or {})) == (Stage.PREFILL not in without)
     # Pixels stay where no encoder has seen them.
     assert ("pixel_values" in decode.prompt.items[0].data) == (Stage.ENCODER in without)
@@ -50,12 +52,12 @@ def test_topology_decides_which_stages_work(make_client: Make, without: tuple[St
 def test_text_needs_no_encoder(make_client: Make) -> None:
     pipeline = FakePipeline()
     generate(make_client, pipeline)
-    assert pipeline.log == ["prefill", "generate"]
+    assert pipeline.log == ["prefill", "decode"]
     (call,) = pipeline.prefiller.requests("prefill")
     assert "ec_transfer_params" not in call.params.extra_args
 
 
-@pytest.mark.parametrize(("colours", "log"), [((), ["generate"]), (("red", "blue"), ["encode", "prefill", "generate"])])
+@pytest.mark.parametrize(("colours", "log"), [((), ["decode"]), (("red", "blue"), ["encode", "prefill", "decode"])])
 def test_short_prompt_is_prefilled_by_decode(make_client: Make, colours: tuple[str, ...], log: list[str]) -> None:
     pipeline, token = FakePipeline(), trace.current.set(record := Trace("req"))
     try:
@@ -70,8 +72,8 @@ def test_short_prompt_is_prefilled_by_decode(make_client: Make, colours: tuple[s
 def test_decode_that_prefills_a_short_prompt_gets_its_embeddings(make_client: Make) -> None:
     pipeline = FakePipeline()
     generate(partial(make_client, kv={"min_prompt_tokens": 1000}), pipeline, "red")
-    assert pipeline.log == ["encode", "generate"]
-    (decode,) = pipeline.decoder.requests("generate")
+    assert pipeline.log == ["encode", "decode"]
+    (decode,) = pipeline.decoder.requests("decode")
     (item,) = decode.prompt.items
     assert set(item.data) == {"image_grid_thw"}
     assert decode.params.extra_args == {
@@ -83,14 +85,14 @@ def test_stages_get_what_the_one_before_gave(make_client: Make) -> None:
     pipeline = FakePipeline()
     generate(make_client, pipeline, "red", "blue")
     encodes = pipeline.encoder.requests("encode")
-    (prefill,), (decode,) = pipeline.prefiller.requests("prefill"), pipeline.decoder.requests("generate")
+    (prefill,), (decode,) = pipeline.prefiller.requests("prefill"), pipeline.decoder.requests("decode")
     hashes = [item.hash for item in prefill.prompt.items]
     ec = {name: {"item_indices": [i], "metadata": {"of": name}} for i, name in enumerate(hashes)}
     assert {call.prompt.items[0].hash for call in encodes} == set(hashes)
     assert prefill.params.extra_args["ec_transfer_params"] == ec
     assert decode.params.extra_args == {"kv_transfer_params": {"remote_block_ids": [1]}, "ec_transfer_params": ec}
     for call in (prefill, decode):
-        assert call.request_id == "req"
+        assert call.request_id.startswith("req-")
         assert [set(item.data) for item in call.prompt.items] == [{"image_grid_thw"}] * 2
     for call in encodes:
         assert "pixel_values" in call.prompt.items[0].data
@@ -108,7 +110,7 @@ def test_options_of_the_request_reach_the_stages(make_client: Make) -> None:
     pipeline = asyncio.run(main())
     (encode,) = pipeline.encoder.requests("encode")
     assert encode.options == {"lora_request": None, "priority": 5}
-    for call in pipeline.prefiller.requests("prefill") + pipeline.decoder.requests("generate"):
+    for call in pipeline.prefiller.requests("prefill") + pipeline.decoder.requests("decode"):
         assert call.options["priority"] == 5
 
 
@@ -129,7 +131,7 @@ def test_tenants_have_embeddings_of_their_own_where_that_is_asked_for(
         for calls in (
             pipeline.encoder.requests("encode"),
             pipeline.prefiller.requests("prefill"),
-            pipeline.decoder.requests("generate"),
+            pipeline.decoder.requests("decode"),
         )
     ]
     encodes, prefills, decodes = of_stages
@@ -158,7 +160,7 @@ def test_each_choice_has_a_hand_off_of_its_own(make_client: Make) -> None:
     pipeline = FakePipeline()
     generate(make_client, pipeline, "red", n=3, seed=7)
     assert pipeline.log.count("encode") == 1
-    decodes = pipeline.decoder.requests("generate")
+    decodes = pipeline.decoder.requests("decode")
     assert sorted(c.params.extra_args["kv_transfer_params"]["remote_block_ids"] for c in decodes) == [[1], [2], [3]]
     assert sorted(c.params.seed for c in decodes) == [7, 8, 9]
     assert pipeline.released() == []
@@ -167,29 +169,35 @@ def test_each_choice_has_a_hand_off_of_its_own(make_client: Make) -> None:
 def test_choices_are_decoded_at_the_same_time(make_client: Make) -> None:
     together = asyncio.Barrier(2)
 
-    async def decode(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+    async def steps(request: StageRequest) -> AsyncIterator[Step]:
         await together.wait()
-        yield Chunk("x", [1], finish_reason="stop"), "decode-0"
+        yield Step(A, "length")
 
-    outputs = generate(make_client, FakePipeline(generate=decode), n=2)
-    assert sorted(o.outputs[0].index for o in outputs) == [0, 1]
-    assert [o.finished for o in outputs] == [False, True]
+    outputs = generate(make_client, FakePipeline(steps=steps), n=2)
+    assert sorted(choice.index for output in outputs for choice in output.outputs) == [0, 1]
+    assert outputs[-1].finished
 
 
 def test_what_only_prefill_knows_comes_with_the_first_output(make_client: Make) -> None:
+    logprobs = LogprobsTensors(torch.tensor([[64, 65]]), torch.tensor([[-0.5, -1.0]]), torch.tensor([1]))
+
     async def prefill(request: StageRequest) -> PrefillReply:
-        return PrefillReply({"k": 1}, [None, {3: 0.5}], 3, "prefill-0")
+        return PrefillReply({"k": 1}, logprobs, 3, "prefill-0")
 
     first, second = generate(make_client, FakePipeline(prefill=prefill), prompt_logprobs=1)
-    assert (first.prompt_logprobs, first.num_cached_tokens) == ([None, {3: 0.5}], 3)
-    assert (second.prompt_logprobs, second.num_cached_tokens) == (None, None)
+    assert first.prompt_logprobs is not None
+    beginning, after = first.prompt_logprobs
+    assert beginning is None
+    assert (after[64].logprob, after[64].decoded_token) == (-0.5, "a")
+    assert (second.prompt_logprobs, second.num_cached_tokens) == ([], 3)
+    assert first.num_cached_tokens == 3
 
 
 def test_answer_repeats_id_and_prompt_as_one_engine_would(make_client: Make) -> None:
     (*_, last) = generate(make_client, FakePipeline())
     assert last.request_id == "req"
     assert last.prompt == " what?"
-    assert last.prompt_token_ids and last.outputs[0].finish_reason == "stop"
+    assert last.prompt_token_ids and last.outputs[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("key", ["kv_transfer_params", "ec_transfer_params"])
@@ -233,7 +241,7 @@ def test_trace_knows_who_worked_on_the_request_and_how_much(make_client: Make) -
 
 def test_trace_of_a_failure_has_its_error_and_is_decided(make_client: Make) -> None:
     gone = StageUnavailable(Stage.DECODE, "is gone")
-    record = traced(make_client, FakePipeline(fails={"generate": [gone] * 9}), "red")
+    record = traced(make_client, FakePipeline(fails={"decode": [gone] * 9}), "red")
     assert isinstance(record.error, GracefulHTTPError)
     assert record.decided.is_set()
     assert record.first_token is None

@@ -1,37 +1,38 @@
-"""The adapter around vLLM's ``AsyncLLM``: tokens in, tokens out.
+"""The adapter around vLLM's ``AsyncLLM``: a request in, the outputs of the engine's core out.
 
-What leans on vLLM's internals is here, in ``client.py``, ``guard.py``, ``outputs.py``, ``openai_app.py`` and the modules
-whose names begin with ``ec_`` and ``media``; ``tests/unit/test_contracts*.py`` say what broke when vLLM 0.32.0 is replaced.
+What leans on vLLM's internals is here, in ``tap.py``, ``engine_input.py``, ``guard.py``, ``openai_app.py``, ``ingress/`` and
+the modules whose names begin with ``ec_`` and ``media``; ``tests/unit/test_contracts*.py`` say what broke when vLLM 0.32.0
+is replaced.
 """
 
 import asyncio
 import math
 import multiprocessing
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from prometheus_client import REGISTRY, generate_latest
-from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
-from vllm.inputs import mm_input, tokens_input
-from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.config import Stage
+from serve_app.engine_input import to_core_request
 from serve_app.engine_metrics import STAT_LOGGERS
-from serve_app.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageError, StageUnavailable
-from serve_app.handoff import ANY, Chunk, Item, Prompt, Source, StageRequest, Version
+from serve_app.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageUnavailable
+from serve_app.handoff import StageRequest
 from serve_app.kv_layout import KVLayout, layout_of
+from serve_app.stages.tap import Hear, Tap
 
 
 def check_engine_args(args: dict[str, Any], where: str) -> None:
@@ -51,60 +52,6 @@ USAGE = UsageContext.OPENAI_API_SERVER
 
 def engine_config(args: AsyncEngineArgs) -> VllmConfig:
     return args.create_engine_config(USAGE)
-
-
-def to_engine_input(prompt: Prompt) -> Any:
-    """vLLM's engine input of a prompt. Keeps ``is_embed``, which vLLM's HTTP ``GenerateRequest`` drops."""
-    if not prompt.items:
-        return tokens_input(prompt.token_ids, cache_salt=prompt.cache_salt)
-    kwargs: dict[str, list[Any]] = {}
-    hashes: dict[str, list[str]] = {}
-    ranges: dict[str, list[PlaceholderRange]] = {}
-    for item in prompt.items:
-        kwargs.setdefault(item.modality, []).append(item.data)
-        hashes.setdefault(item.modality, []).append(item.hash)
-        ranges.setdefault(item.modality, []).append(PlaceholderRange(item.offset, item.length, item.is_embed))
-    return mm_input(prompt.token_ids, MultiModalKwargsItems(kwargs), hashes, ranges, cache_salt=prompt.cache_salt)
-
-
-class SourcedItem(MultiModalKwargsItem):
-    """A processed item that knows the media it came from: so a ``Source`` gets through vLLM's app to our ``generate``."""
-
-    def __init__(self, data: MultiModalKwargsItem, source: Source) -> None:
-        super().__init__(data)
-        self.source = source
-
-
-def from_engine_input(engine_input: Any) -> Prompt:
-    """The prompt that vLLM's renderer made, items in prompt order.
-
-    Raises ``BadRequest`` for inputs that no stage can hand on.
-    """
-    if engine_input["type"] == "token":
-        return Prompt(list(engine_input["prompt_token_ids"]), cache_salt=engine_input.get("cache_salt"))
-    if engine_input["type"] != "multimodal" or "encoder_prompt_token_ids" in engine_input:
-        raise BadRequest(
-            f"Prompts of type {engine_input['type']!r} cannot be served disaggregated: only token and multimodal prompts of "
-            "decoder-only models can be handed from stage to stage."
-        )
-
-    def item(modality: str, item_hash: str, where: PlaceholderRange, data: Any) -> Item:
-        source = data.source if isinstance(data, SourcedItem) else None
-        plain = MultiModalKwargsItem(data.data) if source is not None else data
-        return Item(modality, item_hash, where.offset, where.length, where.is_embed, plain, source)
-
-    items = [
-        item(modality, item_hash, where, data)
-        for modality, hashes in engine_input["mm_hashes"].items()
-        for item_hash, where, data in zip(
-            hashes, engine_input["mm_placeholders"][modality], engine_input["mm_kwargs"][modality], strict=True
-        )
-    ]
-    return Prompt(
-        list(engine_input["prompt_token_ids"]),
-        tuple(sorted(items, key=lambda item: item.offset)),
-        engine_input.get("cache_salt"),
-    )
 
 
 class KVUse(StatLoggerBase):
@@ -155,45 +102,51 @@ class StageEngine:
             enable_log_requests=parsed.enable_log_requests,
             disable_log_stats=parsed.disable_log_stats,
         )
+        self.tap = Tap(self._llm.output_processor)
 
     @property
     def renderer(self) -> Any:
         """vLLM's renderer of this engine's model."""
         return self._llm.renderer
 
-    async def generate(self, request: StageRequest) -> AsyncGenerator[RequestOutput]:
-        """Run a request; closing the iterator aborts it.
+    async def run(self, request: StageRequest, hear: Hear | None = None) -> RequestOutput:
+        """Run a request to its end; cancelling aborts it. Returns its last output: no text, and no logprobs; of a request
+        that was aborted by its id, what it had by then. ``hear`` gets what the engine's core puts out, step by step.
 
         Raises ``BadRequest`` when the engine refuses it, ``EngineDead`` or, where it is full, ``StageUnavailable``, and
-        ``HandoffLost`` when what an earlier stage handed over could not be loaded: ``AsyncLLM`` does not raise then.
+        ``HandoffLost`` when what an earlier stage handed over could not be loaded.
         """
-        stream = self._llm.generate(
-            to_engine_input(request.prompt), request.params, request.request_id, **request.options
-        )
+        llm = self._llm
+        if llm.errored:
+            raise EngineDead(self._stage, f"failed: {llm.dead_error}")
+        if llm.vllm_config.cache_config.kv_sharing_fast_prefill and request.params.prompt_logprobs:
+            raise BadRequest("Logprobs of the prompt are wrong with `kv_sharing_fast_prefill`: this engine has none.")
+        llm._run_output_handler()
+        queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, request.request_id)
         try:
-            async with aclosing(stream):
-                async for output in stream:
-                    if any(choice.finish_reason == "error" for choice in output.outputs):
-                        raise HandoffLost(
-                            self._stage, "could not load what the stage before handed over; send the request again"
-                        )
-                    yield output
+            core = to_core_request(request, llm.input_processor)
+            request.params._validate_spec_decode(llm.vllm_config.speculative_config)
+            with self.tap.hears(request.request_id, hear) if hear is not None else nullcontext():
+                await llm._add_request(core, None, None, 0, queue)
+                output = await queue.get()
         except VLLMClientError as error:
             raise BadRequest(str(error)) from error
         except EngineDeadError as error:
             raise EngineDead(self._stage, f"failed: {error}") from error
-        except (EngineGenerateError, GracefulHTTPError) as error:
+        except asyncio.CancelledError:
+            await self.abort([request.request_id])
+            raise
+        except Exception as error:
+            await self.abort([request.request_id])
             raise StageUnavailable(self._stage, f"failed: {error}") from error
+        assert isinstance(output, RequestOutput)
+        if output.outputs[0].finish_reason == "error":
+            raise HandoffLost(self._stage, "could not load what the stage before handed over; send the request again")
+        return output
 
-    async def final(self, request: StageRequest) -> RequestOutput:
-        """The last output of a request that is not streamed."""
-        last = None
-        async with aclosing(self.generate(request)) as stream:
-            async for output in stream:
-                last = output
-        if last is None:
-            raise StageUnavailable(self._stage, "ended without an output")
-        return last
+    async def abort(self, request_ids: list[str]) -> None:
+        """End requests: ``run`` returns what they had."""
+        await self._llm.abort(request_ids, internal=True)
 
     async def release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
         """Free the blocks that prefill holds for a request which will never be decoded (called on a decode engine)."""
@@ -281,55 +234,7 @@ class StageEngine:
         self._llm.shutdown(timeout=5.0)
 
 
-ENCODE_PARAMS = SamplingParams(max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-"""An encoder-only engine emits no token: the request ends when its items are encoded."""
-
-
 def queue_s(output: RequestOutput) -> float:
     """Seconds that the request of an output waited in its engine's queue."""
     stats = output.metrics
     return max(stats.scheduled_ts - stats.queued_ts, 0.0) if stats is not None and stats.scheduled_ts else 0.0
-
-
-async def coalesced(outputs: AsyncGenerator[RequestOutput], interval_s: float) -> AsyncGenerator[RequestOutput]:
-    """Outputs with new tokens only, at most one per interval: the first and the last at once, in between what has come.
-
-    A message from replica to ingress to proxy to client costs more than making a token does. No timer: what is held goes on
-    with the first output after the interval, or before the engine's failure.
-    """
-    held, due = None, -math.inf
-    async with aclosing(outputs):
-        try:
-            async for output in outputs:
-                if held is None:
-                    held = output
-                else:
-                    held.add(output, aggregate=True)
-                now = time.monotonic()
-                if held.finished or now >= due:
-                    yield held
-                    held, due = None, now + interval_s
-        except StageError:
-            if held is not None:
-                yield held
-            raise
-
-
-def to_chunk(
-    output: RequestOutput, ran_s: float | None = None, kv_s: float | None = None, version: Version = ANY
-) -> Chunk:
-    """The only choice of an output, without the prompt that every ``RequestOutput`` repeats."""
-    (choice,) = output.outputs
-    return Chunk(
-        text=choice.text,
-        token_ids=list(choice.token_ids),
-        logprobs=choice.logprobs,
-        cumulative_logprob=choice.cumulative_logprob,
-        finish_reason=choice.finish_reason,
-        stop_reason=choice.stop_reason,
-        num_cached_tokens=output.num_cached_tokens,
-        prompt_logprobs=output.prompt_logprobs,
-        ran_s=ran_s,
-        kv_s=kv_s,
-        version=version,
-    )

@@ -1,0 +1,89 @@
+"""The end of a channel at an ingress replica: it listens for decode replicas, and tells those apart that know its secret."""
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections.abc import Callable
+from typing import Any, Generic
+
+import msgspec
+
+from serve_app.channel.wire import Frame, Hello, Output, ReplyTo, framed, receive, tell_when_gone
+
+logger = logging.getLogger("ray.serve")
+
+FRAME_BYTES = 1 << 30
+HELLO_BYTES = 4096
+HELLO_S = 5.0
+
+
+class Link:
+    """The connection of one decode replica."""
+
+    def __init__(self, replica: str, writer: asyncio.StreamWriter) -> None:
+        self.replica = replica
+        self._writer = writer
+
+    def abort(self, keys: list[str]) -> None:
+        """Have the replica end calls: nobody reads their tokens any more."""
+        if not self._writer.is_closing():
+            self._writer.writelines(framed([msgspec.msgpack.encode(keys)]))
+
+
+class Inlet(Generic[Output]):
+    """Where the decode replicas of all requests of one ingress replica bring their tokens."""
+
+    def __init__(
+        self,
+        decode: Callable[[list[bytearray]], Frame[Output]],
+        received: Callable[[Link, Frame[Output]], None],
+        lost: Callable[[Link], None],
+    ) -> None:
+        """``decode`` makes a frame of its buffers; ``received`` takes each, and ``lost`` is called once per link that ends.
+        A link whose frames cannot be taken ends."""
+        self._decode = decode
+        self._received = received
+        self._lost = lost
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.reply_to = ReplyTo("", 0, secrets.token_hex(16))
+        """Of a call whose tokens are to come here."""
+
+    async def listen(self, host: str) -> None:
+        """On a free port of an address of this node."""
+        self._server = await asyncio.start_server(self._connected, host, 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.reply_to = msgspec.structs.replace(self.reply_to, host=host, port=port)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task: Any = asyncio.current_task()
+        self._tasks.add(task)
+        link: Link | None = None
+        try:
+            tell_when_gone(writer)
+            async with asyncio.timeout(HELLO_S):
+                (words,) = await receive(reader, HELLO_BYTES)
+            hello = msgspec.msgpack.decode(words, type=Hello)
+            if not hmac.compare_digest(hello.secret, self.reply_to.secret):
+                logger.warning(f"somebody at {writer.get_extra_info('peername')} brought tokens with a wrong secret")
+                return
+            link = Link(hello.replica, writer)
+            while True:
+                self._received(link, self._decode(await receive(reader, FRAME_BYTES)))
+        except (OSError, EOFError, TimeoutError):
+            pass
+        except (ValueError, msgspec.MsgspecError) as error:
+            logger.warning(f"the channel from {writer.get_extra_info('peername')} says what it cannot: {error}")
+        finally:
+            self._tasks.discard(task)
+            writer.transport.abort()
+            if link is not None:
+                self._lost(link)

@@ -1,0 +1,86 @@
+"""What the two ends of a channel say to each other, and how it is framed: a count, that many lengths, that many buffers.
+
+TCP keeps order and tells of a process that ends at once; of a node that is gone, keep-alive tells within ``SILENT_S``.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from serve_app.handoff import ANY, Version
+
+Output = TypeVar("Output")
+
+COUNT = struct.Struct("<I")
+MAX_BUFFERS = 1 << 20
+SILENT_S = 20
+
+
+class ReplyTo(msgspec.Struct, frozen=True):
+    """Where an ingress replica takes the tokens of its requests. Whoever knows the secret may send some."""
+
+    host: str
+    port: int
+    secret: str
+
+
+class Hello(msgspec.Struct):
+    """The first frame of a decode replica."""
+
+    secret: str
+    replica: str
+
+
+class First(msgspec.Struct, array_like=True, frozen=True):
+    """What comes with the first tokens of a call."""
+
+    key: str
+    replica: str
+    ran_s: float = 0.0
+    """Seconds in the replica up to them, less those in its engine's queue."""
+    kv_s: float | None = None
+    """Seconds until the KV blocks of its prefill were there, where these can be told from the wait for a place in the
+    engine."""
+    version: Version = ANY
+    """Of the engine that makes them."""
+
+
+class Frame(msgspec.Struct, Generic[Output], array_like=True):
+    """The outputs of an engine's step, or of several, for one ingress replica."""
+
+    outputs: list[Output]
+    firsts: list[First] = []
+
+
+def framed(buffers: Sequence[Any]) -> list[Any]:
+    """The buffers (bytes or what has a buffer) as they go over the wire."""
+    views = [memoryview(buffer).cast("B") for buffer in buffers]
+    return [struct.pack(f"<{len(views) + 1}I", len(views), *(view.nbytes for view in views)), *views]
+
+
+async def receive(reader: asyncio.StreamReader, limit_bytes: int) -> list[bytearray]:
+    """The buffers of the next frame. They are writable: PyTorch warns of tensors over others.
+
+    Raises ``ValueError`` for a frame larger than the limit, before it is in memory, and ``IncompleteReadError`` at the end.
+    """
+    (count,) = COUNT.unpack(await reader.readexactly(COUNT.size))
+    if count > MAX_BUFFERS:
+        raise ValueError(f"a frame of {count} buffers")
+    lengths = struct.unpack(f"<{count}I", await reader.readexactly(COUNT.size * count))
+    if sum(lengths) > limit_bytes:
+        raise ValueError(f"a frame of {sum(lengths)} bytes")
+    return [bytearray(await reader.readexactly(length)) for length in lengths]
+
+
+def tell_when_gone(writer: asyncio.StreamWriter) -> None:
+    """Have the kernel end a connection whose other end has been silent for ``SILENT_S``: a node that lost power says
+    nothing."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)
