@@ -16,13 +16,15 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks import cpu, load
+from benchmarks import cpu, load, null_engine
 from benchmarks.systems import ours
 from tests.integration.media import image_url
 from tests.integration.servers import Server
 
 RESULT = Path(__file__).parent / "results" / "orchestration.json"
 AT_A_TIME = load.TARGET.at_a_time or 1
+TOKEN_S = 0.01
+"""Time per output token."""
 IMAGE = (load.IMAGE_SIZE, load.IMAGE_SIZE)
 TEXT = " ".join(["word"] * load.TEXT_TOKENS)
 TOPOLOGIES: dict[str, dict[str, Any]] = {
@@ -98,11 +100,8 @@ def measure(server: Server, cell: Cell, count: int, first: int) -> dict[str, Any
 
 
 def visit(topology: str, cells: list[Cell], count: int) -> list[dict[str, Any]]:
-    args = TOPOLOGIES[topology]
-    with (
-        tempfile.TemporaryDirectory(prefix="null-") as folder,
-        ours(Path(folder), args, "benchmarks.null_engine:build_app") as server,
-    ):
+    args = TOPOLOGIES[topology] | {"null_step_s": TOKEN_S}
+    with tempfile.TemporaryDirectory(prefix="null-") as folder, ours(Path(folder), args, null_engine.APP) as server:
         for cell in HOPS:
             measure(server, cell, 2 * AT_A_TIME, 0)  # to warm up
         runs = []

@@ -36,18 +36,21 @@ class Engine:
     env: dict[str, str]
 
 
-def ours(folder: Path, topology: dict[str, Any], import_path: str = APP) -> AbstractContextManager[Server]:
-    names = ["Ingress", *(stage.capitalize() for stage in Stage if stage not in topology)]
-    one_each = {name: {"num_replicas": 1, "autoscaling_config": None} for name in names}
+def ours(
+    folder: Path, topology: dict[str, Any], import_path: str = APP, ingresses: int = 1
+) -> AbstractContextManager[Server]:
+    names = ["Ingress", *(stage.capitalize() for stage in Stage if topology.get(stage, {}) is not None)]
+    one_each: dict[str, dict[str, Any]] = {name: {"num_replicas": 1, "autoscaling_config": None} for name in names}
+    one_each["Ingress"]["num_replicas"] = ingresses
     return serve_run(folder, {"accelerator": "cpu"} | topology, one_each, import_path=import_path)
 
 
 @contextmanager
-def reference(folder: Path) -> Iterator[Server]:
+def reference(folder: Path, args: dict[str, Any] | None = None) -> Iterator[Server]:
     """An OpenAI server per stage with the flags of the reference's scripts, behind the proxy."""
     storage = folder / "ec"
     storage.mkdir()
-    config = cpu_config({"ec": {"connector": "ECExampleConnector", "storage_path": str(storage)}})
+    config = cpu_config((args or {}) | {"ec": {"connector": "ECExampleConnector", "storage_path": str(storage)}})
     with behind_proxy(folder, [reference_engine(config, stage) for stage in Stage]) as server:
         yield server
     if lacking := sum(not any(item.iterdir()) for item in storage.iterdir()):  # looking one up makes its folder

@@ -55,7 +55,7 @@ def test_stages_together_take_no_more_cards_than_there_are(tmp_path: Path) -> No
     scaling = options["Decode"]["autoscaling_config"]
     scaling |= {"max_replicas": 6, "downscale_delay_s": 5.0}
     scaling["policy"]["policy_kwargs"] = {"target_running": 2}
-    args = {"accelerator": "cpu"} | {stage.value: {"gpus_per_replica": 1} for stage in Stage}
+    args = {"accelerator": "cpu", "null_step_s": 0.01} | {stage.value: {"gpus_per_replica": 1} for stage in Stage}
     env = {"RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": 4, "CPU": 16})}
     shared = {"autoscaling_policy": {"policy_function": "serve_app.autoscaling:SharedGPUs"}}
     path, body = chat(text("Hello"), max_tokens=300, ignore_eos=True)  # 3 s
