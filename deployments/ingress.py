@@ -4,13 +4,14 @@ import asyncio
 import logging
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.config import EPDConfig, Stage
+from deployments._http import check_scaling, public_address
+from serve_app.config import EPDConfig, Http, Stage
 from serve_app.errors import CannotStart, EPDError
 from serve_app.handoff import Version
 from serve_app.kv_layout import KVLayout, check_layouts
@@ -21,6 +22,9 @@ from serve_app.routing import StageHandle
 from serve_app.start_failure import says_why
 from serve_app.start_reason import sentence
 from serve_app.status import Status
+
+if TYPE_CHECKING:
+    from serve_app.ingress.front import Front
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,11 +50,13 @@ class Ingress:
         self._stages = {Stage(name): StageHandle(Stage(name), handle) for name, handle in handles.items()}
         context = serve.get_replica_context()
         self._app_name, self._replica = context.app_name, context.replica_id.unique_id
+        self._deployment = context._deployment_config
         own = serve.get_deployment_handle(context.deployment, context.app_name, _check_exists=False)
         self._peers = Peers(self._replica, own)
         self._health: tuple[float, dict[str, str]] = (-HEALTH_CACHE_S, {})
         self._probing = asyncio.Lock()
         self._asking: asyncio.Task[Any] | None = None
+        self._front: Front | None = None
         for key, value in replica_env(config, None).items():
             os.environ.setdefault(key, value)
 
@@ -61,11 +67,14 @@ class Ingress:
 
     async def _app(self) -> Any:
         began = time.perf_counter()
+        address = await asyncio.to_thread(public_address, self._config.http, self._app_name)
+        check_scaling(self._config.http, self._deployment)
         # Only now: vLLM reads its environment when it is imported.
         from serve_app import openai_app
         from serve_app.door import Door
         from serve_app.fingerprint import front_of
         from serve_app.ingress.client import EPDClient
+        from serve_app.ingress.front import Front
         from serve_app.warm_up import warm_up
 
         args = ingress_args(self._config, model_path(self._config))
@@ -86,12 +95,23 @@ class Ingress:
         await warm_up(app, self._config.model_name, key, with_image, self._config.kv.min_prompt_tokens)
         times = {"app": built - began, "stages": ready - built, "warm_up": time.perf_counter() - ready}
         logger.info("start-up ingress: " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in times.items()))
-        self._door = Door(app)
-        return self._door
+        self._door = Door(app, self._deployment.max_ongoing_requests)
+        if self._config.http is Http.PROXY:
+            return self._door
+        bounds = {"body_s": self._config.request_timeout_s, "drain_s": self._config.drain_timeout_s}
+        self._front = Front(self._door, address, **bounds, notice_s=self._config.drain_notice_s)
+        self._front.bind()
+        return self._front
 
     async def close(self) -> tuple[int, float]:
         """Take no more requests, for good. How many are under way, and the seconds that they get to end."""
+        if self._front is not None:
+            self._front.close()
         return self._door.close(), self._config.drain_timeout_s
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve brings to ``IngressPolicy``."""
+        return {"requests": float(self._door.inside)}
 
     async def tell_peer(self, asker: str, what: str, key: str, *args: Any) -> Any | None:
         """What another ingress replica asks this one for, see ``Peers``."""

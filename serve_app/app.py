@@ -23,7 +23,7 @@ from deployments.encoder import Encoder
 from deployments.ingress import Ingress
 from deployments.prefill import Prefill
 from serve_app.card_memory import smallest_card_gib
-from serve_app.config import EPDConfig, Stage
+from serve_app.config import EPDConfig, Http, Stage
 from serve_app.errors import ConfigError
 from serve_app.placement import Cluster, actor_options, is_elastic, resolve
 
@@ -62,6 +62,8 @@ def build_app(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": config.ingress_cpus, "runtime_env": {"env_vars": ONE_LOOP}},
         logging_config=NO_ACCESS_LOG,
         max_ongoing_requests=1024,
+        # The replica of a new config listens before the old one goes. Behind Serve's proxy requests wait for it.
+        max_surge_percent=100 if config.http is Http.REPLICAS else 0,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
     )
     application: Application = ingress.bind(config, **handles)

@@ -34,6 +34,7 @@ from serve_app.scaling import (
     Load,
     Targets,
     Wish,
+    replicas_for_requests,
     replicas_for_sequences,
     replicas_for_work,
     share,
@@ -48,7 +49,8 @@ COMPLAIN_EVERY_S = 60.0
 class WorkPolicy:
     """Encoder and Prefill: replicas by outstanding work and the rate at which a replica does it."""
 
-    TARGETS: ClassVar[type[Targets]] = Targets
+    TARGETS: ClassVar[type[BaseModel]] = Targets
+    takes_cards: ClassVar[bool] = True
 
     def __init__(self, **targets: Any) -> None:
         self.mistake: ValidationError | None = None
@@ -72,6 +74,7 @@ class WorkPolicy:
         return by_ray if wished is None else (wished, {})
 
     def _wished(self, ctx: AutoscalingContext) -> float | None:
+        assert isinstance(self._targets, Targets)
         return replicas_for_work(Load(**signals(ctx)), ctx.target_num_replicas, self._targets)
 
 
@@ -89,6 +92,28 @@ class DecodePolicy(WorkPolicy):
             kv_use=sum(metrics.get("kv_use", {}).values()),
         )
         return replicas_for_sequences(load, ctx.target_num_replicas, self._targets)
+
+
+class NoTargets(BaseModel):
+    """``policy_kwargs`` of ``IngressPolicy``: none. Its target is Ray's ``target_ongoing_requests``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class IngressPolicy(WorkPolicy):
+    """Ingress: replicas by the requests that they have under way. With ``http: replicas`` these do not pass through Ray
+    Serve, which would count none."""
+
+    TARGETS = NoTargets
+    takes_cards = False
+
+    def _wished(self, ctx: AutoscalingContext) -> float | None:
+        under_way = (ctx.aggregated_metrics or {}).get("requests")
+        if not under_way:
+            return None
+        return replicas_for_requests(
+            sum(under_way.values()), ctx.target_num_replicas, ctx.config.get_target_ongoing_requests()
+        )
 
 
 def signals(ctx: AutoscalingContext) -> dict[str, Any]:
@@ -178,8 +203,8 @@ class SharedGPUs:
         """Of the stages, within their bounds; none where a claim is not known."""
         wishes: dict[Any, Wish] = {}
         for key, ctx in contexts.items():
-            if not hasattr(self._policy(key, ctx), "TARGETS"):
-                continue  # no stage: the ingress needs no GPU
+            if not getattr(self._policy(key, ctx), "takes_cards", False):
+                continue  # the ingress needs no GPU
             if reported := (ctx.aggregated_metrics or {}).get("gpus"):
                 self._claims[key] = max(reported.values())
             if key not in self._claims:

@@ -35,6 +35,11 @@ class Accelerator(StrEnum):
     CPU = "cpu"
 
 
+class Http(StrEnum):
+    REPLICAS = "replicas"
+    PROXY = "proxy"
+
+
 ROLE_ARGS = frozenset({"ec_transfer_config", "kv_transfer_config", "mm_encoder_only", "mm_processor_cache_gb"})
 """Engine arguments that the topology decides."""
 
@@ -473,6 +478,11 @@ class EPDConfig(Strict):
     encoder: StageConfig | None = StageConfig()
     prefill: StageConfig | None = StageConfig()
     decode: StageConfig = StageConfig()
+    http: Http = Field(
+        Http.REPLICAS,
+        description="Who listens where `http_options:` of the Serve config says: each ingress replica, with "
+        "`proxy_location: Disabled`, or Ray Serve's `proxy`.",
+    )
     ingress_cpus: float | None = Field(None, ge=0, description="CPUs that one ingress replica claims from Ray.")
     ec: ECConfig = ECConfig()
     encode: EncodeConfig = EncodeConfig()
@@ -513,6 +523,12 @@ class EPDConfig(Strict):
     )
     drain_timeout_s: float = Field(
         300.0, gt=0, description="Time for a replica that goes away to finish what it holds; then it is killed."
+    )
+    drain_notice_s: float = Field(
+        0.0,
+        ge=0,
+        description="Time for which an ingress replica that goes away still takes requests, while `/-/healthz` already says "
+        "503 to load balancers (`http: replicas`).",
     )
 
     @property

@@ -1,33 +1,38 @@
-"""The door of an ingress replica: of a server that ends, it lets out whom it let in, and lets nobody else in."""
+"""The door of an ingress replica: it lets in as many as it may; of a server that ends, it lets out whom it let in, and lets
+nobody else in."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.openai_app import error_response, of_route, route_of
 
 CLOSED = "The server is ending and takes no more requests."
+FULL = "This replica of the server has as many requests as it takes. Try again."
 
 
 class Door:
-    """Outermost around the app."""
+    """Outermost around the app. ``limit``: requests that are inside at a time."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, limit: int = 1024) -> None:
         self._app = app
-        self._closed = False
-        self._inside = 0
+        self.limit = limit
+        self.closed = False
+        self.inside = 0
 
     def close(self) -> int:
         """From now on requests are answered 503. How many are still under way."""
-        self._closed = True
-        return self._inside
+        self.closed = True
+        return self.inside
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":  # as long as the app's
             return await self._app(scope, receive, send)
-        if self._closed and scope["type"] == "http":
-            closed = of_route(route_of(scope), error_response(503, CLOSED, "ServiceUnavailableError"))
-            return await closed(scope, receive, send)
-        self._inside += 1
+        if (self.closed or self.inside >= self.limit) and scope["type"] == "http":
+            error = error_response(503, CLOSED if self.closed else FULL, "ServiceUnavailableError")
+            refused = of_route(route_of(scope), error)
+            refused.headers["retry-after"] = "1"
+            return await refused(scope, receive, send)
+        self.inside += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            self._inside -= 1
+            self.inside -= 1

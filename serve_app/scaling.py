@@ -45,6 +45,10 @@ FULL_SLOTS = 0.25
 many replicas share them there are few at a time, and their number says too little of what fewer replicas would hold."""
 
 
+KEEP_REQUESTS = 0.7
+"""Share of ``target`` that fewer ingress replicas may have under way, before one goes."""
+
+
 @dataclass(frozen=True)
 class Load:
     """What a stage has to do. Work is in the unit of the stage; see ``workload.py``."""
@@ -105,6 +109,12 @@ def replicas_for_sequences(load: DecodeLoad, current: int, targets: DecodeTarget
     if waiting and load.rate is not None:
         needed = max(needed, min(current + waiting / (load.rate * targets.target_queue_s), sequences))
     return steady(current, needed, needed / targets.max_utilization)
+
+
+def replicas_for_requests(requests: float, current: int, target: float) -> float:
+    """Replicas of the ingress, not rounded, where one is to have ``target`` requests under way."""
+    needed = requests / target
+    return steady(current, needed, needed / KEEP_REQUESTS)
 
 
 def steady(current: int, more: float, keep: float) -> float:
