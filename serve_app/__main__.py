@@ -49,7 +49,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 ANSWER_S = 5.0
-"""Serve's proxy lets a request wait while there is no ingress; a failed start is not seen meanwhile."""
+"""With `http: proxy` a request waits while there is no ingress; a failed start is not seen meanwhile."""
 
 
 def arguments_of(config: Path) -> dict[str, Any]:

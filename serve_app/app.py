@@ -33,7 +33,7 @@ DEPLOYMENTS: dict[Stage, Any] = {Stage.ENCODER: Encoder, Stage.PREFILL: Prefill,
 
 NO_ACCESS_LOG = {"enable_access_log": False}
 """Ray's line per call of a replica, five per request, costs as much CPU as an engine step. The ingress writes one of ours,
-and Ray's proxy its own."""
+and Ray's proxy, where there is one, its own."""
 
 ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 """Ray's loop, its router's and the app's are one in an ingress: what passes from one thread to another with each chunk of an

@@ -181,7 +181,7 @@ class Ending:
             told = f"requests under way: {under_way}. They get {seconds:g} s to end (`drain_timeout_s`), new ones a 503"
             print(f"\n{asked_by}; {told}. Another {asked_by} ends all at once.", file=sys.stderr, flush=True)
         while under_way and time.monotonic() - began < seconds:
-            if self._over.wait(POLL_S):  # after the last one, too: Serve's proxy has still to pass on its end
+            if self._over.wait(POLL_S):  # after the last one, too: its end has still to reach the client
                 return
             under_way, seconds = close_ingresses() or (under_way, seconds)
         press_for_user()

@@ -14,6 +14,8 @@ from tests.integration.cases import CASES, MANY, STREAMED, Case, chat, image, on
 from tests.integration.servers import Server
 
 DEADLINE_S = 60.0
+LOST = "connection lost"
+"""Status of a request whose ingress went with it: reset or broken off. Nobody asks again but the client."""
 PLAIN = ["text", "text of many blocks"] * 5 + ["1 image", "2 images", "an image between texts"]
 OTHERS_LOGPROBS = "logprobs of named tokens"
 """In the step of such a request vLLM's sampler (0.32.0) leaves out the logprobs of all others in its batch."""
@@ -57,6 +59,8 @@ class Outcome:
     asked: Ask
     choices: list[dict[str, Any]] | None
     """What a whole answer told, where its API has choices."""
+    again: int | str | None = None
+    """Status of the request when its client asked again, at once, after its connection was lost."""
 
 
 def failed(outcomes: list[Outcome]) -> list[Outcome]:
@@ -102,7 +106,10 @@ class Load:
     def _work(self, seed: int) -> None:
         order, session = random.Random(seed), requests.Session()
         while not self._stop.is_set():
-            outcome = ask(session, self.server, order.choice(self.asks), streaming=order.random() < 0.5)
+            asked, streaming = order.choice(self.asks), order.random() < 0.5
+            outcome = ask(session, self.server, asked, streaming)
+            if outcome.status == LOST:
+                outcome.again = ask(session, self.server, asked, streaming).status
             self.outcomes.append(outcome)
             self._stop.wait(self.pause_s - outcome.seconds)
 
@@ -133,6 +140,10 @@ def ask(session: requests.Session, server: Server, ask: Ask, streaming: bool) ->
                 answer = reduce(response.json())
                 choices = of_choices(answer["choices"]) if "choices" in answer else None
                 wrong = "; ".join(differences(answer, ask.answer))
+    except requests.exceptions.ConnectTimeout:
+        status = "ConnectTimeout"
+    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+        status = LOST
     except requests.RequestException as error:
         status = type(error).__name__
     return Outcome(began, time.monotonic() - began, status, rungs, wrong, ask, choices)

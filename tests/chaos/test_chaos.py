@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.chaos.conftest import ROUNDS, Row
-from tests.chaos.load import DEADLINE_S, KINDS, Load, asks, failed, leave, wrong
+from tests.chaos.load import DEADLINE_S, KINDS, LOST, Load, asks, failed, leave, wrong
 from tests.chaos.usage import grown, usage
 from tests.integration.servers import DEPLOYMENTS, Server, engine_pids, serve_run, wait_for_replicas
 
@@ -195,8 +195,9 @@ def test_fault(server: Server, load: Load, baseline: dict[str, Any], row: Row, n
     assert not wrong(during), wrong(during)[:3]
     assert max(outcome.seconds for outcome in during) < DEADLINE_S
     honest = {503, 504, "error event"}
-    if "ingress" in name:  # Serve's proxy breaks off a stream that had begun
-        honest |= {"ChunkedEncodingError"}
+    if "ingress" in name:
+        honest |= {LOST}
+        assert not [o for o in errors if o.status == LOST and o.again != 200], "asked again, of the other ingress"
     assert {outcome.status for outcome in errors} <= honest, [o for o in errors if o.status not in honest][:3]
     assert not failed(load.begun_since(back)), failed(load.begun_since(back))[:3]
 

@@ -197,7 +197,10 @@ def serve_config(
         "args": MODEL | args,
         "deployments": [{"name": name} | options for name, options in (deployments or {}).items()],
     }
-    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]} | more
+    # Nodes of the tests share a machine, and its ports.
+    location = "HeadOnly" if args.get("http") == "proxy" else "Disabled"
+    config = {"proxy_location": location, "http_options": {"host": "127.0.0.1", "port": port}}
+    config |= {"applications": [application]} | more
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -284,8 +287,7 @@ def serve_deploy(
     deployments: dict[str, dict[str, Any]] | None = None,
 ) -> Server:
     """Our application by `serve deploy` on a cluster that runs, ready. Whoever started the cluster ends it."""
-    # The nodes of the tests share a machine, and its ports.
-    path = serve_config(folder, port, args, deployments, proxy_location="HeadOnly")
+    path = serve_config(folder, port, args, deployments)
     command = [str(Path(sys.executable).with_name("serve")), "deploy", "-a", dashboard, str(path)]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -93,6 +93,14 @@ def test_environment_and_concurrency_of_a_stage_reach_its_deployment(build: Buil
     assert deployments["Ingress"].max_ongoing_requests >= 256
 
 
+def test_ingress_of_a_new_config_listens_before_the_old_one_goes(build: Build) -> None:
+    def surge(args: dict[str, Any]) -> int:
+        return int(build(args)["Ingress"]._deployment_config.max_surge_percent)
+
+    assert surge({}) == 100
+    assert surge({"http": "proxy"}) == 0
+
+
 @pytest.mark.parametrize(("elastic", "starts"), [(False, 1), (True, constants.DEFAULT_CONSTRUCTOR_RETRY_COUNT)])
 def test_first_failure_is_the_last_where_no_other_node_may_do(build: Build, elastic: bool, starts: int) -> None:
     deployments = build({"accelerator": "cpu"}, Cluster(gpus=0, cpus=8, elastic=elastic))

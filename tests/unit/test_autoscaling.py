@@ -11,9 +11,10 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config, _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from serve_app.autoscaling import DecodePolicy, SharedGPUs, WorkPolicy
+from serve_app.autoscaling import DecodePolicy, IngressPolicy, SharedGPUs, WorkPolicy
 
 WORK, DECODE = "serve_app.autoscaling:WorkPolicy", "serve_app.autoscaling:DecodePolicy"
+INGRESS = "serve_app.autoscaling:IngressPolicy"
 
 Report = dict[str, float]
 BUSY: Report = {"outstanding": 4000, "calls": 40, "mean_work": 100, "rate": 1000, "gpus": 1}
@@ -117,6 +118,14 @@ def test_decode_goes_by_sequences_and_cache() -> None:
     assert decide(context({**full, "calls": 3}, name="Decode", policy=DECODE)) == 1
 
 
+def test_ingress_goes_by_its_own_requests_which_ray_does_not_see() -> None:
+    busy = {"requests": 40.0}
+    options: dict[str, Any] = {"name": "Ingress", "policy": INGRESS, "target_ongoing_requests": 16, "requests": 0}
+    assert decide(context(busy, busy, **options)) == 5
+    assert decide(context({"requests": 0.0}, {"requests": 9.0}, **options)) == 1
+    assert decide(context(**options | {"requests": 30, "target": 1})) == 1, "nothing reported yet"
+
+
 @pytest.mark.parametrize("kwargs", [{"target_queue": 1}, {"target_queue_s": 0}])
 def test_a_mistake_is_logged_and_never_raised_in_the_controller(
     kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -131,7 +140,7 @@ def test_a_mistake_is_logged_and_never_raised_in_the_controller(
 
 def test_rays_pickles_of_the_policies_work_in_another_process() -> None:
     """Ray pickles the module by value, from the process that builds the application to the controller."""
-    for name in (WORK, DECODE, "serve_app.autoscaling:SharedGPUs"):
+    for name in (WORK, DECODE, INGRESS, "serve_app.autoscaling:SharedGPUs"):
         made = AutoscalingPolicy(policy_function=name)
         assert cloudpickle.loads(made.get_serialized_policy_def()).__name__ == name.partition(":")[2]
 
@@ -154,6 +163,13 @@ def three(**encoder: float) -> list[AutoscalingContext]:
 
 def test_with_enough_gpus_every_deployment_gets_what_its_own_policy_says() -> None:
     assert decide_all(SharedGPUs(gpus=8), *three()) == {"Encoder": 4, "Prefill": 2, "Decode": 1}
+
+
+def test_ingress_has_no_part_in_the_cards() -> None:
+    ingress = context({"requests": 200.0}, name="Ingress", policy=INGRESS, target_ongoing_requests=50)
+    decided = decide_all(SharedGPUs(gpus=4), ingress, *three())
+    assert decided == {"Ingress": 4, "Encoder": 2, "Prefill": 1, "Decode": 1}
+    assert IngressPolicy().mistake is None
 
 
 def test_short_gpus_go_where_work_waits_longest() -> None:

@@ -353,3 +353,49 @@ def test_bodies_are_read_where_the_ingress_looks_for_it() -> None:
     assert "await request_body_to_args(" in inspect.getsource(utils.solve_dependencies), (
         "serve_app/openai_app.py _unreadable"
     )
+
+
+# ---- HTTP at the ingress
+
+
+def test_controller_tells_where_to_listen() -> None:
+    from ray.serve._private.controller import ServeController
+    from ray.serve.context import ReplicaContext, _get_global_client
+
+    assert callable(_get_global_client), "deployments/_http.py public_address"
+    for name in ("get_http_config", "get_proxy_location", "get_all_endpoints"):
+        assert hasattr(ServeController, name), f"deployments/_http.py public_address: {name}"
+    assert "_deployment_config" in fields(ReplicaContext), "deployments/ingress.py __init__"
+
+
+def test_serve_ends_the_life_of_the_app_before_anything_else_of_a_replica() -> None:
+    """In which the ingress waits for what is under way (``Front.drain``)."""
+    from ray import serve
+    from ray.serve._private import http_util, replica
+
+    wrapper = inspect.getsource(http_util.ASGIAppReplicaWrapper.__del__)
+    assert "await self._serve_asgi_lifespan.shutdown()" in wrapper, "serve_app/ingress/front.py Front._live"
+    steps = ["await ASGIAppReplicaWrapper.__del__(self)", "await cls.__del__(self)"]
+    source = inspect.getsource(serve.ingress)
+    assert source.index(steps[0]) < source.index(steps[1]), "serve_app/ingress/front.py Front._live"
+    ending = inspect.getsource(replica.Replica._perform_graceful_shutdown)
+    assert "await self.shutdown()" in ending, "serve_app/ingress/front.py Front.drain"
+
+
+def test_uvicorn_has_what_the_front_bounds() -> None:
+    from uvicorn import Server
+    from uvicorn.protocols.http.flow_control import FlowControl
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+    where = "serve_app/ingress/front.py"
+    for name in ("on_message_begin", "on_headers_complete", "data_received", "pause_writing", "connection_lost"):
+        assert name in vars(HttpToolsProtocol), f"{where} Connection.{name}"
+    assert "self.response_complete" in inspect.getsource(RequestResponseCycle.__init__), f"{where} data_received"
+    assert "scope=self.scope" in inspect.getsource(HttpToolsProtocol.on_headers_complete), f"{where} on_message_begin"
+    assert hasattr(FlowControl, "resume_reading"), f"{where} Front._in_time"
+    for name in ("startup", "main_loop", "shutdown"):
+        assert inspect.iscoroutinefunction(getattr(Server, name)), f"{where} Front.listen, _serve"
+    source = inspect.getsource(Server.shutdown)
+    assert source.index("server.close()") < source.index("connection.shutdown()"), f"{where} Front.drain"
+    state = inspect.getsource(importlib.import_module("uvicorn.server").ServerState)
+    assert "self.connections" in state and "self.tasks" in state, f"{where} Front._cut"

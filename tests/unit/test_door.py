@@ -6,7 +6,7 @@ import json
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serve_app.door import CLOSED, Door
+from serve_app.door import CLOSED, FULL, Door
 from tests.unit.asgi import JSON, Client, body, start
 
 
@@ -50,10 +50,27 @@ def test_closed_door_answers_503_in_the_shape_of_the_route(path: str) -> None:
     door = Door(App())
     door.close()
     client = asyncio.run(ask(door, path))
-    assert client.status == 503
+    assert (client.status, client.headers["retry-after"]) == (503, "1")
     answer = json.loads(client.body)
     assert answer["error"]["message"] == CLOSED
     assert (answer.get("type") == "error") == (path == "/v1/messages")
+
+
+def test_no_more_come_in_than_it_holds() -> None:
+    async def main() -> None:
+        app = App()
+        door = Door(app, limit=2)
+        inside = [asyncio.create_task(ask(door)) for _ in range(2)]
+        await app.begun.wait()
+        assert door.inside == 2
+        refused = await ask(door)
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert json.loads(refused.body)["error"]["message"] == FULL
+        app.goes_on.set()
+        assert [client.status for client in await asyncio.gather(*inside)] == [200, 200]
+        assert (await ask(door)).status == 200
+
+    asyncio.run(main())
 
 
 def test_request_whose_client_leaves_is_no_longer_under_way() -> None:

@@ -17,6 +17,7 @@ from serve_app.scaling import (
     Targets,
     Wish,
     queue_s,
+    replicas_for_requests,
     replicas_for_sequences,
     replicas_for_work,
     share,
@@ -197,3 +198,16 @@ def test_nobody_gets_more_than_the_wish_and_cards_are_not_left_while_somebody_wa
     for name, each in wishes.items():
         assert each.minimum <= given_out[name] <= max(each.minimum, ceil(each.replicas))
         assert given_out[name] >= ceil(each.replicas) or each.gpus > gpus - used - 1e-3
+
+
+@pytest.mark.parametrize(
+    ("requests", "current", "replicas"),
+    [(0, 1, 0), (64, 1, 1), (70, 1, 1), (72, 1, 2), (640, 2, 10), (90, 2, 2), (89, 2, 2)],
+)
+def test_ingress_grows_with_its_requests(requests: int, current: int, replicas: int) -> None:
+    assert ceil(replicas_for_requests(requests, current, 64)) == replicas
+
+
+def test_ingress_gives_a_replica_up_only_when_those_that_stay_have_room() -> None:
+    assert replicas_for_requests(46, 2, 64) == 2
+    assert ceil(replicas_for_requests(44, 2, 64)) == 1

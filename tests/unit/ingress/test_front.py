@@ -100,6 +100,7 @@ class App:
             try:
                 while True:
                     yield bytes(1 << 16)
+                    await asyncio.sleep(0)  # as for an engine
             finally:
                 self.cancelled.set()
 
@@ -196,9 +197,12 @@ async def ask(at: Front | int, path: str, *headers: str, method: str = "POST", b
     return answer
 
 
-async def soon(condition: Callable[[], Any]) -> None:
+async def soon(condition: Callable[[], Any | Awaitable[Any]]) -> None:
     async with asyncio.timeout(SOON_S):
-        while not condition():
+        while True:
+            holds = condition()
+            if await holds if isinstance(holds, Awaitable) else holds:
+                return
             await asyncio.sleep(0.01)
 
 
@@ -377,9 +381,7 @@ async def test_server_that_ends_answers_503_on_connections_that_it_has_and_opens
         await app.begun.wait()
         at.close()
         await under_way.send("/echo")  # behind the first, by pipelining
-        async with asyncio.timeout(SOON_S):
-            while not await is_refused(port):
-                await asyncio.sleep(0.01)
+        await soon(lambda: is_refused(port))
         app.goes_on.set()
         assert (await under_way.answer()).body == b"first last"
 
