@@ -13,6 +13,8 @@ import asyncio
 import socket
 import uuid
 from asyncio import Task, TimerHandle
+from contextlib import suppress
+from functools import partial
 from typing import Any, cast
 
 import uvicorn
@@ -40,8 +42,11 @@ STUCK_S = 60.0
 SILENT_S = 60
 """Until a client whose machine is gone without a word is hung up on."""
 
-FLUSH_S = 1.0
-"""For the last bytes of answers, when nobody waits for them any more."""
+LAST_S = 0.5
+"""For the request of a connection that was made just before there were no more."""
+
+FLUSH_S = 2.0
+"""For the last answers, when nobody waits for them any more."""
 
 CONNECTIONS_PER_REQUEST = 4
 """Connections that a replica holds at most, per request that it takes."""
@@ -59,26 +64,30 @@ CONNECTION = "epd.connection"
 class TooSlow(HTTPException):
     """An HTTPException, because FastAPI makes a 400 of whatever else ``receive`` raises."""
 
+    STATUS = 408
+
     def __init__(self) -> None:
-        super().__init__(408, "The request body did not arrive in time.")
+        super().__init__(self.STATUS, "The request body did not arrive in time.")
 
 
 class Connection(HttpToolsProtocol):
     """uvicorn's, with bounds for slow clients. A client that goes takes its request along, as behind Serve's proxy."""
 
-    most = 0
-    """Connections of a replica."""
-    asks: Task[Any] | None = None
-    """The request that is being answered."""
-    gone = False
-    _late: TimerHandle | None = None
-    _stuck: TimerHandle | None = None
-    _head_bytes: int | None = None
-    """Of a head that has not ended."""
+    def __init__(self, most: int, *of_uvicorn: Any, **named: Any) -> None:
+        """``most``: connections of this replica."""
+        super().__init__(*of_uvicorn, **named)
+        self.asks: Task[Any] | None = None
+        """The request that is being answered."""
+        self.gone = False
+        self._most = most
+        self._late: TimerHandle | None = None
+        self._stuck: TimerHandle | None = None
+        self._head_bytes: int | None = None
+        """Of a head that has not ended."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.most:
+        if len(self.connections) > self._most:
             transport.abort()
         else:
             self._late = self.loop.call_later(HEAD_S, transport.close)
@@ -179,10 +188,9 @@ class Front:
 
     async def listen(self) -> None:
         assert self._socket is not None
-        most = CONNECTIONS_PER_REQUEST * self._door.limit
         config = uvicorn.Config(
             self,
-            http=type("Connection", (Connection,), {"most": most}),
+            http=cast(Any, partial(Connection, CONNECTIONS_PER_REQUEST * self._door.limit)),
             ws="none",
             lifespan="off",  # Serve runs it
             root_path=self._at.root_path,
@@ -200,7 +208,26 @@ class Front:
 
     async def _serve(self, server: uvicorn.Server, listening: socket.socket) -> None:
         await server.main_loop()
+        await self._stop_listening(server, listening)
+        await asyncio.sleep(LAST_S)
         await server.shutdown(sockets=[listening])
+
+    async def _stop_listening(self, server: uvicorn.Server, listening: socket.socket) -> None:
+        """Those who have connected since the loop last looked are taken: by closing, the kernel would reset them."""
+        connected = []
+        listening.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                connected.append(listening.accept()[0])
+        for each in server.servers:
+            each.close()
+        config, loop = server.config, asyncio.get_running_loop()
+        protocol: Any = config.http_protocol_class
+        make = partial(protocol, config, server.server_state, server.lifespan.state)
+        for connection in connected:
+            connection.setblocking(False)
+            with suppress(OSError):  # it has left
+                await loop.connect_accepted_socket(make, connection, ssl=config.ssl)
 
     def close(self) -> None:
         """The whole server ends: no new connection, and no new request by those that are there. Whoever calls it waits for
@@ -266,7 +293,7 @@ class Front:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [*message.get("headers", ()), (b"x-request-id", request_id)]
-                if self._leaving or message["status"] == TooSlow().status_code:
+                if self._leaving or message["status"] == TooSlow.STATUS:
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}
                 await send(message)
