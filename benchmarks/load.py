@@ -62,14 +62,15 @@ class Cell:
     def requests(self) -> int:
         if self in QUICK:
             return 128
-        return {None: 32, 1: 16}.get(self.at_a_time, 64)
+        return {None: 32, 1: 16, 64: 128}.get(self.at_a_time, 64)
 
 
 TARGET = Cell(images=2, tokens=16, at_a_time=8)
 TEXT = Cell(images=0, tokens=16, at_a_time=8)
+LONG = Cell(images=0, tokens=256, at_a_time=64)
 POISSON = Cell(images=2, tokens=16, rate=2.0)
 QUICK = [TARGET, TEXT]
-ALL = [Cell(i, tokens, n) for i in (0, 1, 2, 4) for tokens in (16, 64) for n in (1, 8, 32)] + [POISSON]
+ALL = [Cell(i, tokens, n) for i in (0, 1, 2, 4) for tokens in (16, 64) for n in (1, 8, 32)] + [LONG, POISSON]
 
 
 def arguments(cell: Cell, url: str, tokenizer: str, seed: int) -> list[str]:

@@ -143,7 +143,6 @@ class Client(asyncio.Protocol):
 
     def __init__(self, waiting: Iterator[bytes], answers: list[Answer], ended: asyncio.Future[bool]) -> None:
         self._waiting, self._answers, self._ended = waiting, answers, ended
-        self._now = asyncio.get_running_loop().time
         self._answer: Answer | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -156,13 +155,13 @@ class Client(asyncio.Protocol):
             self._answer = None
             self._transport.close()
         else:
-            self._answer = Answer(self._now())
+            self._answer = Answer(time.monotonic())
             self._answers.append(self._answer)
             self._transport.write(data)
 
     def data_received(self, data: bytes) -> None:
         assert self._answer
-        if self._answer.take(data, self._now()):
+        if self._answer.take(data, time.monotonic()):
             if self._answer.status == 200:
                 self._ask()
             else:  # what follows of it need not be read

@@ -19,6 +19,7 @@ ms of a fixed piece of Python meanwhile; figures compare at like values.
 import argparse
 import json
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -114,7 +115,11 @@ ROWS = {
     ),
     "b": Row("Engines without a pace, text, one token", (AT_ONCE,), (FIRST_TOKEN,), "request"),
     "c": Row("Ingress replicas", (ONE_INGRESS, TWO_INGRESSES), (SCALED,)),
-    "d": Row("Real engines by `chunk_interval_s`", tuple(BY_INTERVAL), (Wave(8, 256), Wave(32, 256), Wave(128, 128))),
+    "d": Row(
+        "Real engines by `chunk_interval_s`",
+        tuple(BY_INTERVAL),
+        (Wave(8, 256, answers=3), Wave(32, 256, answers=2), Wave(128, 128)),
+    ),
     "e": Row("Real engines against one engine", (ONE, REAL_E_PD, REAL_E_P_D), (LONG,)),
     "f": Row(
         "Real engines against the reference's proxy", (PROXY, REAL_E_PD, REAL_E_P_D), (IMAGES, SHORT, LONG), "request"
@@ -365,6 +370,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the tables of the last run again")
     options = parser.parse_args()
     rows = QUICK if options.quick else {name: ROWS[name] for name in options.rows.split(",")}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server that runs is ended
     if not options.report:
         waves = plan(rows.values())
         document = head("benchmarks.tokens", [], "without a GPU", "demo-random") | {"runs": []}

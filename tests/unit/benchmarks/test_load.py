@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import cpu
 from benchmarks.bench import order
-from benchmarks.load import ALL, KEPT, POISSON, TARGET, TEXT, Cell, arguments, outcome
+from benchmarks.load import ALL, KEPT, LONG, POISSON, TARGET, TEXT, Cell, arguments, outcome
 from benchmarks.systems import reference_engine
 from serve_app.config import Stage
 from serve_app.roles import engine_args
@@ -43,9 +43,9 @@ def test_the_run_that_is_measured_is_the_one_that_vllms_generator_calls() -> Non
     assert "benchmark" in serve.main_async.__code__.co_names
 
 
-def test_cells_are_all_combinations_and_the_rate() -> None:
-    assert len(ALL) == len(set(ALL)) == 4 * 2 * 3 + 1
-    assert {TARGET, TEXT, POISSON} <= set(ALL)
+def test_cells_are_all_combinations_long_answers_and_the_rate() -> None:
+    assert len(ALL) == len(set(ALL)) == 4 * 2 * 3 + 2
+    assert {TARGET, TEXT, LONG, POISSON} <= set(ALL)
     assert (TARGET.name, TEXT.name) == (
         "2 images, 16 tokens, 8 at a time",
         "no images, 16 tokens, 8 at a time",
