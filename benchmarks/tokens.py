@@ -143,14 +143,15 @@ def warm_up(waves: list[Wave]) -> list[Wave]:
     return [*with_images, Wave(max(wave.streams for wave in waves), 4, answers=2)]
 
 
-def visit(system: str, waves: list[Wave], round_: int) -> list[Run]:
+def visit(system: str, waves: list[Wave], round_: int, patience_s: float) -> list[Run]:
     """One system in one round: started, warmed up, measured, ended. Its failure is a result, not the end of the others'."""
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="tokens-") as folder, SYSTEMS[system](Path(folder)) as server:
             first = warm_up(waves)
             log = Path(folder) / "streams.log"
-            runs = streams.drive(server.url, server.mark, first + waves, 1_000_000 * round_, log)[len(first) :]
+            streams.drive(server.url, server.mark, first, 1_000_000 * round_, log)
+            runs = streams.drive(server.url, server.mark, waves, 1_000_000 * round_ + 500_000, log, patience_s)
     except Exception as error:
         return [{"system": system, "round": round_, "error": f"{type(error).__name__}: {error}"[-2000:]}]
     print(f"round {round_ + 1}, {system}: {time.monotonic() - began:.0f} s", flush=True)
@@ -365,6 +366,9 @@ def main() -> None:
     )
     parser.add_argument("--rows", default=",".join(ROWS), help="which, separated by commas (default: all)")
     parser.add_argument("--rounds", type=int, help="default: 3")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, help="seconds, at most, before each wave for a quiet machine"
+    )
     parser.add_argument("--add", action="store_true", help="keep the rounds of the last run")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--report", action="store_true", help="print the tables of the last run again")
@@ -382,7 +386,7 @@ def main() -> None:
             begun = 1 + max(run["round"] for run in last["runs"])
         for round_ in range(begun, begun + (options.rounds or (1 if options.quick else 3))):
             for system in order(list(waves), round_):
-                document["runs"] += [short(run) for run in visit(system, waves[system], round_)]
+                document["runs"] += [short(run) for run in visit(system, waves[system], round_, options.wait)]
                 write(document, options.out)
     print(page(json.loads(options.out.read_text()), rows))
 
