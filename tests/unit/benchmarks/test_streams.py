@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from benchmarks import streams
 from benchmarks.streams import Answer, Wave, body, outcome, put, request, share
 
 
@@ -112,3 +113,12 @@ def test_after_a_refusal_a_stream_goes_on_with_another_connection() -> None:
     answers, connections = asyncio.run(served([503], requests=4, streams=1))
     assert [answer.tokens for answer in answers] == [0, 3, 3, 3]
     assert connections == 2
+
+
+def test_a_wave_waits_for_others_to_be_done_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([1.5, 0.9, 0.1])
+    monkeypatch.setattr(streams, "busy", lambda mark: next(used))
+    streams.wait_for_quiet("mark", 60.0)
+    assert next(used, None) is None
+    monkeypatch.setattr(streams, "busy", lambda mark: 2.0)
+    streams.wait_for_quiet("mark", 0.01)
