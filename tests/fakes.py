@@ -121,18 +121,27 @@ class FakeDecode:
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
-        self.answers: Answers | None = None
+        self._listening: dict[str, Answers] = {}
         self.links: dict[str, FakeLink] = {}
 
+    @property
+    def answers(self) -> Answers | None:
+        """Of the client that was made last."""
+        return next(reversed(self._listening.values()), None)
+
+    @answers.setter
+    def answers(self, answers: Answers) -> None:
+        self._listening[answers.inlet.reply_to.secret] = answers
+
     async def decode(self, request: StageRequest, reply_to: ReplyTo) -> DecodeReply:
-        assert self.answers is not None, "no client listens"
+        answers = self._listening[reply_to.secret]
         tokens, replica, version, reason = 0, "decode-0", ANY, None
         async for step in self._steps(request):
             link = self.links.setdefault(step.replica, FakeLink(step.replica))
             key, replica, version, reason = request.request_id, step.replica, step.version, step.finish_reason
             first = [] if tokens else [First(key, replica, step.ran_s, step.kv_s, version)]
             tokens += len(step.token_ids)
-            self.answers.received(link, Frame([step.output(key)], first))  # type: ignore[arg-type]
+            answers.received(link, Frame([step.output(key)], first))  # type: ignore[arg-type]
             await asyncio.sleep(0)  # as over a socket
             if key in link.aborted:
                 reason = "abort"

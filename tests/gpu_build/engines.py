@@ -11,10 +11,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from serve_app import fit
 from serve_app.card_memory import GIB, share_of
 from serve_app.config import EPDConfig, Stage
-from serve_app.engine import engine_config
 from serve_app.model_size import demand_of
 from serve_app.placement import Cluster, resolve
 from serve_app.roles import engine_args, replica_env
+from serve_app.stages.engine import engine_config
 from tests.gpu_build.platform import Card, card
 
 ROOT = Path(__file__).parents[2]

@@ -13,10 +13,10 @@ from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm.usage.usage_lib import UsageContext
 
 from serve_app.config import Stage
-from serve_app.engine import engine_config
 from serve_app.errors import CannotStart
 from serve_app.kv_layout import KVLayout, check_layouts, layout_of
 from serve_app.roles import engine_args
+from serve_app.stages.engine import engine_config
 from tests.gpu_build.engines import plan, resolved, serve_args
 from tests.gpu_build.platform import A100_40, B200, H100, L4, T4, Card, card
 

@@ -17,7 +17,6 @@ import psutil
 import pytest
 import requests
 
-from deployments.decode import SAVE_S
 from serve_app.transfer import free_ports
 from tests.integration.answers import arriving, gather
 from tests.integration.cases import chat, image, text
@@ -35,6 +34,8 @@ from tests.integration.servers import (
 
 BIN = Path(sys.executable).parent
 ASK = chat(text("Describe."), image(1))
+LOST_AFTER_S = 3.0
+"""Seconds of an answer before its decode is lost."""
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,11 @@ def engine_core(below: list[psutil.Process]) -> psutil.Process:
     return max(below, key=lambda process: process.memory_info().rss)
 
 
+def words(choice: dict[str, Any]) -> list[str]:
+    """The tokens of a choice, as its logprobs name them."""
+    return [entry["token"] for entry in choice["logprobs"]["content"]]
+
+
 def recovers(server: Server, deployment: str, old: int) -> bool:
     pids = engine_pids(server).get(deployment, [])
     return old not in pids and len(pids) == 1 and server.healthy() and server.post(*ASK).status_code == 200
@@ -78,35 +84,39 @@ def test_killed_replica_takes_its_engine_along_and_is_replaced(server: Server, d
 
 @pytest.mark.parametrize("way", ["its replica is killed", "its engine crashes"])
 def test_answers_under_way_go_on_where_their_decode_was_lost(server: Server, way: str) -> None:
-    """With the tokens and the text that they would have had, after the only decode replica has been replaced: a stream after
-    what its client has, an answer that is not streamed after what decode had saved of it."""
+    """With the tokens, the text and the logprobs that they would have had, after the only decode replica has been replaced: a
+    stream, and answers that are not streamed, one of which looks for a stop string."""
     length = 3000
     path, body = chat(text("Describe."), image(1), max_tokens=length, ignore_eos=True)
-    expected = server.post(path, body).json()["choices"][0]
+    detailed = body | {"logprobs": True, "stop": ["\0"]}
+    expected = server.post(path, detailed).json()["choices"][0]
     replica, below = replica_tree(server, "Decode")
     victim = replica if "replica" in way else engine_core(below)
     heard: list[dict[str, Any]] = []
     began, lost_after = math.inf, 0
     with (
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(2) as pool,
         server.session.post(server.url + path, json=body | {"stream": True}, stream=True, timeout=240) as response,
     ):
-        unstreamed = pool.submit(requests.post, server.url + path, json=body, timeout=240)
+        unstreamed = [pool.submit(requests.post, server.url + path, json=each, timeout=240) for each in (body, detailed)]
         for event in arriving(response):
             heard.append(event)
             began = min(began, time.monotonic())
-            if not lost_after and time.monotonic() > began + 2 * SAVE_S:
+            if not lost_after and time.monotonic() > began + LOST_AFTER_S:
                 lost_after = len(gather(heard)["choices"][0]["token_ids"])
                 victim.kill()
                 victim.wait()
-    stream, whole = gather(heard)["choices"][0], unstreamed.result().json()["choices"][0]
+    stream = gather(heard)["choices"][0]
+    whole, whole_detailed = (each.result().json()["choices"][0] for each in unstreamed)
     made = server.metric("vllm:generation_tokens_total", stage="decode")
     assert lost_after < length * 2 / 3
     assert (stream["token_ids"], stream["text"]) == (expected["token_ids"], expected["message"]["content"])
-    assert (whole["token_ids"], whole["message"]) == (expected["token_ids"], expected["message"])
-    assert stream["finish_reason"] == whole["finish_reason"] == "length"
-    assert "decode-again" in unstreamed.result().headers["x-epd-rungs"]
-    assert made < (length - lost_after) + length * 0.9, "of the new replica: the rest of both answers"
+    for each in (whole, whole_detailed):
+        assert (each["token_ids"], each["message"]) == (expected["token_ids"], expected["message"])
+    assert words(whole_detailed) == words(expected)
+    assert stream["finish_reason"] == whole["finish_reason"] == whole_detailed["finish_reason"] == "length"
+    assert all("decode-again" in each.result().headers["x-epd-rungs"] for each in unstreamed)
+    assert made < (length - lost_after) + 2 * length * 0.9, "of the new replica: the rest of all answers"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
 
 

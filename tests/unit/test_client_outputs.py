@@ -1,158 +1,245 @@
-"""serve_app.client: chunks of all choices become the outputs that one engine would have given."""
+"""serve_app.ingress: what decode makes of all choices becomes the outputs that one engine would have given."""
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.metrics.stats import PrefillStats
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from serve_app.config import Stage
 from serve_app.errors import BadRequest, EPDError, HandoffLost, Overloaded, StageError, StageTimeout, StageUnavailable
-from serve_app.handoff import Chunk, PrefillReply, Prompt, StageRequest
-from serve_app.outputs import assemble, merge, with_prefill
+from serve_app.handoff import PrefillReply, StageRequest
+from serve_app.ingress.client import EPDClient
 from serve_app.vllm_errors import to_vllm_error
+from tests.fakes import A, B, FakePipeline, Step
+from tests.unit.running import Make, background, generate, params, render, run
 
-Pairs = list[tuple[int, Chunk]]
-
-
-async def source(*items: Chunk | Exception) -> AsyncIterator[Chunk]:
-    for item in items:
-        if isinstance(item, Exception):
-            raise item
-        yield item
+C = [66]
+KINDS = list(RequestOutputKind)
+CACHED = 3
 
 
-async def pairs(items: Pairs) -> AsyncIterator[tuple[int, Chunk]]:
-    for item in items:
-        yield item
-
-
-def assembled(kind: RequestOutputKind, chunks: Pairs, n: int = 1) -> list[RequestOutput]:
-    request = StageRequest("req", Prompt([7, 8]), SamplingParams(n=n, output_kind=kind), {"lora_request": None})
-
-    async def main() -> list[RequestOutput]:
-        return [output async for output in assemble(request, "text", pairs(chunks))]
-
-    return asyncio.run(main())
+def index_of(request: StageRequest) -> int:
+    """Of the choice that a decode call makes: they have seeds."""
+    return int(request.params.seed) - 7
 
 
 def shape(outputs: list[RequestOutput]) -> list[Any]:
     return [([(o.index, o.text, o.finish_reason) for o in output.outputs], output.finished) for output in outputs]
 
 
-A, B = Chunk("a", [1]), Chunk("b", [2], finish_reason="stop")
-X, Y = Chunk("x", [3]), Chunk("y", [4], finish_reason="length")
+def test_streamed_tokens_come_as_they_are_and_the_last_finish(make_client: Make) -> None:
+    outputs = generate(make_client, FakePipeline())
+    assert shape(outputs) == [([(0, "a", None)], False), ([(0, "b", "length")], True)]
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [A, B]
+    assert {(o.request_id, o.prompt) for o in outputs} == {("req", " what?")}
 
 
-def test_streamed_chunks_come_as_they_are_and_the_last_finishes() -> None:
-    outputs = assembled(RequestOutputKind.DELTA, [(0, A), (0, B)])
-    assert shape(outputs) == [([(0, "a", None)], False), ([(0, "b", "stop")], True)]
-    assert [o.outputs[0].token_ids for o in outputs] == [[1], [2]]
-    assert {(o.request_id, o.prompt, tuple(o.prompt_token_ids or ())) for o in outputs} == {("req", "text", (7, 8))}
+def test_streamed_request_finishes_with_the_last_of_its_choices(make_client: Make) -> None:
+    async def main() -> list[RequestOutput]:
+        turns = [asyncio.Event() for _ in range(4)]
+        turns[0].set()
 
+        async def steps(request: StageRequest) -> AsyncIterator[Step]:
+            """The choices speak in turn: 1, 0, 0, 1."""
+            for turn, step in {1: ((0, Step(A)), (3, Step(B, "length"))), 0: ((1, Step(C)), (2, Step(A, "length")))}[
+                index_of(request)
+            ]:
+                await turns[turn].wait()
+                yield step
 
-def test_streamed_request_finishes_with_the_last_of_its_choices() -> None:
-    outputs = assembled(RequestOutputKind.DELTA, [(1, X), (0, A), (0, B), (1, Y)], n=2)
-    assert shape(outputs) == [
-        ([(1, "x", None)], False),
-        ([(0, "a", None)], False),
-        ([(0, "b", "stop")], False),
-        ([(1, "y", "length")], True),
+        client = make_client(FakePipeline(steps=steps).stages)
+        prompt, outputs = await render(client), []
+        async for output in client.generate(prompt, params(n=2, seed=7), "req"):
+            outputs.append(output)
+            if len(outputs) < len(turns):
+                turns[len(outputs)].set()
+        await background(client)
+        return outputs
+
+    assert shape(asyncio.run(main())) == [
+        ([(1, "a", None)], False),
+        ([(0, "c", None)], False),
+        ([(0, "a", "length")], False),
+        ([(1, "b", "length")], True),
     ]
 
 
-def test_request_that_is_not_streamed_is_one_output_with_its_choices_in_order() -> None:
-    outputs = assembled(RequestOutputKind.FINAL_ONLY, [(1, Y), (0, B)], n=2)
-    assert shape(outputs) == [([(0, "b", "stop"), (1, "y", "length")], True)]
+def test_request_that_is_not_streamed_is_one_output_with_its_choices_in_order(make_client: Make) -> None:
+    first = asyncio.Event()
+
+    async def steps(request: StageRequest) -> AsyncIterator[Step]:
+        if index_of(request) == 0:
+            await first.wait()
+        yield Step(A if index_of(request) else B)
+        yield Step(C, "length")
+        first.set()
+
+    outputs = generate(make_client, FakePipeline(steps=steps), n=2, seed=7, output_kind=RequestOutputKind.FINAL_ONLY)
+    assert shape(outputs) == [([(0, "bc", "length"), (1, "ac", "length")], True)]
 
 
-def test_chunks_of_a_choice_that_is_not_streamed_are_joined() -> None:
-    first = Chunk("a", [1], [{1: "p"}], -0.5, num_cached_tokens=3, prompt_logprobs=[None])
-    rest = Chunk("bc", [2, 3], [{2: "q"}, {3: "r"}], -1.5, "stop", 9)
-    (output,) = assembled(RequestOutputKind.FINAL_ONLY, [(1, X), (0, first), (1, Y), (0, rest)], n=2)
-    assert shape([output]) == [([(0, "abc", "stop"), (1, "xy", "length")], True)]
-    choice = output.outputs[0]
-    assert (choice.token_ids, choice.logprobs) == ([1, 2, 3], [{1: "p"}, {2: "q"}, {3: "r"}])
-    assert (choice.cumulative_logprob, choice.stop_reason) == (-1.5, 9)
-    assert (output.num_cached_tokens, output.prompt_logprobs) == (3, [None])
+@pytest.mark.parametrize("n", [2, 5])
+def test_tokens_of_choices_keep_their_index_and_their_order(make_client: Make, n: int) -> None:
+    async def steps(request: StageRequest) -> AsyncIterator[Step]:
+        for number in range(6):
+            yield Step([64 + (index_of(request) + number) % 6], "length" if number == 5 else None)
+
+    outputs = generate(make_client, FakePipeline(steps=steps), n=n, seed=7)
+    for index in range(n):
+        text = "".join(choice.text for output in outputs for choice in output.outputs if choice.index == index)
+        assert text == "".join("abcdef"[(index + number) % 6] for number in range(6))
 
 
-@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY])
-def test_choice_without_an_end_is_an_error(kind: RequestOutputKind) -> None:
-    with pytest.raises(StageError, match="without a finish reason"):
-        assembled(kind, [(0, B), (1, X)], n=2)
+# ---- beside one engine
 
 
-def test_everything_of_a_chunk_is_in_its_output() -> None:
-    chunk = Chunk(
-        "t",
-        [1],
-        logprobs=[{1: "p"}],
-        cumulative_logprob=-0.5,
-        finish_reason="stop",
-        stop_reason=9,
-        num_cached_tokens=3,
-        prompt_logprobs=[None],
-    )
-    (output,) = assembled(RequestOutputKind.FINAL_ONLY, [(0, chunk)])
-    (choice,) = output.outputs
-    assert (choice.logprobs, choice.cumulative_logprob, choice.stop_reason) == ([{1: "p"}], -0.5, 9)
-    assert (output.num_cached_tokens, output.prompt_logprobs) == (3, [None])
+def logprobs(*tokens: int) -> LogprobsLists:
+    """The token and another one, of each position."""
+    ids = np.array([[token, token + 1] for token in tokens], dtype=np.int32)
+    return LogprobsLists(ids, -ids.astype(np.float32) / 64, np.ones(len(tokens), dtype=np.int32))
 
 
-def test_prefills_knowledge_replaces_what_decode_cannot_know() -> None:
-    reply = PrefillReply({}, [None, {1: 0.5}], 4, "p")
-    chunk = with_prefill(Chunk("a", [1], num_cached_tokens=99), reply)
-    assert (chunk.text, chunk.token_ids) == ("a", [1])
-    assert (chunk.prompt_logprobs, chunk.num_cached_tokens) == ([None, {1: 0.5}], 4)
+PROMPT_LOGPROBS = LogprobsTensors(
+    torch.tensor([[64, 65], [66, 67]]), torch.tensor([[-0.5, -1.0], [-0.25, -2.0]]), torch.tensor([1, 2])
+)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_merged_chunks_keep_their_index_and_their_order(count: int) -> None:
-    async def main() -> Pairs:
-        return [pair async for pair in merge([source(A, B) for _ in range(count)])]
+def answer(index: int, asked: dict[str, Any]) -> list[Step]:
+    """Of a choice: within characters, with several tokens at a time, and to an end of each kind."""
+    eos = 1
+    tokens = ([64], [127], [102, 65], [66 + index]), ([65], [66, 67], [], [eos])
+    steps = []
+    for number, said in enumerate(tokens[index % 2]):
+        more: dict[str, Any] = {}
+        if number == 0:
+            more["prefill_stats"] = PrefillStats(8, num_cached_tokens=CACHED)
+        if asked.get("logprobs") is not None and said:
+            more["new_logprobs"] = logprobs(*said)
+        steps.append(Step(said, ("length", "stop")[index % 2] if number == 3 else None, more=more))
+    return steps
 
-    merged = asyncio.run(main())
-    assert len(merged) == 2 * count
-    for index in range(count):
-        assert [chunk for i, chunk in merged if i == index] == [A, B]
+
+def by_one_engine(client: EPDClient, rendered: Any, **asked: Any) -> list[RequestOutput]:
+    """As ``AsyncLLM.add_request`` puts the pieces together (``vllm/v1/engine/async_llm.py``)."""
+    processor = OutputProcessor(client.renderer.tokenizer, log_stats=False)
+    core = client.input_processor.process_inputs("req", rendered, params(**asked), supported_tasks=("generate",))
+    client.input_processor.assign_request_id(core)
+    assert core.sampling_params is not None
+    queue = RequestOutputCollector(core.sampling_params.output_kind, core.request_id)
+    ids = [core.request_id]
+    if core.sampling_params.n == 1:
+        processor.add_request(core, " what?", None, 0, queue)
+    else:
+        parent, ids = ParentRequest(core), []
+        for index in range(core.sampling_params.n):
+            child = copy.copy(core)
+            child.request_id, child.sampling_params = parent.get_child_info(index)
+            processor.add_request(child, " what?", parent, index, queue)
+            ids.append(child.request_id)
+    outputs = []
+    for index, request_id in enumerate(ids):
+        for number, step in enumerate(answer(index, asked)):
+            output: EngineCoreOutput = step.output(request_id)
+            if number == 0 and asked.get("prompt_logprobs") is not None:
+                output.new_prompt_logprobs_tensors = PROMPT_LOGPROBS
+            processor.process_outputs([output])
+            if (come := queue.get_nowait()) is not None:
+                assert isinstance(come, RequestOutput)
+                outputs.append(come)
+    return outputs
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_failing_source_ends_the_merge_with_its_error(count: int) -> None:
-    error = HandoffLost(Stage.DECODE, "gone")
+def told(outputs: list[RequestOutput], kind: RequestOutputKind) -> dict[str, Any]:
+    """All that outputs say, however many they are."""
+    streamed = kind is RequestOutputKind.DELTA
+    choices: dict[int, dict[str, Any]] = {}
+    for output in outputs:
+        for each in output.outputs:
+            parts = {
+                "text": each.text,
+                "token_ids": list(each.token_ids),
+                "logprobs": [
+                    {token: (of.logprob, of.rank, of.decoded_token) for token, of in position.items()}
+                    for position in each.logprobs or ()
+                ],
+            }
+            ends = {
+                "finish_reason": each.finish_reason,
+                "stop_reason": each.stop_reason,
+                "cumulative_logprob": each.cumulative_logprob,
+                "has logprobs": each.logprobs is not None,
+            }
+            before = choices.get(each.index)
+            if streamed and before is not None:
+                parts = {name: before[name] + part for name, part in parts.items()}
+            choices[each.index] = parts | ends
+    (request,) = {
+        (each.request_id, each.prompt, tuple(each.prompt_token_ids or ()), each.num_cached_tokens) for each in outputs
+    }
+    # With the first output of a choice, which may be that of two.
+    ofs = (output.prompt_logprobs for output in (outputs if streamed else outputs[-1:]) if output.prompt_logprobs)
+    prompt_logprobs = [
+        None if position is None else {token: of.logprob for token, of in position.items()}
+        for position in next(ofs, ())
+    ]
+    return {"choices": choices, "of": request, "prompt": prompt_logprobs, "finished": [o.finished for o in outputs][-1]}
+
+
+@pytest.mark.parametrize("without", [(), (Stage.PREFILL,)], ids=["prefill", "prefill at decode"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name.lower())
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"logprobs": 1},
+        {"n": 2, "seed": 7, "logprobs": 1},
+        {"n": 3, "seed": 7},
+        {"skip_special_tokens": False, "logprobs": 0},
+        {"detokenize": False},
+        {"stop": ["b"]},
+        {"stop": ["b"], "include_stop_str_in_output": True, "logprobs": 1},
+        {"prompt_logprobs": 1},
+        {"n": 2, "seed": 7, "prompt_logprobs": 1, "logprobs": 1},
+    ],
+    ids=str,
+)
+def test_outputs_are_those_of_one_engine(
+    make_client: Make, asked: dict[str, Any], kind: RequestOutputKind, without: tuple[Stage, ...]
+) -> None:
+    async def steps(request: StageRequest) -> AsyncIterator[Step]:
+        for number, step in enumerate(answer(index_of(request) if "seed" in asked else 0, asked)):
+            if number == 0 and request.params.prompt_logprobs is not None:
+                step.more["new_prompt_logprobs_tensors"] = PROMPT_LOGPROBS
+            yield step
+
+    async def prefill(request: StageRequest) -> PrefillReply:
+        wanted = request.params.prompt_logprobs is not None
+        return PrefillReply({"k": 1}, PROMPT_LOGPROBS if wanted else None, CACHED, "prefill-0")
 
     async def main() -> None:
-        async for _ in merge([source(A, error), source(A, B)][:count]):
-            pass
-
-    with pytest.raises(HandoffLost) as caught:
-        asyncio.run(main())
-    assert caught.value is error
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_closing_the_merge_closes_every_source(count: int) -> None:
-    closed: list[int] = []
-
-    async def main() -> None:
-        async def endless(index: int) -> AsyncIterator[Chunk]:
-            try:
-                yield A
-                await asyncio.Event().wait()
-            finally:
-                closed.append(index)
-
-        async with aclosing(merge([endless(i) for i in range(count)])) as merged:
-            for _ in range(count):
-                await anext(merged)
+        client = make_client(FakePipeline(without, steps=steps, prefill=prefill).stages)
+        ours = await run(client, output_kind=kind, **asked)
+        await background(client)
+        theirs = by_one_engine(client, await render(client), output_kind=kind, **asked)
+        assert told(ours, kind) == told(theirs, kind)
+        assert ours[-1].finished
 
     asyncio.run(main())
-    assert sorted(closed) == list(range(count))
+
+
+# ---- errors
 
 
 @pytest.mark.parametrize(

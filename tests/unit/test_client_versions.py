@@ -1,4 +1,4 @@
-"""serve_app.client: while replicas of two versions run, each request is one version's from its first embedding to its last
+"""serve_app.ingress: while replicas of two versions run, each request is one version's from its first embedding to its last
 token."""
 
 import asyncio
@@ -13,12 +13,12 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from serve_app import trace
-from serve_app.client import EPDClient
 from serve_app.config import Stage
 from serve_app.errors import HandoffLost, OtherVersion, StageUnavailable
-from serve_app.handoff import Chunk, EncodeReply, PrefillReply, StageRequest, Version
+from serve_app.handoff import EncodeReply, PrefillReply, StageRequest, Version
+from serve_app.ingress.client import EPDClient
 from serve_app.trace import Trace
-from tests.fakes import FakePipeline, encoded
+from tests.fakes import FakePipeline, Step, encoded
 from tests.unit.running import Make, background, run
 
 FRONT = Version("front")
@@ -68,16 +68,13 @@ class Versions(FakePipeline):
         read = self.read(request) | {version.weights}
         return PrefillReply({"read": sorted(read)}, None, 3, "prefill-0", node="node-0", version=version)
 
-    async def generate(self, request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+    async def steps(self, request: StageRequest) -> AsyncIterator[Step]:
         version = self.replica(Stage.DECODE, request)
         blocks = set((request.params.extra_args or {}).get("kv_transfer_params", {}).get("read", ()))
         self.came_with.append((version.weights, blocks or self.read(request)))
         for number in range(min(self.ends, request.params.max_tokens)):
             last = number == request.params.max_tokens - 1
-            yield (
-                Chunk("x", [5], finish_reason="length" if last else None, version=FRONT if number else version),
-                "decode-0",
-            )
+            yield Step([5], "length" if last else None, f"decode-{version.weights}", version=version)
         if self.ends < request.params.max_tokens:
             self.ends = 99
             raise StageUnavailable(Stage.DECODE, "is gone")
@@ -191,9 +188,7 @@ def test_layout_of_prefills_blocks_is_asked_of_decode(make_client: Make) -> None
 
     pipeline = OtherCards("", "old", "old", (Stage.ENCODER,))
     ask(make_client, pipeline)
-    assert [call.version for call in pipeline.decoder.requests("generate")] == [
-        weights("old")._replace(layout="hopper")
-    ]
+    assert [call.version for call in pipeline.decoder.requests("decode")] == [weights("old")._replace(layout="hopper")]
     assert [call.version.layout for call in pipeline.prefiller.requests("prefill")] == [""]
 
 
@@ -201,24 +196,23 @@ def test_layout_of_prefills_blocks_is_asked_of_decode(make_client: Make) -> None
 def test_answer_goes_on_with_the_weights_that_began_it(make_client: Make, kind: RequestOutputKind) -> None:
     pipeline = Versions("", "", "new old", (Stage.ENCODER, Stage.PREFILL), ends=3)
     ask(make_client, pipeline, output_kind=kind)
-    first, second = pipeline.decoder.requests("generate")
+    first, second = pipeline.decoder.requests("decode")
     assert second.prompt.token_ids == [*first.prompt.token_ids, 5, 5, 5]
     assert [own for own, _ in pipeline.came_with] == ["new", "new"]
 
 
 def leaves(pipeline: Versions) -> None:
     """Have the weights that a stream breaks off with go with it."""
-    generate = pipeline.generate
 
-    async def and_goes(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+    async def and_goes(request: StageRequest) -> AsyncIterator[Step]:
         try:
-            async for each in generate(request):
+            async for each in pipeline.steps(request):
                 yield each
         except StageUnavailable:
             pipeline.of[Stage.DECODE] = ["new"]
             raise
 
-    pipeline.decoder._methods["generate"] = and_goes
+    pipeline.decodes._steps = and_goes
 
 
 def test_stream_whose_weights_are_gone_ends(make_client: Make) -> None:
@@ -235,18 +229,18 @@ def test_answer_that_is_not_streamed_and_whose_weights_are_gone_is_made_anew(mak
     (((output,),), _) = ask(make_client, pipeline, output_kind=WHOLE)
     assert len(output.outputs[0].token_ids) == 8
     assert [own for own, _ in pipeline.came_with] == ["old", "new"]
-    assert pipeline.decoder.requests("generate")[-1].version == FRONT
+    assert pipeline.decoder.requests("decode")[-1].version == FRONT
 
 
 def test_stream_goes_on_at_decode_alone_where_prefill_has_its_weights_no_more(make_client: Make) -> None:
     pipeline = Versions("old", "old", "old", ends=3)
     leaves(pipeline)
 
-    def gone(request: StageRequest) -> Any:
+    def gone(request: StageRequest) -> AsyncIterator[Step]:
         pipeline.of |= {Stage.ENCODER: ["new"], Stage.PREFILL: ["new"], Stage.DECODE: ["new", "old"]}
-        return pipeline.generate(request)
+        return pipeline.steps(request)
 
-    pipeline.decoder._methods["generate"] = gone
+    pipeline.decodes._steps = gone
     ((outputs,), _) = ask(make_client, pipeline, "red")
     assert len(outputs) == 8
     assert [own for own, _ in pipeline.came_with] == ["old", "old"] and not pipeline.mixed
@@ -256,18 +250,57 @@ def test_choices_of_one_request_have_the_weights_of_whichever_spoke_first(make_c
     pipeline = Versions("", "", "old new", (Stage.ENCODER, Stage.PREFILL))
     both = asyncio.Barrier(2)
 
-    async def together(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+    async def together(request: StageRequest) -> AsyncIterator[Step]:
         if not request.version.weights:
             await both.wait()
-        async for each in pipeline.generate(request):
+        async for each in pipeline.steps(request):
             yield each
 
-    pipeline.decoder._methods["generate"] = together
+    pipeline.decodes._steps = together
     ((outputs,), _) = ask(make_client, pipeline, n=2)
     calls = [own for own, _ in pipeline.came_with]
     assert calls[:2] == ["old", "new"] and calls[2:] == ["old"]
-    said = [output.outputs[0].index for output in outputs]
-    assert (said.count(0), said.count(1)) == (8, 8)
+    said = dict.fromkeys(range(2), 0)
+    for choice in (choice for output in outputs for choice in output.outputs):
+        said[choice.index] += len(choice.token_ids)
+    assert said == {0: 8, 1: 8}
+
+
+def test_choice_whose_tokens_have_other_weights_has_pulled_its_blocks_and_is_ended(make_client: Make) -> None:
+    pipeline = Versions("", "old new", "old new", (Stage.ENCODER,))
+    both = asyncio.Barrier(2)
+
+    async def together(request: StageRequest) -> AsyncIterator[Step]:
+        if len(pipeline.decoder.requests("decode")) <= 2:
+            await both.wait()
+        async for each in pipeline.steps(request):
+            yield each
+
+    pipeline.decodes._steps = together
+    (((output,),), _) = ask(make_client, pipeline, n=2, output_kind=WHOLE)
+    assert [len(choice.token_ids) for choice in output.outputs] == [8, 8]
+    taken, refused, *again = [own for own, _ in pipeline.came_with]
+    assert {taken, refused} == {"old", "new"} and again == [taken] and not pipeline.mixed
+    (ended,) = pipeline.decodes.links[f"decode-{refused}"].aborted
+    assert ended in [call.request_id for call in pipeline.decoder.requests("decode")[:2]]
+    assert pipeline.decodes.links[f"decode-{taken}"].aborted == []
+    assert not pipeline.released()
+
+
+def test_versions_of_decode_replicas_are_learnt_from_their_first_tokens(make_client: Make) -> None:
+    """Not from the end of their calls, which may be much later."""
+    pipeline = Versions("", "", "old new", (Stage.ENCODER, Stage.PREFILL))
+    learnt: list[dict[str, Version]] = []
+
+    async def learns(request: StageRequest) -> AsyncIterator[Step]:
+        async for each in pipeline.steps(request):
+            yield each
+            learnt.append(dict(pipeline.decoder.learnt))
+
+    pipeline.decodes._steps = learns
+    ask(make_client, pipeline, requests=2)
+    assert learnt[0] == {"decode-old": weights("old")}
+    assert learnt[-1] == {"decode-old": weights("old"), "decode-new": weights("new")}
 
 
 def test_request_of_a_front_that_no_stage_has_fails_as_if_they_were_gone(make_client: Make) -> None:
@@ -285,7 +318,7 @@ def test_request_of_a_front_that_no_stage_has_fails_as_if_they_were_gone(make_cl
 def test_lost_hand_off_still_asks_for_no_version(make_client: Make) -> None:
     """What was lost before a token was said binds nothing."""
     pipeline = Versions("", "old new", "old new", (Stage.ENCODER,))
-    pipeline.decoder._fails["generate"] = [HandoffLost(Stage.DECODE, "lost the blocks")]
+    pipeline.decoder._fails["decode"] = [HandoffLost(Stage.DECODE, "lost the blocks")]
     ask(make_client, pipeline)
     assert [call.version for call in pipeline.prefiller.requests("prefill")] == [FRONT, FRONT]
     assert not pipeline.mixed

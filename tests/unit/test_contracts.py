@@ -1,9 +1,13 @@
 """What serve_app leans on inside vLLM, Ray and NIXL. A failure here names the file of ours to look at."""
 
+import asyncio
+import copy
 import dataclasses
 import importlib
 import importlib.metadata
 import inspect
+import pickle
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -49,30 +53,36 @@ def test_installed_vllm_is_the_pinned_one() -> None:
 
 
 IMPORTS = [
-    ("serve_app/client.py", "vllm.engine.protocol:EngineClient"),
-    ("serve_app/client.py", "vllm.renderers:renderer_from_config"),
-    ("serve_app/client.py", "vllm.renderers.inputs.preprocess:extract_prompt_components"),
-    ("serve_app/client.py", "vllm.v1.engine.input_processor:InputProcessor.process_inputs"),
-    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.from_vllm_config"),
-    ("serve_app/engine.py", "vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER"),
+    ("serve_app/ingress/client.py", "vllm.engine.protocol:EngineClient"),
+    ("serve_app/ingress/client.py", "vllm.renderers:renderer_from_config"),
+    ("serve_app/ingress/client.py", "vllm.renderers.inputs.preprocess:extract_prompt_components"),
+    ("serve_app/ingress/client.py", "vllm.v1.engine.input_processor:InputProcessor.process_inputs"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.from_vllm_config"),
+    ("serve_app/stages/engine.py", "vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER"),
     ("serve_app/card_memory.py", "ray._private.thirdparty.pynvml:nvmlDeviceGetMemoryInfo"),
     ("serve_app/fit.py", "vllm.model_executor.model_loader:get_model_cls"),
     ("serve_app/fit.py", "vllm.model_executor.models.interfaces:supports_encoder_cudagraph"),
     ("serve_app/kv_layout.py", "vllm.distributed.kv_transfer.kv_connector.utils:get_current_attn_backends"),
     ("serve_app/model_size.py", "vllm.multimodal.encoder_budget:MultiModalBudget"),
     ("serve_app/model_size.py", "vllm.config:VllmConfig.is_mm_encoder_only"),
-    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.notify_kv_transfer_request_rejected"),
-    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.check_health"),
-    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.is_sleeping"),
-    ("serve_app/engine.py", "vllm.utils.system_utils:kill_process_tree"),
-    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.start_profile"),
-    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.get_num_unfinished_requests"),
-    ("serve_app/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.dead_error"),
-    ("serve_app/engine.py", "vllm.v1.engine.exceptions:EngineDeadError"),
-    ("serve_app/engine.py", "vllm.v1.engine.exceptions:EngineGenerateError"),
-    ("serve_app/engine.py", "vllm.engine.arg_utils:AsyncEngineArgs"),
-    ("serve_app/engine.py", "vllm.outputs:RequestOutput.add"),
-    ("serve_app/engine.py", "vllm.v1.metrics.loggers:StatLoggerBase.record"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.notify_kv_transfer_request_rejected"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.check_health"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.is_sleeping"),
+    ("serve_app/stages/engine.py", "vllm.utils.system_utils:kill_process_tree"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.start_profile"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.dead_error"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.exceptions:EngineDeadError"),
+    ("serve_app/stages/engine.py", "vllm.engine.arg_utils:AsyncEngineArgs"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.abort"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.errored"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async"),
+    ("serve_app/stages/engine.py", "vllm.v1.metrics.loggers:StatLoggerBase.record"),
+    ("serve_app/stages/tap.py", "vllm.v1.engine:EngineCoreEventType.SCHEDULED"),
+    ("serve_app/stages/tap.py", "vllm.v1.serial_utils:MsgpackEncoder.encode"),
+    ("serve_app/ingress/answers.py", "vllm.v1.serial_utils:MsgpackDecoder.decode"),
+    ("serve_app/ingress/answers.py", "vllm.v1.metrics.stats:PrefillStats"),
+    ("serve_app/ingress/client.py", "vllm.v1.engine.input_processor:InputProcessor.assign_request_id"),
+    ("serve_app/ingress/client.py", "vllm.v1.engine.output_processor:RequestOutputCollector.get_nowait"),
     ("serve_app/autoscaling.py", "ray.serve.autoscaling_policy:replica_queue_length_autoscaling_policy"),
     ("serve_app/autoscaling.py", "ray.serve.config:AutoscalingPolicy.get_policy"),
     ("serve_app/openai_app.py", "vllm.entrypoints.launchers.app:build_app"),
@@ -113,7 +123,6 @@ IMPORTS = [
     ("serve_app/routing.py", "ray.serve._private.common:ReplicaID.to_full_id_str"),
     ("serve_app/routing.py", "ray.serve.handle:DeploymentHandle.broadcast"),
     ("serve_app/routing.py", "ray.serve.handle:DeploymentResponse.cancel"),
-    ("serve_app/routing.py", "ray.serve.handle:DeploymentResponseGenerator.cancel"),
     ("serve_app/vllm_plugin.py", "nixl._api:nixl_agent_config"),
     ("serve_app/warm_up.py", "vllm.multimodal.utils:encode_image_url"),
 ]
@@ -130,37 +139,26 @@ def test_name_is_where_we_import_it(ours: str, theirs: str) -> None:
 def test_client_implements_all_that_vllm_asks_of_an_engine() -> None:
     from vllm.engine.protocol import EngineClient
 
-    from serve_app.client import EPDClient
+    from serve_app.ingress.client import EPDClient
 
-    assert not EPDClient.__abstractmethods__, "serve_app/client.py: new methods of EngineClient"
+    assert not EPDClient.__abstractmethods__, "serve_app/ingress/client.py: new methods of EngineClient"
     for name in EngineClient.__abstractmethods__:
         theirs, ours = getattr(EngineClient, name), getattr(EPDClient, name)
         if not inspect.isfunction(theirs):
             continue
         assert inspect.iscoroutinefunction(theirs) == inspect.iscoroutinefunction(ours), (
-            f"serve_app/client.py: {name} is async in one of EngineClient and EPDClient only"
+            f"serve_app/ingress/client.py: {name} is async in one of EngineClient and EPDClient only"
         )
         taken = parameters(ours)
         if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
             missing = parameters(theirs).keys() - taken.keys()
-            assert not missing, f"serve_app/client.py: {name} does not take {missing}"
-
-
-def test_generate_takes_what_the_pipeline_passes_on() -> None:
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    passed = {"lora_request", "trace_headers", "priority", "reasoning_ended", "reasoning_parser_kwargs"}
-    missing = passed - parameters(AsyncLLM.generate).keys()
-    assert not missing, f"serve_app/client.py `options` → serve_app/engine.py: AsyncLLM.generate lacks {missing}"
-    assert list(parameters(AsyncLLM.generate))[1:4] == ["prompt", "sampling_params", "request_id"], (
-        "serve_app/engine.py: positional arguments of AsyncLLM.generate"
-    )
+            assert not missing, f"serve_app/ingress/client.py: {name} does not take {missing}"
 
 
 def test_engine_can_be_shut_down_and_profiled_as_we_do() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    assert "timeout" in parameters(AsyncLLM.shutdown), "serve_app/engine.py: StageEngine.shutdown"
+    assert "timeout" in parameters(AsyncLLM.shutdown), "serve_app/stages/engine.py: StageEngine.shutdown"
     profile = parameters(AsyncLLM.start_profile).keys()
     wanted = {"profile_prefix", "delay_iterations", "max_iterations"}
     assert profile >= wanted, "serve_app/openai_app.py: start_profile"
@@ -173,14 +171,14 @@ def test_an_engine_tells_what_it_holds_with_each_step() -> None:
     from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.metrics.stats import SchedulerStats
 
-    from serve_app.engine import KVUse
+    from serve_app.stages.engine import KVUse
 
-    assert "stat_loggers" in parameters(AsyncLLM.from_engine_args), "serve_app/engine.py: StageEngine"
-    assert "kv_cache_usage" in fields(SchedulerStats), "serve_app/engine.py: KVUse"
+    assert "stat_loggers" in parameters(AsyncLLM.from_engine_args), "serve_app/stages/engine.py: StageEngine"
+    assert "kv_cache_usage" in fields(SchedulerStats), "serve_app/stages/engine.py: KVUse"
     assert parameters(StatLoggerManager.record).keys() - {"self"} <= parameters(KVUse.record).keys(), "KVUse.record"
-    assert not KVUse.__abstractmethods__, "serve_app/engine.py: KVUse"
+    assert not KVUse.__abstractmethods__, "serve_app/stages/engine.py: KVUse"
     usage = inspect.getsource(KVCacheManager.usage.fget)
-    assert "get_usage" in usage, "serve_app/engine.py holds_blocks: what counts as used"
+    assert "get_usage" in usage, "serve_app/stages/engine.py holds_blocks: what counts as used"
     waits_for_pull = inspect.getsource(Scheduler.has_finished_requests)
     assert "delayed connector cleanup" in waits_for_pull, (
         "deployments/prefill.py holds: the engine steps while it holds"
@@ -197,34 +195,22 @@ def test_serve_awaits_the_end_of_a_replica_and_asks_it_for_signals() -> None:
     assert "metrics_interval_s" in pusher, "README.md, Operations: how often replicas report"
 
 
-def test_outputs_have_the_fields_that_we_read_and_write() -> None:
+def test_the_last_output_of_a_request_has_what_we_read_of_it() -> None:
     from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.metrics.stats import RequestStateStats
 
-    written = {"request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished"}
-    read = {"num_cached_tokens", "kv_transfer_params", "ec_transfer_params"}
-    missing = (written | read) - parameters(RequestOutput).keys()
-    assert not missing, f"serve_app/client.py to_output, serve_app/engine.py to_chunk: RequestOutput lacks {missing}"
-    ours = {"text", "token_ids", "logprobs", "cumulative_logprob", "finish_reason", "stop_reason", "index"}
-    missing = (ours | {"lora_request"}) - fields(CompletionOutput)
-    assert not missing, f"serve_app/client.py to_output: CompletionOutput lacks {missing}"
-
-
-def test_completion_output_has_nothing_that_a_chunk_would_lose() -> None:
-    """New fields of an output do not cross the handle by themselves."""
-    from vllm.outputs import CompletionOutput
-
-    from serve_app.handoff import Chunk
-
-    known = {"index", "lora_request", "routed_experts", "sampling_mask", "spec_decode_metrics", "weight_versions"}
-    new = fields(CompletionOutput) - set(Chunk.__struct_fields__) - known
-    assert not new, f"serve_app/handoff.py Chunk, serve_app/engine.py to_chunk: {new} would be lost"
+    read = {"outputs", "num_cached_tokens", "kv_transfer_params", "ec_transfer_params", "metrics", "finished"}
+    missing = read - parameters(RequestOutput).keys()
+    assert not missing, f"deployments/prefill.py, decode.py, encoder.py: RequestOutput lacks {missing}"
+    assert "finish_reason" in fields(CompletionOutput), "deployments/decode.py: DecodeReply"
+    assert {"queued_ts", "scheduled_ts"} <= fields(RequestStateStats), "serve_app/stages/engine.py queue_s"
 
 
 def test_placeholder_range_takes_what_an_item_keeps() -> None:
     from vllm.multimodal.inputs import PlaceholderRange
 
     names = list(parameters(PlaceholderRange))
-    assert names == ["offset", "length", "is_embed"], "serve_app/engine.py to_engine_input: PlaceholderRange"
+    assert names == ["offset", "length", "is_embed"], "serve_app/engine_input.py: PlaceholderRange"
 
 
 def test_item_fields_say_whether_they_stay_on_the_cpu() -> None:
@@ -241,17 +227,21 @@ def test_engine_inputs_have_the_keys_that_we_read() -> None:
     from vllm.inputs import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
 
-    from serve_app.engine import from_engine_input, to_engine_input
+    from serve_app.engine_input import from_engine_input
+    from serve_app.handoff import Item, Prompt
 
     item = MultiModalKwargsItem.dummy()
-    where = PlaceholderRange(1, 2)
     made = mm_input(
-        [7, 8, 8], MultiModalKwargsItems({"image": [item]}), {"image": ["h"]}, {"image": [where]}, cache_salt="s"
+        [7, 8, 8],
+        MultiModalKwargsItems({"image": [item]}),
+        {"image": ["h"]},
+        {"image": [PlaceholderRange(1, 2)]},
+        cache_salt="s",
     )
-    there_and_back = to_engine_input(from_engine_input(made))
-    assert there_and_back == made, "serve_app/engine.py from_engine_input, to_engine_input: mm_input"
+    wanted = Prompt([7, 8, 8], (Item("image", "h", 1, 2, None, item),), "s")
+    assert from_engine_input(made) == wanted, "serve_app/engine_input.py from_engine_input: mm_input"
     tokens = tokens_input([1, 2], cache_salt="s")
-    assert to_engine_input(from_engine_input(tokens)) == tokens, "serve_app/engine.py: tokens_input"
+    assert from_engine_input(tokens) == Prompt([1, 2], (), "s"), "serve_app/engine_input.py: tokens_input"
 
 
 def test_sampling_params_have_the_fields_that_we_set() -> None:
@@ -262,7 +252,7 @@ def test_sampling_params_have_the_fields_that_we_set() -> None:
     missing = set_by_us - set(SamplingParams.__struct_fields__)
     assert not missing, f"serve_app/handoff.py prefill_params, decode_params: SamplingParams lacks {missing}"
     assert {kind.name for kind in RequestOutputKind} == {"CUMULATIVE", "DELTA", "FINAL_ONLY"}, (
-        "serve_app/client.py assemble: output kinds"
+        "serve_app/handoff.py is_streamed: output kinds"
     )
 
 
@@ -279,7 +269,7 @@ def test_prefill_gets_of_the_sampling_params_what_the_prompt_needs_and_nothing_e
     from serve_app.handoff import prefill_params
 
     kept = {
-        "prompt_logprobs": 1,  # and with it `detokenize`
+        "prompt_logprobs": 1,
         "flat_logprobs": True,
         "skip_reading_prefix_cache": True,
         "extra_args": {"mine": 1},  # of a connector, perhaps
@@ -307,7 +297,8 @@ def test_prefill_gets_of_the_sampling_params_what_the_prompt_needs_and_nothing_e
         setattr(client, name, value)
     ours, usual = prefill_params(client, None), prefill_params(SamplingParams(), None)
     changed = {name for name in client.__struct_fields__ if getattr(ours, name) != getattr(usual, name)}
-    assert changed == kept.keys() | {"detokenize"}, "serve_app/handoff.py prefill_params"
+    assert changed == kept.keys(), "serve_app/handoff.py prefill_params"
+    assert ours.detokenize is False, "serve_app/handoff.py prefill_params: text is made at the ingress"
 
 
 def test_sampling_params_are_those_that_we_know_to_go_on_or_not() -> None:
@@ -326,22 +317,294 @@ def test_sampling_params_are_those_that_we_know_to_go_on_or_not() -> None:
     prompt = "prompt_logprobs prompt_logprob_token_ids prompt_logprob_start"
     asked = "seed logprobs logprob_token_ids flat_logprobs thinking_token_budget _bad_words_token_ids"
     engines = "watermarking _watermarking_skipped"
-    known = set(f"{alike} {shape} {prompt} {asked} {engines}".split()) | set(TELLS_APART)
+    ingress = "stop"
+    known = set(f"{alike} {shape} {prompt} {asked} {engines} {ingress}".split()) | set(TELLS_APART)
     assert set(SamplingParams.__struct_fields__) == known, (
         "serve_app/handoff.py can_go_on: may an answer go on with it?"
     )
 
 
-def test_text_of_an_answer_is_made_by_vllms_detokenizer() -> None:
-    """By ``words_after`` with the few fields of a request that it reads."""
-    from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+# ---- raw outputs: engines without vLLM's front end of their requests, and the ingress with it
 
-    used = list(inspect.signature(EngineCoreRequest).parameters)[:9]
-    expected = ["request_id", "prompt_token_ids", "mm_features", "sampling_params", "pooling_params", "arrival_time"]
-    assert used == [*expected, "lora_request", "cache_salt", "data_parallel_rank"], "serve_app/outputs.py words_after"
-    for name in ("from_new_request", "update", "get_next_output_text"):
-        assert hasattr(IncrementalDetokenizer, name), f"serve_app/outputs.py words_after: {name}"
+
+RUN = "serve_app/stages/engine.py run"
+TAP = "serve_app/stages/tap.py"
+CHOICE = "serve_app/ingress/pipeline.py Choice"
+ANSWERS = "serve_app/ingress/answers.py"
+
+
+def test_a_request_is_added_by_us_as_vllm_adds_one() -> None:
+    """``run`` does what ``add_request`` does for a rendered prompt with one choice, and nothing else of it."""
+    add = find("vllm.v1.engine.async_llm:AsyncLLM.add_request")
+    does = set(re.findall(r"self\.(\w+)", inspect.getsource(add)))
+    done = {"errored", "vllm_config", "_run_output_handler", "_add_request", "abort"}
+    prepared = {"input_processor"}  # ``to_core_request``
+    ingress = {
+        "model_config",
+        "get_supported_tasks",
+        "output_processor",
+        "engine_core",
+        "check_admission",
+        "log_requests",
+    }
+    nowhere = {"_add_streaming_input_request", "observability_config"}
+    assert does == done | prepared | ingress | nowhere, f"{RUN}: what else does AsyncLLM.add_request do?"
+    one = find("vllm.v1.engine.async_llm:AsyncLLM._add_request")
+    assert list(parameters(one)) == ["self", "request", "prompt", "parent_req", "index", "queue"], RUN
+    assert list(parameters(find("vllm.v1.engine.async_llm:AsyncLLM.abort")))[1:] == ["request_id", "internal"], RUN
+
+
+def test_each_step_goes_through_the_processors_method_as_it_is_then() -> None:
+    """The tap takes its place on the instance; nothing but the statistics and what is to be aborted comes back."""
+    from vllm.v1.engine import EngineCoreOutput
+
+    from tests.unit.stages.llm import FakeLLM
+
+    async def main() -> list[tuple[list[str], set[str]]]:
+        llm, calls, came = FakeLLM(), [], asyncio.Event()
+        real = llm.output_processor.process_outputs
+
+        def process(outputs: Any, *args: Any, **more: Any) -> Any:
+            calls.append(([output.request_id for output in outputs], set(more)))
+            came.set()
+            assert len(args) == 2, f"{TAP}: timestamp and statistics"
+            return real(outputs, *args, **more)
+
+        llm._run_output_handler()
+        llm.output_processor.process_outputs = process
+        for name in "a", "b":
+            llm.core.step(EngineCoreOutput(name, [1]), EngineCoreOutput("x", [2]))
+            await asyncio.wait_for(came.wait(), 5)
+            came.clear()
+        return calls
+
+    assert asyncio.run(main()) == [(["a", "x"], {"weight_version"}), (["b", "x"], {"weight_version"})], TAP
+    handler = inspect.getsource(find("vllm.v1.engine.async_llm:AsyncLLM._run_output_handler"))
+    assert "assert not processed_outputs.request_outputs" in handler, TAP
+    assert "output_processor.propagate_error(e)" in handler, f"{RUN}: of an engine that dies"
+
+
+def test_output_processor_is_called_as_we_call_it() -> None:
+    from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
+
+    def taken(name: str) -> list[str]:
+        return list(parameters(getattr(OutputProcessor, name)))[1:]
+
+    assert taken("__init__")[:3] == ["tokenizer", "log_stats", "stream_interval"], "serve_app/ingress/client.py"
+    assert taken("add_request") == ["request", "prompt", "parent_req", "request_index", "queue"], CHOICE
+    processed = ["engine_core_outputs", "engine_core_timestamp", "iteration_stats", "weight_version"]
+    assert taken("process_outputs") == processed, f"{TAP}, {ANSWERS}"
+    assert taken("abort_requests") == ["request_ids", "internal"], "serve_app/ingress/client.py generate"
+    assert taken("_finish_request") == ["req_state"], f"{CHOICE}.restart"
+    assert fields(OutputProcessorOutput) == {"request_outputs", "reqs_to_abort"}, ANSWERS
+
+
+def core_request(n: int = 1, **more: Any) -> Any:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    sampling = SamplingParams(n=n, **more)
+    return EngineCoreRequest("r", [1, 2], None, sampling, None, 0.0, None, None, None, external_req_id="client's")
+
+
+def choices_of(client: Any, core: Any) -> tuple[Any, list[Any]]:
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    queue = RequestOutputCollector(core.params.output_kind, core.request_id)
+    return queue, client._choices(core, "text", queue)
+
+
+@pytest.mark.parametrize("detokenize", [True, False])
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_was_said_is_in_the_state_of_a_choice_and_can_be_forgotten(
+    make_client: Any, n: int, detokenize: bool
+) -> None:
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
+
+    async def main() -> None:
+        client = make_client({})
+        core = core_request(n, detokenize=detokenize, output_kind=RequestOutputKind.FINAL_ONLY, seed=1)
+        queue, choices = choices_of(client, core)
+        for choice in choices:
+            client._processor.process_outputs(
+                [EngineCoreOutput(choice.id, [64, 65]), EngineCoreOutput(choice.id, [66])]
+            )
+            assert choice.said == [64, 65, 66], f"{CHOICE}.said"
+            choice.restart()
+            assert choice.said == [] and not choice.finished, f"{CHOICE}.restart"
+        for choice in choices:
+            client._processor.process_outputs([EngineCoreOutput(choice.id, [67], finish_reason=FinishReason.LENGTH)])
+            assert choice.finished, f"{CHOICE}.finished"
+        output = queue.get_nowait()
+        assert output.finished and output.request_id == "client's"
+        assert [list(each.token_ids) for each in output.outputs] == [[67]] * n, f"{CHOICE}.restart"
+        assert not client._processor.request_states and not client._processor.parent_requests
+        assert not client._processor.external_req_ids
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_choices_of_a_request_that_ends_early_leave_nothing_behind(make_client: Any, n: int) -> None:
+    async def main() -> None:
+        client = make_client({})
+        core = core_request(n)
+        choices_of(client, core)
+        client._processor.abort_requests([core.request_id], internal=True)
+        assert not client._processor.request_states, "serve_app/ingress/client.py generate"
+        assert not client._processor.parent_requests and not client._processor.external_req_ids
+
+    asyncio.run(main())
+
+
+def test_choices_have_ids_and_seeds_of_their_own() -> None:
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    seeded = ParentRequest(core_request(3, seed=7))
+    of = [seeded.get_child_info(index) for index in range(3)]
+    assert [name for name, _ in of] == ["0_r", "1_r", "2_r"], "serve_app/ingress/client.py _choices"
+    assert [(params.n, params.seed) for _, params in of] == [(1, 7), (1, 8), (1, 9)]
+    assert seeded.child_requests == {"0_r", "1_r", "2_r"}
+    unseeded = ParentRequest(core_request(2))
+    (_, one), (_, other) = (unseeded.get_child_info(index) for index in range(2))
+    assert one.seed is other.seed is None
+    assert one.n == other.n == 1
+
+
+def test_a_failure_takes_the_place_of_what_waits_and_is_raised() -> None:
+    """Why nothing may fail after the last word (``choice.finished``)."""
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    async def main() -> None:
+        queue = RequestOutputCollector(RequestOutputKind.DELTA, "r")
+        assert queue.get_nowait() is None
+        for take in (lambda: queue.get_nowait(), None):
+            queue.put(ValueError("failed"))
+            with pytest.raises(ValueError, match="failed"):
+                await queue.get() if take is None else take()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("colours", [(), ("red", "blue")])
+def test_a_core_gets_from_us_what_vllms_front_end_would_send_it(make_client: Any, colours: tuple[str, ...]) -> None:
+    from vllm.v1.engine import EngineCoreRequest
+
+    from serve_app.engine_input import from_engine_input, to_core_request
+    from serve_app.handoff import StageRequest
+    from tests.unit.running import params, render
+
+    options = {"priority": 3, "trace_headers": {"traceparent": "00"}}
+    reasoning = {"reasoning_ended": True, "reasoning_parser_kwargs": {"a": 1}}
+
+    async def main() -> None:
+        client = make_client({})
+        prompt, asked = await render(client, *colours), params(stop_token_ids=[5], bad_words=["bad"])
+        theirs = client.input_processor.process_inputs("r", prompt, asked, supported_tasks=("generate",), **options)
+        theirs.reasoning_ended, theirs.reasoning_parser_kwargs = True, {"a": 1}  # as ``add_request`` does
+        request = StageRequest(
+            "r", from_engine_input(prompt), theirs.params, {"lora_request": None} | options | reasoning
+        )
+        ours = to_core_request(request, client.input_processor)
+        theirs.external_req_id = ours.external_req_id = None
+        theirs.arrival_time = ours.arrival_time
+        assert len(ours.mm_features or ()) == len(colours)
+        for name in EngineCoreRequest.__struct_fields__:
+            one, other = getattr(ours, name), getattr(theirs, name)
+            assert one == other, f"serve_app/engine_input.py to_core_request: {name}"
+
+    asyncio.run(main())
+
+
+def test_options_of_a_request_are_fields_of_a_core_request(make_client: Any) -> None:
+    from vllm.v1.engine import EngineCoreRequest
+
+    passed = {"lora_request", "trace_headers", "priority", "reasoning_ended", "reasoning_parser_kwargs"}
+    names = EngineCoreRequest.__struct_fields__
+    missing = passed - set(names)
+    assert not missing, f"serve_app/ingress/client.py `options` → serve_app/engine_input.py: {missing}"
+    ours = {"request_id", "prompt_token_ids", "mm_features", "sampling_params", "pooling_params", "arrival_time"}
+    ours |= {"cache_salt", "data_parallel_rank", "external_req_id"}
+    # Refused at the ingress, vLLM's own, or of other servers than ours.
+    nowhere = {"prompt_embeds", "prompt_is_token_ids", "client_index", "current_wave", "resumable", "abort_immediately"}
+    nowhere |= {"session_id", "kv_hints"}
+    assert set(names) == passed | ours | nowhere, "serve_app/engine_input.py to_core_request: does an engine need it?"
+
+
+def test_what_only_an_engine_knows_is_added_by_its_input_processor() -> None:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    where = "serve_app/engine_input.py to_core_request"
+    assert list(parameters(InputProcessor._get_mm_identifier))[1:] == ["mm_hash", "lora_request"], where
+    assert list(parameters(InputProcessor.apply_watermarking))[1:] == ["params", "watermarking"], where
+    assert list(parameters(InputProcessor.resolve_watermarking))[1:] == ["params"], where
+    assert list(parameters(SamplingParams._validate_spec_decode))[1:] == ["speculative_config"], RUN
+    validated = inspect.getsource(SamplingParams.verify)
+    assert "self._validate_spec_decode(speculative_config)" in validated, f"{RUN}: which checks are an engine's own?"
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda params: pickle.loads(pickle.dumps(params)), copy.copy], ids=["sent", "copied"]
+)
+def test_sampling_params_keep_what_the_ingress_has_completed(make_client: Any, copied: Any) -> None:
+    """The stop tokens of the model and of the client, and the tokens of bad words: engines do not ask again."""
+    from tests.unit.running import params, render
+
+    async def main() -> Any:
+        client = make_client({})
+        asked = params(stop_token_ids=[5], bad_words=["bad"])
+        core = client.input_processor.process_inputs("r", await render(client), asked, supported_tasks=("generate",))
+        return core.params
+
+    completed = asyncio.run(main())
+    where = "serve_app/ingress/client.py _admit"
+    assert completed._eos_token_id is not None and completed._all_stop_token_ids >= {5}, where
+    assert completed._bad_words_token_ids, where
+    there = copied(completed)
+    for name in completed.__struct_fields__:
+        assert getattr(there, name) == getattr(completed, name), f"{where}: {name}"
+
+
+def test_no_token_stops_a_prefill(make_client: Any) -> None:
+    """NIXL holds blocks of requests that ran to their length; decode stops at each of these."""
+    from vllm.v1.core.sched.utils import check_stop
+    from vllm.v1.request import Request, RequestStatus
+
+    from serve_app.handoff import decode_params, prefill_params
+    from tests.unit.running import params, render
+
+    def status(sampling: Any, token: int) -> Any:
+        request = Request("r", [1, 2], sampling, None)
+        request.append_output_token_ids(token)
+        check_stop(request, max_model_len=100)
+        return request.status
+
+    async def main() -> Any:
+        client = make_client({})
+        asked = params(stop_token_ids=[5])
+        core = client.input_processor.process_inputs("r", await render(client), asked, supported_tasks=("generate",))
+        return core.params
+
+    completed = asyncio.run(main())
+    stops = {completed.eos_token_id, *completed.stop_token_ids}
+    assert len(stops) > 1
+    for token in stops:
+        assert status(decode_params(completed, None, None), token) == RequestStatus.FINISHED_STOPPED
+        assert status(prefill_params(completed, None), token) == RequestStatus.FINISHED_LENGTH_CAPPED, (
+            "serve_app/handoff.py prefill_params"
+        )
+
+
+def test_ends_of_requests_are_those_that_we_know() -> None:
+    from vllm.v1.engine import FinishReason
+
+    assert {reason.name for reason in FinishReason} == {"STOP", "LENGTH", "ABORT", "ERROR", "REPETITION"}, (
+        f"{TAP} UNHEARD"
+    )
+    assert str(FinishReason.ERROR) == "error", RUN
 
 
 def test_prefill_that_reaches_its_length_is_what_nixl_hands_over() -> None:

@@ -13,9 +13,10 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from serve_app import engine_metrics
 from serve_app.config import Stage
-from serve_app.engine import StageEngine
 from serve_app.engine_metrics import SERVE_LABELS, STAT_LOGGERS, RayStatLogger
+from serve_app.stages.engine import StageEngine
 from tests.unit.metrics_of import Told, watched
+from tests.unit.stages.llm import FakeLLM
 
 
 @pytest.fixture
@@ -101,10 +102,13 @@ def test_engine_tells_ray_where_that_is_on_and_statistics_are(
     monkeypatch: pytest.MonkeyPatch, in_ray: bool, args: dict[str, Any], loggers: Any
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("serve_app.engine.engine_config", lambda _: None)
-    monkeypatch.setattr(
-        "serve_app.engine.AsyncLLM.from_vllm_config", lambda _, stat_loggers, **__: asked.append(stat_loggers)
-    )
+    monkeypatch.setattr("serve_app.stages.engine.engine_config", lambda _: None)
+
+    def from_vllm_config(_: Any, stat_loggers: Any, **__: Any) -> FakeLLM:
+        asked.append(stat_loggers)
+        return FakeLLM()
+
+    monkeypatch.setattr("serve_app.stages.engine.AsyncLLM.from_vllm_config", from_vllm_config)
     StageEngine(Stage.DECODE, {"model": "m"} | args, in_ray)
     ((own, *others),) = asked
     assert own.__self__.by_core == {}, "the logger that draining and autoscaling need, whatever is reported"

@@ -11,12 +11,12 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from serve_app.card_memory import GIB, share_of, shares_of_one
 from serve_app.config import EPDConfig, Stage
-from serve_app.engine import engine_config
 from serve_app.errors import ConfigError
 from serve_app.fit import WHOLE, Demand, alternatives, check, check_fit, check_precision, room_of
 from serve_app.model_size import bytes_per_vision_token
 from serve_app.placement import Cluster, resolve
 from serve_app.roles import engine_args
+from serve_app.stages.engine import engine_config
 
 QWEN_3B = Demand(
     weights=int(6.99 * GIB),

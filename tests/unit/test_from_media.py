@@ -13,15 +13,15 @@ from PIL import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 from vllm.multimodal.video import get_video_loader_backend_for_processor
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from serve_app.config import MediaConfig, Stage
-from serve_app.engine import from_engine_input
+from serve_app.engine_input import from_engine_input
 from serve_app.errors import BadRequest, HandoffLost, StageUnavailable
 from serve_app.from_media import ItemProcessor, declared_fields
 from serve_app.handoff import EncodeReply, Media, MediaRequest, Prompt, digest_of, keyed
 from serve_app.media_fetch import decode_base64
-from tests.fakes import FakePipeline, FakeStage
+from tests.fakes import A, B, FakePipeline, FakeStage
 from tests.integration.media import picture, png, recording, video_url
 
 Make = Callable[..., Any]
@@ -57,16 +57,12 @@ class Bench:
             self._count(stage)
 
     def _count(self, stage: Any) -> None:
-        call, stream = stage.call, stage.stream
+        call = stage.call
 
-        async def counted_call(method: str, *args: Any) -> Any:
-            return self.across(await call(method, *self.across(args)))
+        async def counted_call(method: str, *args: Any, **more: Any) -> Any:
+            return self.across(await call(method, *self.across(args), **more))
 
-        async def counted_stream(method: str, *args: Any, source: str) -> Any:
-            async for each in stream(method, *self.across(args), source=source):
-                yield self.across(each)
-
-        stage.call, stage.stream = counted_call, counted_stream
+        stage.call = counted_call
 
     def across(self, value: Any) -> Any:
         data = pickle.dumps(value, protocol=5)
@@ -84,7 +80,8 @@ class Bench:
         return await self.client.renderer.process_for_engine_async(prompt, 0.0)
 
     async def tokens(self, rendered: Any, **params: Any) -> list[int]:
-        outputs = self.client.generate(rendered, SamplingParams(max_tokens=8, **params), "req")
+        whole = SamplingParams(max_tokens=8, output_kind=RequestOutputKind.FINAL_ONLY, **params)
+        outputs = self.client.generate(rendered, whole, "req")
         return [token async for output in outputs for choice in output.outputs for token in choice.token_ids]
 
     def sent(self, stage: Stage, method: str) -> list[Prompt]:
@@ -172,7 +169,7 @@ def test_stages_behind_get_no_pixels_and_no_media(make_client: Make) -> None:
     async def main() -> None:
         bench = Bench(make_client)
         assert await bench.tokens(await bench.render(f"{IMAGE}{VIDEO}", {"image": [image(1)], "video": [video(1)]}))
-        for stage, method in ((Stage.PREFILL, "prefill"), (Stage.DECODE, "generate")):
+        for stage, method in ((Stage.PREFILL, "prefill"), (Stage.DECODE, "decode")):
             (prompt,) = bench.sent(stage, method)
             assert [sorted(item.data) for item in prompt.items] == [
                 ["image_grid_thw"],
@@ -203,7 +200,7 @@ def test_item_that_no_encoder_takes_goes_to_prefill_with_its_pixels_under_the_sa
         bench = Bench(make_client, fails={"encode_media": [GONE, GONE]})
         first = await bench.render(IMAGE, {"image": [image(1)]})
         assert await bench.tokens(first)
-        assert bench.pipeline.log == ["encode_media", "encode_media", "prefill", "generate"]
+        assert bench.pipeline.log == ["encode_media", "encode_media", "prefill", "decode"]
         (prompt,) = bench.sent(Stage.PREFILL, "prefill")
         assert "pixel_values" in prompt.items[0].data
         bench.client._encoders.state.down = False
@@ -220,7 +217,7 @@ def test_lost_embedding_is_encoded_again_from_the_media_and_lost_twice_at_prefil
     async def main() -> None:
         bench = Bench(make_client, fails={"prefill": lost}, retry={"backoff_s": 0})
         assert await bench.tokens(await bench.render(f"{IMAGE} {IMAGE}", {"image": [image(1), image(1)]}))
-        assert bench.pipeline.log == ["encode_media", "prefill", "encode_media", "prefill", "prefill", "generate"]
+        assert bench.pipeline.log == ["encode_media", "prefill", "encode_media", "prefill", "prefill", "decode"]
         pixels = [
             ["pixel_values" in item.data for item in prompt.items] for prompt in bench.sent(Stage.PREFILL, "prefill")
         ]
@@ -244,8 +241,8 @@ def test_video_beside_one_that_came_as_frames_is_rendered_by_vllm(make_client: M
         assert like_vllm(rendered, bench.processor.declared) == like_vllm(
             await bench.render(VIDEO + VIDEO, {"video": decoded}), bench.processor.declared
         )
-        assert await bench.tokens(rendered) == [1, 2]
-        assert bench.pipeline.log == ["encode", "encode", "prefill", "generate"]
+        assert await bench.tokens(rendered) == [*A, *B]
+        assert bench.pipeline.log == ["encode", "encode", "prefill", "decode"]
 
     asyncio.run(main())
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllm.v1.outputs import LogprobsTensors
 
 from serve_app.handoff import (
     REMOTE_DECODE,
-    Chunk,
+    DecodeReply,
     EncodeReply,
     Item,
     PrefillReply,
@@ -31,6 +32,7 @@ from serve_app.handoff import (
     prefill_params,
     rest_of,
     salted,
+    unique_id,
     without_pixels,
 )
 
@@ -116,6 +118,13 @@ def test_id_of_an_encode_call_names_request_and_item_and_never_repeats() -> None
     ids = {child_id("req", 3) for _ in range(20)}
     assert len(ids) == 20
     assert all(re.fullmatch("req:3:[0-9a-f]{6}", each) for each in ids)
+
+
+def test_id_of_a_call_of_an_engine_names_its_request_and_never_repeats() -> None:
+    """An engine may get two calls of one request: choices, and what is made anew."""
+    ids = {unique_id("req") for _ in range(20)}
+    assert len(ids) == 20
+    assert all(re.fullmatch("req-[0-9a-f]{8}", each) for each in ids)
 
 
 def reply(name: str, **more: Any) -> EncodeReply:
@@ -233,34 +242,31 @@ def test_prefill_makes_no_logprobs_of_the_answer() -> None:
     assert (params.logprobs, params.logprob_token_ids, params.num_logprobs) == (None, None, None)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "of_the_client", "detokenize"),
-    [(None, True, False), (0, True, True), (3, True, True), (3, False, False)],
-)
-def test_prefill_makes_text_only_for_logprobs_of_the_prompt(
-    wanted: int | None, of_the_client: bool, detokenize: bool
-) -> None:
-    params = prefill_params(client_params(prompt_logprobs=wanted, stop=[], detokenize=of_the_client), None)
-    assert (params.prompt_logprobs, params.detokenize) == (wanted, detokenize)
+@pytest.mark.parametrize("wanted", [None, 0, 3])
+def test_prefill_makes_no_text(wanted: int | None) -> None:
+    """Logprobs of the prompt get theirs at the ingress."""
+    params = prefill_params(client_params(prompt_logprobs=wanted), None)
+    assert (params.prompt_logprobs, params.detokenize) == (wanted, False)
+    assert params.output_kind is RequestOutputKind.FINAL_ONLY
 
 
 def test_decode_is_the_clients_request_for_one_choice() -> None:
-    params = decode_params(client_params(), KV, EC, index=1)
+    """But for its text, which is made at the ingress: its stop strings are looked for there too."""
+    choice = client_params(n=1, seed=12)
+    params = decode_params(choice, KV, EC)
     assert (params.n, params.seed) == (1, 12)
-    assert (params.max_tokens, params.min_tokens, params.stop, params.stop_token_ids) == (40, 3, ["end"], [5])
-    assert (params.logprobs, params.output_kind) == (2, RequestOutputKind.DELTA)
+    assert (params.max_tokens, params.min_tokens, params.stop_token_ids, params.logprobs) == (40, 3, [5], 2)
+    assert (params.detokenize, params.output_kind) == (False, RequestOutputKind.FINAL_ONLY)
     assert params.extra_args == {"mine": 1, "kv_transfer_params": KV, "ec_transfer_params": EC}
+    assert (choice.detokenize, choice.output_kind) == (True, RequestOutputKind.DELTA), "as the client has it"
 
 
-def test_decode_of_an_answer_that_is_not_streamed_comes_in_pieces_too() -> None:
-    params = client_params(output_kind=RequestOutputKind.FINAL_ONLY)
-    assert decode_params(params, None, None).output_kind is RequestOutputKind.DELTA
-    assert not is_streamed(params) and is_streamed(client_params())
-
-
-def test_seeds_of_choices_count_up_and_none_stays_none() -> None:
-    assert [decode_params(client_params(), None, None, i).seed for i in range(3)] == [11, 12, 13]
-    assert decode_params(client_params(seed=None), None, None, 2).seed is None
+@pytest.mark.parametrize(
+    ("kind", "streamed"),
+    [(RequestOutputKind.DELTA, True), (RequestOutputKind.CUMULATIVE, True), (RequestOutputKind.FINAL_ONLY, False)],
+)
+def test_answer_is_streamed_unless_only_its_end_is_wanted(kind: RequestOutputKind, streamed: bool) -> None:
+    assert is_streamed(client_params(output_kind=kind)) is streamed
 
 
 def test_logprobs_of_the_prompt_come_from_the_engine_that_ran_it() -> None:
@@ -281,7 +287,7 @@ def test_nothing_is_shared_between_choices_or_with_the_client(skip_clone: bool) 
     remote = copy.deepcopy(REMOTE_DECODE)
     kv, ec = copy.deepcopy(KV), copy.deepcopy(EC)
     first, second = prefill_params(params, ec), prefill_params(params, ec)
-    third, fourth = decode_params(params, kv, ec, 0), decode_params(params, kv, ec, 1)
+    third, fourth = decode_params(params, kv, ec), decode_params(params, kv, ec)
     for shaped in (first, third):
         for key in ("kv_transfer_params", "ec_transfer_params"):
             shaped.extra_args[key]["used"] = True
@@ -298,15 +304,22 @@ def test_nothing_is_shared_between_choices_or_with_the_client(skip_clone: bool) 
     [
         StageRequest("r", PROMPT, client_params(), {"priority": 1}),
         StageRequest("r", Prompt([1]), prefill_params(client_params(), EC)),
-        StageRequest("r", Prompt([1]), decode_params(client_params(), KV, EC, 1)),
+        StageRequest("r", Prompt([1]), decode_params(client_params(), KV, EC)),
         reply("A"),
-        PrefillReply(KV, [None, {3: 0.5}], 4, "p"),
-        Chunk("text", [1, 2], finish_reason="stop", stop_reason=5),
+        PrefillReply(KV, None, 4, "p"),
+        DecodeReply("d", "stop", 2),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_crosses_a_handle_survives_it(crossing: Any) -> None:
     assert cloudpickle.loads(cloudpickle.dumps(crossing)) == crossing
+
+
+def test_logprobs_of_a_prompt_cross_a_handle() -> None:
+    logprobs = LogprobsTensors(torch.tensor([[64, 65]]), torch.tensor([[-0.5, -1.0]]), torch.tensor([1]))
+    there = cloudpickle.loads(cloudpickle.dumps(PrefillReply(KV, logprobs, 4, "p"))).prompt_logprobs
+    assert isinstance(there, LogprobsTensors)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(logprobs[:3], there[:3], strict=True))
 
 
 def test_mask_and_tensors_cross_a_handle() -> None:
@@ -317,7 +330,9 @@ def test_mask_and_tensors_cross_a_handle() -> None:
     assert there.data["image_grid_thw"].field.keep_on_cpu is True
 
 
-@pytest.mark.parametrize("value", [PROMPT, PROMPT.items[0], reply("A"), Chunk("", [])], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", [PROMPT, PROMPT.items[0], reply("A"), DecodeReply("d", None, 0)], ids=lambda v: type(v).__name__
+)
 def test_what_crosses_a_handle_cannot_be_changed(value: Any) -> None:
     with pytest.raises(AttributeError, match="immutable"):
         setattr(value, value.__struct_fields__[0], None)
@@ -329,8 +344,14 @@ def test_what_crosses_a_handle_cannot_be_changed(value: Any) -> None:
         ({}, True),
         ({"temperature": 0, "seed": 7, "repetition_penalty": 1.1, "stop_token_ids": [1], "ignore_eos": True}, True),
         ({"logit_bias": {1: 2.0}, "allowed_token_ids": [1], "prompt_logprobs": 1, "top_k": 3}, True),
+        ({"stop": ["end"], "include_stop_str_in_output": True, "min_tokens": 3}, True),  # looked for at the ingress
+        ({"logprobs": 0}, True),
         ({"seed": 7}, False),
-        ({"logprobs": 0}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"frequency_penalty": 0.1}, False),
+        ({"bad_words": ["bad"]}, False),
+        ({"structured_outputs": StructuredOutputsParams(regex="a")}, False),
+        ({"extra_args": {"of": "a processor of the user's"}}, False),
         ({"thinking_token_budget": 0}, False),
         ({"trace_decode_token_ids": [1]}, False),
     ],
@@ -347,5 +368,6 @@ def test_rest_of_an_answer_has_what_was_said_at_the_end_of_its_prompt() -> None:
     assert rest.prompt == Prompt([1, 2, 3, 4, 5], cache_salt="s")
     assert (rest.params.max_tokens, rest.params.min_tokens, rest.params.prompt_logprobs) == (7, 0, None)
     assert (params.max_tokens, params.min_tokens, params.prompt_logprobs) == (10, 2, 1)
+    assert request.prompt.token_ids == [1, 2]
     assert (rest.request_id, rest.options) == ("r", {"priority": 1})
     assert rest_of(StageRequest("r", Prompt([1]), SamplingParams(max_tokens=None)), [3]).params.max_tokens is None

@@ -139,24 +139,39 @@ def test_a_pull_that_takes_longer_than_the_lease_ends_the_wait_at_decode() -> No
             seconds.append(longer_than_s)
             return {"a"}
 
-        async def tokens(*all: str) -> Any:
-            for token in all:
-                await asyncio.sleep(5 * SOON_S)
-                yield token
-
-        async def silent() -> Any:
-            await forever()
-            yield
-
         waits = pulls(overdue, 3 * SOON_S)
-        queued = asyncio.create_task(gathered(waits.first("queued", tokens("one", "two"))))
+        queued = asyncio.create_task(waits.wait("queued", asyncio.sleep(10 * SOON_S, "one")))
         with pytest.raises(HandoffLost, match="did not come"):
-            await gathered(waits.first("a", silent()))
-        return await queued + await gathered(waits.first(None, tokens("three")))
+            await waits.wait("a", forever())
+        return [await queued, await waits.wait(None, answer())]
 
-    assert run(scenario()) == ["one", "two", "three"]
+    assert run(scenario()) == ["one", "answer"]
     assert set(seconds) == {3 * SOON_S}
 
 
-async def gathered(stream: Any) -> list[str]:
-    return [item async for item in stream]
+def test_work_whose_blocks_have_come_is_not_waited_for_any_more() -> None:
+    """The first token tells; what is said of the blocks from then on does not end the answer."""
+    asked: list[list[str]] = []
+
+    async def scenario() -> str:
+        come, looked = asyncio.Event(), asyncio.Event()
+
+        async def lost(waiting: list[str]) -> list[str]:
+            asked.append(waiting)
+            looked.set()
+            return ["a"] if come.is_set() else []
+
+        async def answered() -> str:
+            await looked.wait()
+            waits.over("a")
+            waits.over("a")  # once is enough, and no more than nothing
+            waits.over(None)
+            come.set()
+            await waits.wait("b", asyncio.sleep(10 * SOON_S))
+            return "answer"
+
+        waits = hand_offs(lost)
+        return await waits.wait("a", answered())
+
+    assert run(scenario()) == "answer"
+    assert ["b"] in asked and all("a" not in waiting for waiting in asked[asked.index(["b"]) :])

@@ -39,7 +39,7 @@ class Ingress:
         answer = self.api.post(path, json=messages | body, headers=headers)
         if len(self.pipeline.decoder.calls) == before:
             return answer.status_code, answer.text
-        (item,) = self.pipeline.decoder.requests("generate")[-1].prompt.items
+        (item,) = self.pipeline.decoder.requests("decode")[-1].prompt.items
         return answer.status_code, item.hash
 
 

@@ -9,8 +9,8 @@ from fastapi.testclient import TestClient
 
 from serve_app.config import Stage
 from serve_app.errors import StageUnavailable
-from serve_app.handoff import Chunk, PrefillReply, StageRequest
-from tests.fakes import FakePipeline
+from serve_app.handoff import PrefillReply, StageRequest
+from tests.fakes import A, FakePipeline, Step
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -83,7 +83,7 @@ def test_unknown_routes_and_methods_have_openais_error(make_api: MakeAPI) -> Non
 @pytest.mark.parametrize("path", ROUTES)
 def test_stream_that_fails_before_its_first_token_has_the_failures_status(make_api: MakeAPI, path: str) -> None:
     gone = StageUnavailable(Stage.DECODE, "is gone")
-    api = make_api(FakePipeline(fails={"generate": [gone] * 9}).stages)
+    api = make_api(FakePipeline(fails={"decode": [gone] * 9}).stages)
     answer = api.post(path, json=BODIES[path] | {"stream": True})
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"
@@ -92,11 +92,11 @@ def test_stream_that_fails_before_its_first_token_has_the_failures_status(make_a
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_stream_that_fails_midway_ends_with_an_error_event(make_api: MakeAPI, path: str) -> None:
-    async def generate(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
-        yield Chunk("a", [1]), "decode-0"
+    async def steps(request: StageRequest) -> AsyncIterator[Step]:
+        yield Step(A)
         raise StageUnavailable(Stage.DECODE, "is gone")
 
-    answer = make_api(FakePipeline(generate=generate).stages).post(path, json=BODIES[path] | {"stream": True})
+    answer = make_api(FakePipeline(steps=steps).stages).post(path, json=BODIES[path] | {"stream": True})
     assert answer.status_code == 200
     events = [json.loads(line[6:]) for line in answer.text.splitlines() if line[:7] == "data: {"]
     assert not events[0].get("error")

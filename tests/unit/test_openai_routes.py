@@ -192,9 +192,7 @@ def test_key_is_asked_for_below_a_prefix(make_api: Any, method: str, path: str) 
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_below_a_prefix_have_the_routes_own_shape(make_api: Any, stream: bool) -> None:
     gone = StageUnavailable(Stage.DECODE, "is gone")
-    below = below_a_prefix(
-        make_api(FakePipeline(fails={"generate": [gone] * 9}).stages, media={"max_body_bytes": 4096})
-    )
+    below = below_a_prefix(make_api(FakePipeline(fails={"decode": [gone] * 9}).stages, media={"max_body_bytes": 4096}))
     body = {"model": "demo", "messages": MESSAGES, "max_tokens": 4, "stream": stream}
     for each, status in ((body, 503), (body | {"messages": 3}, 400), (body | {"user": "x" * 4096}, 413)):
         answer = below.post("v1/messages", json=each)

@@ -8,32 +8,36 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import torch
 from vllm import SamplingParams
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, FinishReason
+from vllm.v1.outputs import LogprobsTensors
 
 from deployments._replica import PORT_TRIES, EngineReplica, alone_on, started
-from deployments.decode import SAVE_S, Decode
+from deployments.decode import Decode
 from deployments.encoder import Encoder
 from deployments.prefill import Prefill
-from serve_app import engine, fingerprint, fit
+from serve_app import fingerprint, fit
+from serve_app.channel.wire import First, ReplyTo
 from serve_app.config import EPDConfig
-from serve_app.errors import CannotStart, ConfigError, OtherVersion
-from serve_app.handoff import ANY, READ_S, Media, MediaRequest, Prompt, StageRequest, Version
+from serve_app.errors import CannotStart, ConfigError, HandoffLost, OtherVersion, StageUnavailable
+from serve_app.handoff import ANY, READ_S, DecodeReply, Media, MediaRequest, Prompt, StageRequest, Version
 from serve_app.kv_layout import KVLayout
 from serve_app.kv_waits import pulls
+from serve_app.stages import engine
 from serve_app.start_failure import EngineFailed
 from serve_app.transfer import side_channel_env
 from serve_app.workload import HELP, Meter
-from tests.fakes import FakeClock
 
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'EngineReplica.__del__' was never awaited")  # Serve awaits it
+pytestmark = pytest.mark.filterwarnings(r"ignore:coroutine '\w+.__del__' was never awaited")  # Serve awaits it
 
 CLASSES: dict[str, type[EngineReplica]] = {
     deployment.name: deployment.func_or_class
@@ -190,24 +194,152 @@ def test_the_reports_are_on_the_metrics_page() -> None:
     assert "vllm:x 1" in page and "epd:work_slots 8.0" in page
 
 
+# ---- prefill
+
+
+def prefilled(**more: Any) -> Any:
+    """The last output of an engine."""
+    output: dict[str, Any] = {"num_cached_tokens": 60, "kv_transfer_params": {"a": 1}, "metrics": None}
+    return SimpleNamespace(**output | {"ec_transfer_params": {READ_S: 0.5}} | more)
+
+
+class PrefillEngine(FakeEngine):
+    """It puts out one token, with logprobs of the prompt where these are asked for, and ends as it is told."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+        self.heard: Any = None
+
+    async def run(self, request: StageRequest, hear: Any = None) -> Any:
+        self.heard = hear
+        if hear is not None:
+            for part in LOGPROBS, None:
+                hear(EngineCoreOutput(request.request_id, [1], new_prompt_logprobs_tensors=part))
+        return self.output
+
+
+LOGPROBS = LogprobsTensors(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2))
+
+
 def test_prefill_takes_cache_hits_off_its_work() -> None:
-    output = SimpleNamespace(
-        num_cached_tokens=60,
-        kv_transfer_params={"a": 1},
-        ec_transfer_params={READ_S: 0.5},
-        prompt_logprobs=None,
-        metrics=None,
-    )
-
-    class Engine(FakeEngine):
-        async def final(self, request: Any) -> Any:
-            return output
-
-    prefill: Any = replica("Prefill", Engine())
-    request: Any = SimpleNamespace(prompt=SimpleNamespace(token_ids=[0] * 100), version=ANY)
-    reply = asyncio.run(prefill.prefill(request))
+    prefill: Any = replica("Prefill", PrefillEngine(prefilled()))
+    reply = asyncio.run(prefill.prefill(StageRequest("r", Prompt([0] * 100), SamplingParams())))
     assert prefill.work.stats()["done"] == 40
-    assert (reply.ec_s, reply.node) == (0.5, "n")
+    assert (reply.kv_transfer_params, reply.ec_s, reply.node, reply.num_cached_tokens) == ({"a": 1}, 0.5, "n", 60)
+
+
+@pytest.mark.parametrize("asked", [0, None])
+def test_prefill_answers_with_the_logprobs_of_its_prompt_where_they_are_asked_for(asked: int | None) -> None:
+    engine = PrefillEngine(prefilled())
+    prefill: Any = replica("Prefill", engine)
+    params = SamplingParams(prompt_logprobs=asked)
+    reply = asyncio.run(prefill.prefill(StageRequest("r", Prompt([0, 1, 2]), params)))
+    assert reply.prompt_logprobs is (None if asked is None else LOGPROBS)
+    assert (engine.heard is None) == (asked is None), "else nobody listens"
+
+
+def test_prefill_without_blocks_to_hand_over_has_failed() -> None:
+    prefill: Any = replica("Prefill", PrefillEngine(prefilled(kv_transfer_params=None)))
+    with pytest.raises(HandoffLost, match="ended without KV blocks to hand over"):
+        asyncio.run(prefill.prefill(StageRequest("r", Prompt([0]), SamplingParams())))
+
+
+# ---- decode
+
+
+class FakeOutlets:
+    """``put``: by which call, what, and how. ``open``: the calls under way."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+        self.asked: list[ReplyTo] = []
+        self.put: list[tuple[str, list[int], First | None, bool]] = []
+        self.open: list[str] = []
+        self.closed = 0
+
+    async def to(self, reply_to: ReplyTo) -> Any:
+        self.asked.append(reply_to)
+        if self._error is not None:
+            raise self._error
+        return SimpleNamespace(call=self._call, put=self._put)
+
+    async def close(self) -> None:
+        self.closed += 1
+
+    @contextmanager
+    def _call(self, key: str) -> Iterator[None]:
+        self.open.append(key)
+        yield
+        self.open.remove(key)
+
+    def _put(self, key: str, output: EngineCoreOutput, first: First | None = None, last: bool = False) -> None:
+        assert key in self.open
+        self.put.append((key, output.new_token_ids, first, last))
+
+
+class DecodeEngine(FakeEngine):
+    """Its outputs come as a test has them."""
+
+    def __init__(self, *outputs: EngineCoreOutput, ends: str | None = "length") -> None:
+        super().__init__()
+        self.outputs, self.ends = outputs, ends
+        self.ran = 0
+
+    async def run(self, request: StageRequest, hear: Any = None) -> Any:
+        self.ran += 1
+        for output in self.outputs:
+            hear(output)
+            await asyncio.sleep(0)
+        return SimpleNamespace(outputs=[SimpleNamespace(finish_reason=self.ends)])
+
+
+REPLY_TO = ReplyTo("host", 1, "secret")
+QUEUED = [EngineCoreEvent(EngineCoreEventType.QUEUED, 1.0), EngineCoreEvent(EngineCoreEventType.SCHEDULED, 1.25)]
+
+
+def output(*tokens: int, **more: Any) -> EngineCoreOutput:
+    return EngineCoreOutput("r", list(tokens), **more)
+
+
+def decoded(engine: FakeEngine, extra: Any = None, **attributes: Any) -> tuple[DecodeReply, FakeOutlets]:
+    outlets: FakeOutlets = attributes.setdefault("outlets", FakeOutlets())
+    decode: Any = replica("Decode", engine, **attributes)
+    request = StageRequest("r", Prompt([1]), SamplingParams(extra_args=extra), version=attributes.get("version", ANY))
+    return asyncio.run(decode.decode(request, REPLY_TO)), outlets
+
+
+def test_decode_puts_what_its_engine_makes_and_answers_at_the_end() -> None:
+    ending = output(65, finish_reason=FinishReason.LENGTH)
+    reply, outlets = decoded(DecodeEngine(output(64), output(), output(65, 66), ending))
+    assert outlets.asked == [REPLY_TO]
+    assert [(key, tokens, last) for key, tokens, _, last in outlets.put] == [
+        ("r", [64], False),
+        ("r", [], False),
+        ("r", [65, 66], False),
+        ("r", [65], True),
+    ]
+    assert reply == DecodeReply("r", "length", 4)
+    assert not outlets.open
+
+
+def test_first_output_tells_even_where_it_has_no_tokens() -> None:
+    _, outlets = decoded(DecodeEngine(output(), output(64)))
+    assert [first is not None for _, _, first, _ in outlets.put] == [True, False]
+
+
+def test_decode_that_is_aborted_answers_with_what_it_had_sent() -> None:
+    reply, outlets = decoded(DecodeEngine(output(64), output(65), ends="abort"))
+    assert (reply.finish_reason, reply.tokens) == ("abort", 2)
+    assert not any(last for *_, last in outlets.put)
+
+
+def test_decode_whose_ingress_does_not_listen_asks_its_engine_for_nothing() -> None:
+    engine = DecodeEngine(output(64))
+    error = StageUnavailable("decode", "cannot reach the ingress that asked")  # type: ignore[arg-type]
+    with pytest.raises(StageUnavailable, match="cannot reach"):
+        decoded(engine, outlets=FakeOutlets(error))
+    assert not engine.ran
 
 
 @pytest.mark.parametrize(
@@ -217,73 +349,49 @@ def test_prefill_takes_cache_hits_off_its_work() -> None:
 def test_decode_tells_the_time_of_the_transfer_where_nothing_else_was_waited_for(
     extra: Any, slots: int, kv_s: float | None
 ) -> None:
-    choice = SimpleNamespace(
-        text="a", token_ids=[1], logprobs=None, cumulative_logprob=None, finish_reason=None, stop_reason=None
-    )
-    stats = SimpleNamespace(queued_ts=1.0, scheduled_ts=1.25)
-    output = SimpleNamespace(outputs=[choice], num_cached_tokens=0, prompt_logprobs=None, metrics=stats, finished=False)
-
-    class Engine(FakeEngine):
-        async def generate(self, request: Any) -> AsyncGenerator[Any]:
-            yield output
-            yield output
-
-    engine = Engine()
+    engine = DecodeEngine(output(1, events=QUEUED), output(2))
     engine.slots = slots
-    decode: Any = replica("Decode", engine, _interval_s=0.0)
-    request: Any = SimpleNamespace(params=SimpleNamespace(extra_args=extra), streamed=True, version=ANY)
-
-    async def main() -> list[Any]:
-        return [chunk async for chunk, _ in decode.generate(request)]
-
-    assert [chunk.kv_s for chunk in asyncio.run(main())] == [kv_s, None]
+    _, outlets = decoded(engine, extra)
+    first, second = (first for _, _, first, _ in outlets.put)
+    assert first is not None and second is None
+    assert (first.key, first.replica, first.kv_s) == ("r", "r", kv_s)
 
 
-@pytest.mark.parametrize(("streamed", "chunks"), [(True, [[1], [1], [1]]), (False, [[1], [1, 1]])])
-def test_decode_gives_the_first_token_at_once_and_the_rest_as_the_client_wants_it(
-    streamed: bool, chunks: list[list[int]]
-) -> None:
-    def output(number: int) -> RequestOutput:
-        choice = CompletionOutput(0, "a", [1], None, None, finish_reason="stop" if number == 2 else None)
-        return RequestOutput("r", None, None, None, [choice], finished=number == 2)
-
-    class Engine(FakeEngine):
-        async def generate(self, request: Any) -> AsyncGenerator[RequestOutput]:
-            for number in range(3):
-                yield output(number)
-
-    decode: Any = replica("Decode", Engine(), _interval_s=0.0)
-    request = StageRequest("r", Prompt([1]), SamplingParams(), streamed=streamed)
-
-    async def main() -> list[list[int]]:
-        return [chunk.token_ids async for chunk, _ in decode.generate(request)]
-
-    assert asyncio.run(main()) == chunks
+def test_time_in_the_engines_queue_is_none_of_the_replicas_own() -> None:
+    began = time.perf_counter()
+    _, waited = decoded(DecodeEngine(output(1, events=QUEUED)))
+    _, not_waited = decoded(DecodeEngine(output(1)))
+    took = time.perf_counter() - began
+    for outlets, least_s in ((waited, -0.25), (not_waited, 0.0)):
+        ((_, _, first, _),) = outlets.put
+        assert first is not None
+        assert least_s <= first.ran_s <= least_s + took
 
 
-def test_answer_that_is_not_streamed_is_saved_in_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was made of it outlives its replica, but for the last ``SAVE_S``."""
-    clock, per_token_s, length = FakeClock(), 1 / 64, 1000
-    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=clock))
+def test_blocks_that_have_come_are_not_looked_after_any_more() -> None:
+    waits = pulls(nothing_overdue, 30.0)
+    waiting: list[bool] = []
 
-    class Engine(FakeEngine):
-        async def generate(self, request: Any) -> AsyncGenerator[RequestOutput]:
-            for number in range(length):
-                choice = CompletionOutput(0, "a", [number], None, None)
-                yield RequestOutput("r", None, None, None, [choice], finished=number == length - 1)
-                clock.now += per_token_s
+    class Engine(DecodeEngine):
+        async def run(self, request: StageRequest, hear: Any = None) -> Any:
+            waiting.append("p" in waits._waits)
+            hear(output(64))
+            waiting.append("p" in waits._waits)
+            return await super().run(request, hear)
 
-    decode: Any = replica("Decode", Engine(), _interval_s=0.02)
-    request = StageRequest("r", Prompt([1]), SamplingParams(), streamed=False)
+    decoded(Engine(output(65)), {"kv_transfer_params": {"remote_request_id": "p"}}, pulls=waits)
+    assert waiting == [True, False]
 
-    async def main() -> list[list[int]]:
-        return [chunk.token_ids async for chunk, _ in decode.generate(request)]
 
-    pieces = asyncio.run(main())
-    assert [token for piece in pieces for token in piece] == list(range(length))
-    assert len(pieces[0]) == 1
-    assert max(map(len, pieces)) * per_token_s <= SAVE_S
-    assert len(pieces) <= 2 + length * per_token_s / SAVE_S
+def test_decode_that_goes_away_sends_what_was_put_before_its_engine_ends() -> None:
+    class Closing(FakeOutlets):
+        async def close(self) -> None:
+            assert not engine.ended
+            await super().close()
+
+    engine, outlets = FakeEngine(), Closing()
+    asyncio.run(leave(replica("Decode", engine, outlets=outlets)))
+    assert outlets.closed == 1 and engine.ended
 
 
 # ---- versions
@@ -295,13 +403,13 @@ def asked_of(name: str, version: Version) -> Any:
     """A call of each method of a stage that goes on from what another replica has made."""
     request = StageRequest("r", Prompt([1]), SamplingParams(), version=version)
     media = MediaRequest("r", Media("image", b"", None, 1, "d"), 1, version=version)
-    made: Any = replica(name, FakeEngine(), version=MINE, _interval_s=0.0)
+    made: Any = replica(name, FakeEngine(), version=MINE)
     match name:
         case "Encoder":
             return [made.encode(request), made.encode_media(media)]
         case "Prefill":
             return [made.prefill(request)]
-    return [anext(made.generate(request))]
+    return [made.decode(request, REPLY_TO), made.release("release-1", {}, version)]
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -318,20 +426,11 @@ def test_replica_refuses_at_once_what_began_with_another_version(name: str) -> N
         assert (error.stage, error.replica, error.version) == (name.lower(), "r", MINE)
 
 
-def test_replica_tells_its_version_with_the_first_chunk_and_to_those_who_look() -> None:
-    class Engine(FakeEngine):
-        async def generate(self, request: Any) -> AsyncGenerator[RequestOutput]:
-            for number in range(2):
-                choice = CompletionOutput(0, "a", [1], None, None, finish_reason="stop" if number else None)
-                yield RequestOutput("r", None, None, None, [choice], finished=bool(number))
-
-    decode: Any = replica("Decode", Engine(), version=MINE, _interval_s=0.0)
-
-    async def main() -> list[Version]:
-        request = StageRequest("r", Prompt([1]), SamplingParams(), version=MINE)
-        return [chunk.version async for chunk, _ in decode.generate(request)]
-
-    assert asyncio.run(main()) == [MINE, ANY]
+def test_replica_tells_its_version_with_the_first_tokens_the_end_and_to_those_who_look() -> None:
+    reply, outlets = decoded(DecodeEngine(output(1), output(2)), version=MINE)
+    assert [first.version for _, _, first, _ in outlets.put if first is not None] == [MINE]
+    assert reply.version == MINE
+    decode: Any = replica("Decode", FakeEngine(), version=MINE)
     assert asyncio.run(decode.made_of()) == (MINE, None)
     assert asyncio.run(decode.load())["version"] == "front-w1"
 

@@ -12,15 +12,22 @@ import pytest
 from serve_app import responses
 from serve_app.config import EPDConfig, Stage
 from serve_app.errors import StageUnavailable
-from serve_app.handoff import Chunk, StageRequest
+from serve_app.handoff import StageRequest
 from serve_app.openai_app import make_app, server_args
 from serve_app.peers import Peers
 from serve_app.placement import Cluster, resolve
 from serve_app.responses import Responses
 from serve_app.roles import ingress_args
-from tests.fakes import FakePeers, FakePipeline, fake_status
+from tests.fakes import A, B, FakePeers, FakePipeline, Step, fake_status
 
 GONE = StageUnavailable(Stage.DECODE, "is gone")
+LAST = Step([*B, 1], "stop")
+"""With the token that ends an answer, which is none of its text."""
+
+
+async def ab(request: StageRequest) -> AsyncIterator[Step]:
+    yield Step(A)
+    yield LAST
 
 
 class Replica(httpx.AsyncClient):
@@ -59,7 +66,7 @@ def with_replicas(make_client: Any, demo_folder: Path) -> Callable[..., None]:
     """Run a check with two ingress replicas in front of one pipeline."""
 
     def run(check: Check, pipeline: FakePipeline | None = None, peers: list[Peers] | None = None, **more: Any) -> None:
-        stages = (pipeline or FakePipeline()).stages
+        stages = (pipeline or FakePipeline(steps=ab)).stages
         config = resolve(EPDConfig(**{"response_store_bytes": 1 << 20} | more), Cluster(0, 2)).config
 
         async def main() -> None:
@@ -87,16 +94,16 @@ class Paused:
     def __init__(self, error: Exception | None = None) -> None:
         self.goes_on, self.began, self.closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.error = error
-        self.pipeline = FakePipeline(generate=self.generate)
+        self.pipeline = FakePipeline(steps=self.steps)
 
-    async def generate(self, request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
+    async def steps(self, request: StageRequest) -> AsyncIterator[Step]:
         try:
-            yield Chunk("a", [1]), "decode-0"
+            yield Step(A)
             self.began.set()
             await self.goes_on.wait()
             if self.error is not None:
                 raise self.error
-            yield Chunk("b", [2], finish_reason="stop"), "decode-0"
+            yield LAST
         finally:
             self.closed.set()
 
@@ -114,7 +121,7 @@ def test_response_is_found_by_every_replica(with_replicas: Any, stream: bool) ->
 
 
 def test_conversation_goes_on_at_every_replica(with_replicas: Any) -> None:
-    pipeline = FakePipeline()
+    pipeline = FakePipeline(steps=ab)
 
     async def check(one: Replica, other: Replica) -> None:
         first = await one.respond(input="The first question")
@@ -230,7 +237,7 @@ def test_stream_in_the_background_that_fails_before_its_first_token_has_the_fail
         assert refused["error"]["message"] == "The decode stage is gone"
         assert await other.ended("resp_1") == "failed"
 
-    with_replicas(check, FakePipeline(fails={"generate": [GONE] * 9}))
+    with_replicas(check, FakePipeline(fails={"decode": [GONE] * 9}))
 
 
 def test_stream_from_a_replica_that_goes_ends_with_an_error(with_replicas: Any) -> None:

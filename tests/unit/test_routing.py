@@ -2,8 +2,6 @@
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,8 +31,8 @@ from vllm import SamplingParams
 from serve_app import routing
 from serve_app.config import Stage
 from serve_app.errors import BadRequest, EngineDead, EPDError, HandoffLost, OtherVersion, StageUnavailable
-from serve_app.handoff import Chunk, Item, Media, MediaRequest, PrefillReply, Prompt, StageRequest, Version
-from serve_app.routing import StageHandle, to_stage_error
+from serve_app.handoff import Item, Media, MediaRequest, PrefillReply, Prompt, StageRequest, Version
+from serve_app.routing import Call, StageHandle, to_stage_error
 from tests.fakes import FakeBroadcast, FakeHandle, FakeResponse
 
 LOST = "lost the replica that worked on the request"
@@ -149,33 +147,15 @@ def test_cancelling_the_caller_cancels_the_call() -> None:
     assert asyncio.run(main()).cancelled == 1
 
 
-async def numbers(*ends: Exception | None) -> AsyncIterator[tuple[int, str]]:
-    yield 1, "r1"
-    yield 2, "r1"
-    for end in ends:
-        if end is None:
-            await asyncio.Event().wait()
-        else:
-            raise end
-
-
-def test_finished_stream_is_not_cancelled() -> None:
-    async def main() -> FakeResponse:
-        response = FakeResponse(numbers())
-        assert [n async for n, _ in handle(response).stream("generate")] == [1, 2]
-        return response
-
-    assert asyncio.run(main()).cancelled == 0
-
-
 @pytest.mark.parametrize("gone", ["", "replica", "source"])
-@pytest.mark.parametrize("kind", ["a call", "a stream without an answer", "a stream that has begun"])
+@pytest.mark.parametrize("kind", ["a call", "a call that waits for blocks", "a call that was heard"])
 def test_silent_call_ends_when_what_it_waits_for_is_gone_without_a_word(
     monkeypatch: pytest.MonkeyPatch, kind: str, gone: str
 ) -> None:
-    """The connection to a node without power stays open: only Ray can tell."""
+    """The connection to a node without power stays open: only Ray can tell. Once something was heard, on whatever way, its
+    blocks are where they were to go."""
     monkeypatch.setattr(routing, "SILENT_S", 0.01)
-    waits_for = {"replica", "source"} if kind == "a stream without an answer" else {"replica"}
+    waits_for = {"replica", "source"} if kind == "a call that waits for blocks" else {"replica"}
 
     async def main() -> None:
         asked: asyncio.Queue[str] = asyncio.Queue()
@@ -195,15 +175,9 @@ def test_silent_call_ends_when_what_it_waits_for_is_gone_without_a_word(
             await cancelled.wait()
             raise TaskCancelledError
 
-        async def items() -> AsyncIterator[tuple[int, str]]:
-            if kind == "a stream that has begun":
-                yield 1, "r1"
-            await silent()
-
         def send(*_: Any, streaming: bool) -> FakeResponse:
-            if kind != "a stream that has begun":  # there its items tell, whose router it was
-                routing.sending.get().replica = actor  # type: ignore[union-attr]  # as ours does
-            response = FakeResponse(items() if streaming else silent())
+            routing.sending.get().replica = actor  # type: ignore[union-attr]  # as our routers do
+            response = FakeResponse(silent())
             monkeypatch.setattr(response, "cancel", cancelled.set)
             return response
 
@@ -212,30 +186,66 @@ def test_silent_call_ends_when_what_it_waits_for_is_gone_without_a_word(
         monkeypatch.setattr(routing, "_avoided", {})
         stage = StageHandle(Stage.DECODE, FakeHandle(send))  # type: ignore[arg-type]
         actor = stage.actor("r1")
-
-        async def read() -> None:
-            if kind == "a call":
-                await stage.call("prefill")
-            else:
-                async for _ in stage.stream("generate", source="source"):
-                    pass
-
-        reader = asyncio.create_task(read())
+        call = None if kind == "a call" else Call("source")
+        if kind == "a call that was heard" and call is not None:
+            call.heard()
+        caller = asyncio.create_task(stage.call("decode", call=call))
         if gone in waits_for:
             error: Any = pytest.raises(StageUnavailable, match=LOST)
             if gone == "source":
                 error = pytest.raises(HandoffLost, match="waits for KV blocks of a node that is gone")
             with error:
-                await asyncio.wait_for(reader, 5)
+                await asyncio.wait_for(caller, 5)
             assert bool(routing._avoided) == (gone == "replica")
         else:
             seen = {await asyncio.wait_for(asked.get(), 5) for _ in range(2 * len(waits_for))}
             assert seen == waits_for
-            assert not reader.done() and not cancelled.is_set()
-            reader.cancel()
+            assert not caller.done() and not cancelled.is_set()
+            caller.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await reader
+                await caller
         assert cancelled.is_set()
+
+    asyncio.run(main())
+
+
+def test_call_that_is_heard_again_and_again_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode call is silent to its end: its tokens come another way."""
+    silent_s = 0.05
+    monkeypatch.setattr(routing, "SILENT_S", silent_s)
+    asked = False
+
+    def is_alive(_: str) -> bool:
+        nonlocal asked
+        asked = True
+        return True
+
+    monkeypatch.setattr(routing, "is_alive", is_alive)
+
+    async def main() -> None:
+        heard, loop = Call(), asyncio.get_running_loop()
+
+        def token() -> None:
+            heard.heard()
+            if loop.time() < until:
+                loop.call_soon(token)
+            else:
+                done.set()
+
+        async def decoding() -> str:
+            await done.wait()
+            return "done"
+
+        def send(*_: Any, streaming: bool) -> FakeResponse:
+            routing.sending.get().replica = "r1"  # type: ignore[union-attr]
+            return FakeResponse(decoding())
+
+        done, until = asyncio.Event(), loop.time() + 5 * silent_s
+        stage = StageHandle(Stage.DECODE, FakeHandle(send))  # type: ignore[arg-type]
+        token()
+        assert await stage.call("decode", call=heard) == "done"
+        assert not asked
+        assert heard.source == ""
 
     asyncio.run(main())
 
@@ -303,80 +313,16 @@ def picture(size: int) -> MediaRequest:
         (True, [request(data=torch.zeros(1000))]),
         (False, [request(data=torch.zeros(1 << 18, dtype=torch.float32))]),
         (False, [request(tokens=200_000)]),
-        (False, [request(logprobs=0)]),
+        (True, [request(logprobs=5)]),  # they come over the channel
         (False, [request(prompt_logprobs=1)]),
         (False, [request(stop="x" * (1 << 20))]),
     ],
 )
 def test_large_calls_go_through_the_object_store(light: bool, arguments: list[Any]) -> None:
     """Ray's gRPC takes 4 MiB, in either direction."""
-    fake = FakeHandle(lambda *args, streaming: FakeResponse(numbers() if streaming else value(1)))
-
-    async def main() -> None:
-        stage = StageHandle(Stage.DECODE, fake)  # type: ignore[arg-type]
-        await stage.call("prefill", *arguments)
-        assert [n async for n, _ in stage.stream("generate", *arguments)] == [1, 2]
-
-    asyncio.run(main())
-    assert [options["_by_reference"] for options in fake.used] == [not light] * 2
-
-
-def test_streams_use_a_streaming_handle() -> None:
-    asked: list[bool] = []
-
-    def answer(method: str, *args: Any, streaming: bool) -> FakeResponse:
-        asked.append(streaming)
-        return FakeResponse(numbers())
-
-    async def main() -> None:
-        stage = StageHandle(Stage.DECODE, FakeHandle(answer))  # type: ignore[arg-type]
-        assert [n async for n, _ in stage.stream("generate")] == [1, 2]
-
-    asyncio.run(main())
-    assert asked == [True]
-
-
-def test_stream_that_is_closed_early_is_cancelled() -> None:
-    async def main() -> FakeResponse:
-        response = FakeResponse(numbers(None))
-        async with aclosing(handle(response).stream("generate")) as stream:
-            assert await anext(stream) == (1, "r1")
-        return response
-
-    assert asyncio.run(main()).cancelled == 1
-
-
-def test_stream_whose_reader_is_cancelled_is_cancelled() -> None:
-    async def main() -> FakeResponse:
-        response = FakeResponse(numbers(None))
-        waiting = asyncio.Event()
-
-        async def read() -> None:
-            async for number, _ in handle(response).stream("generate"):
-                if number == 2:
-                    waiting.set()
-
-        reader = asyncio.create_task(read())
-        await waiting.wait()
-        reader.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await reader
-        return response
-
-    assert asyncio.run(main()).cancelled == 1
-
-
-def test_failing_stream_is_an_error_of_ours_and_has_nothing_left_to_cancel() -> None:
-    async def main() -> FakeResponse:
-        response = FakeResponse(numbers(ActorDiedError()))
-        seen: list[int] = []
-        with pytest.raises(StageUnavailable, match=LOST):
-            async for number, _ in handle(response).stream("generate"):
-                seen.append(number)
-        assert seen == [1, 2]
-        return response
-
-    assert asyncio.run(main()).cancelled == 0
+    fake = FakeHandle(lambda *args, streaming: FakeResponse(value(1)))
+    asyncio.run(StageHandle(Stage.DECODE, fake).call("prefill", *arguments))  # type: ignore[arg-type]
+    assert [options["_by_reference"] for options in fake.used] == [not light]
 
 
 def test_broadcast_gives_a_result_or_an_error_of_ours_for_each_replica() -> None:
@@ -417,7 +363,7 @@ class Versions:
         name = candidates[0].replica_id.unique_id
         self.asked.append(name)
         routing.sending.get().replica = self.handle.actor(name)  # type: ignore[union-attr]
-        return FakeResponse(self._stream(request, name) if streaming else self._answer(request, name))
+        return FakeResponse(self._answer(request, name))
 
     async def _answer(self, request: StageRequest, name: str) -> PrefillReply:
         version = self.replicas[name]
@@ -426,47 +372,33 @@ class Versions:
             raise RayTaskError("f", "traceback", refusal).as_instanceof_cause()
         return PrefillReply({}, None, 0, name, version=version)
 
-    async def _stream(self, request: StageRequest, name: str) -> AsyncIterator[tuple[Chunk, str]]:
-        reply = await self._answer(request, name)
-        yield Chunk("a", [1], version=reply.version), name
-
-    def ask(self, kind: str, version: Version) -> str:
+    def ask(self, version: Version) -> str:
         """Which replica answers."""
         call = StageRequest("r", Prompt([1]), SamplingParams(), version=version)
-
-        async def main() -> str:
-            if kind == "call":
-                return str((await self.handle.call("prefill", call)).replica)
-            answers = [replica async for _, replica in self.handle.stream("generate", call)]
-            return answers[0]
-
-        return asyncio.run(main())
+        return str(asyncio.run(self.handle.call("prefill", call)).replica)
 
 
-@pytest.mark.parametrize("kind", ["call", "stream"])
 def test_call_that_is_refused_by_another_version_goes_on_to_the_next_replica(
-    monkeypatch: pytest.MonkeyPatch, kind: str
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stage = Versions(monkeypatch, a=OLD, b=OLD, c=NEW)
-    assert stage.ask(kind, NEW) == "c"
+    assert stage.ask(NEW) == "c"
     assert stage.asked == ["a", "b", "c"]
-    assert stage.ask(kind, NEW) == "c" and stage.ask(kind, OLD) == "a"
+    assert stage.ask(NEW) == "c" and stage.ask(OLD) == "a"
     assert stage.asked[3:] == ["c", "a"], "each has told"
 
 
-@pytest.mark.parametrize("kind", ["call", "stream"])
-def test_what_a_replica_answers_tells_of_its_version_too(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_what_a_replica_answers_tells_of_its_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Versions(monkeypatch, a=OLD, b=NEW)
-    assert stage.ask(kind, Version("f")) == "a"
-    assert stage.ask(kind, NEW) == "b"
+    assert stage.ask(Version("f")) == "a"
+    assert stage.ask(NEW) == "b"
     assert stage.asked == ["a", "b"]
 
 
-@pytest.mark.parametrize("kind", ["call", "stream"])
-def test_call_that_every_replica_refuses_fails_and_asks_each_once(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_call_that_every_replica_refuses_fails_and_asks_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Versions(monkeypatch, a=OLD, b=OLD)
     with pytest.raises(OtherVersion, match="The prefill stage is of another version") as caught:
-        stage.ask(kind, NEW)
+        stage.ask(NEW)
     assert isinstance(caught.value, StageUnavailable)
     assert stage.asked == ["a", "b"]
 
@@ -475,7 +407,7 @@ def test_calls_that_ray_sends_elsewhere_than_they_were_to_go_are_bounded(monkeyp
     stage = Versions(monkeypatch, a=OLD, b=NEW)
     monkeypatch.setattr(routing, "sound", lambda replicas, asked: replicas)
     with pytest.raises(OtherVersion):
-        stage.ask("call", NEW)
+        stage.ask(NEW)
     assert stage.asked == ["a"] * 5
 
 
@@ -485,13 +417,21 @@ def test_version_that_a_call_goes_on_from_is_its_requests_or_named() -> None:
     assert routing.asked_version(["id", ("a", "b")]) == Version()
 
 
+def test_version_that_is_heard_before_the_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first tokens of a decode call, which ends much later."""
+    stage = Versions(monkeypatch, a=OLD, b=NEW)
+    stage.handle.learn("a", OLD)
+    assert stage.ask(NEW) == "b"
+    assert stage.asked == ["b"]
+
+
 def test_weights_of_a_stage_are_those_of_its_replicas_of_now_once_there_are_two(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stage = Versions(monkeypatch, a=OLD, b=OLD, c=NEW)
-    stage.ask("call", Version("f"))
+    stage.ask(Version("f"))
     assert stage.handle.weights == frozenset(), "nothing to choose from"
-    stage.ask("call", NEW)
+    stage.ask(NEW)
     assert stage.handle.weights == {"old", "new"}
     for name in ("a", "b"):
         del stage.curr_replicas[ReplicaID(name, DeploymentID("Stage", "shop"))]

@@ -14,9 +14,9 @@ from starlette.types import Send
 from serve_app import tracing as module
 from serve_app.config import Stage, TracingConfig
 from serve_app.errors import StageUnavailable
-from serve_app.handoff import Chunk, EncodeReply, StageRequest
+from serve_app.handoff import EncodeReply, StageRequest
 from serve_app.tracing import OFF, Tracing, tracing
-from tests.fakes import FakePipeline, encoded
+from tests.fakes import A, FakePipeline, Step, encoded
 from tests.unit.asgi import JSON, Client, app_of, body, start
 from tests.unit.running import Make, background, run
 
@@ -106,7 +106,7 @@ def test_engines_continue_below_the_span_of_their_call(make_client: Make, spans:
     called = {
         "encode": pipeline.encoder.requests("encode"),
         "prefill": pipeline.prefiller.requests("prefill"),
-        "decode": pipeline.decoder.requests("generate"),
+        "decode": pipeline.decoder.requests("decode"),
     }
     for name, calls in called.items():
         assert [parent_of_engine(call) for call in calls] == [span_id(spans.one(name))]
@@ -139,7 +139,7 @@ def test_failed_call_is_an_error_and_the_rung_that_follows_is_told(make_client: 
 
 
 def test_failure_of_the_request_is_the_error_of_its_span(make_client: Make, spans: Spans) -> None:
-    serve(make_client, FakePipeline(fails={"generate": [StageUnavailable(Stage.DECODE, "is gone")] * 9}), spans)
+    serve(make_client, FakePipeline(fails={"decode": [StageUnavailable(Stage.DECODE, "is gone")] * 9}), spans)
     root = spans.one("POST /v1/chat/completions")
     assert root.status.status_code is StatusCode.ERROR and "is gone" in str(root.status.description)
 
@@ -148,12 +148,12 @@ def test_spans_of_a_client_that_leaves_end(make_client: Make, spans: Spans) -> N
     async def main() -> None:
         began = asyncio.Event()
 
-        async def generate(request: StageRequest) -> AsyncIterator[tuple[Chunk, str]]:
-            yield Chunk("a", [1]), "decode-0"
+        async def decode(request: StageRequest) -> AsyncIterator[Step]:
+            yield Step(A)
             began.set()
             await asyncio.Event().wait()
 
-        client = make_client(FakePipeline(generate=generate).stages)
+        client = make_client(FakePipeline(steps=decode).stages)
 
         async def steps(send: Send) -> None:
             await run(client)

@@ -32,7 +32,7 @@ def test_every_stage_is_asked_once(make_api: MakeAPI, make_encoder: Any, told: A
     asyncio.run(warm_up(api.app, "demo", "secret", with_image))
     assert warnings(told) == []
     assert [method for method, _ in encoder.calls] == ["encode_media"] * with_image
-    assert [call for call in pipeline.log if "release" not in call] == ["prefill", "generate"]
+    assert [call for call in pipeline.log if "release" not in call] == ["prefill", "decode"]
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from benchmarks.gpu.prerequisites import THREE_ENGINES_MIB
 from benchmarks.gpu.visit import Visit, excerpt
 from serve_app.config import EPDConfig, Stage
 from serve_app.demo.tokenizer import VOCAB_SIZE
-from serve_app.engine import check_engine_args
 from serve_app.placement import Cluster, resolve
+from serve_app.stages.engine import check_engine_args
 from tests.integration.servers import REPOSITORY
 
 
