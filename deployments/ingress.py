@@ -82,6 +82,7 @@ class Ingress:
         version = front_of(self._config, vllm_config.model_config)
         client = EPDClient(self._config, vllm_config, self._stages, version)
         await client.answers.inlet.listen(channel_host())
+        client.metrics.tell_ray()
         status = Status(self._stages, self._probe, self._census, lambda: {"replica": self._replica, **client.load})
         server_args = openai_app.server_args(self._config, args)
         app = await openai_app.make_app(self._config, server_args, client, status, self._peers)

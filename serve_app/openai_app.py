@@ -21,6 +21,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.dependencies.utils import request_body_to_args
 from fastapi.exceptions import WebSocketRequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -133,6 +134,10 @@ async def make_app(
     await init_app_state(client, app.state, args, ("generate",))
     drop = REPLACED | NOT_HERE.keys()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
+    # It counts for this process' own page, which nobody can read: /metrics here is that of the engines.
+    app.user_middleware[:] = [
+        each for each in app.user_middleware if each.cls is not PrometheusInstrumentatorMiddleware
+    ]
     app.state.openai_serving_responses = Responses(
         app.state.openai_serving_responses, peers or Peers(), config.response_store_bytes
     )

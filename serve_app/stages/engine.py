@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from prometheus_client import REGISTRY, generate_latest
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
@@ -28,10 +29,10 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.config import Stage
 from serve_app.engine_input import to_core_request
-from serve_app.engine_metrics import STAT_LOGGERS
 from serve_app.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageUnavailable
 from serve_app.handoff import StageRequest
 from serve_app.kv_layout import KVLayout, layout_of
+from serve_app.observe.engine_metrics import PageLogger, tell_ray
 from serve_app.stages.tap import Hear, Tap
 
 
@@ -92,17 +93,19 @@ class StageEngine:
         self._pinged = 0.0
         self._kv_use = KVUse()
         parsed = AsyncEngineArgs(**args)
-        to_ray = STAT_LOGGERS if metrics_in_ray and not parsed.disable_log_stats else ()
         vllm_config = engine_config(parsed)
         check(vllm_config)
         self._llm = AsyncLLM.from_vllm_config(
             vllm_config,
             usage_context=USAGE,
-            stat_loggers=[self._kv_use.factory, *to_ray],
+            stat_loggers=[self._kv_use.factory, PageLogger],
             enable_log_requests=parsed.enable_log_requests,
             disable_log_stats=parsed.disable_log_stats,
         )
         self.tap = Tap(self._llm.output_processor)
+        envs.enable_envs_cache()  # vLLM asks for one with every token
+        if metrics_in_ray and not parsed.disable_log_stats:
+            tell_ray()
 
     @property
     def renderer(self) -> Any:

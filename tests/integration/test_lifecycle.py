@@ -98,7 +98,9 @@ def test_answers_under_way_go_on_where_their_decode_was_lost(server: Server, way
         ThreadPoolExecutor(2) as pool,
         server.session.post(server.url + path, json=body | {"stream": True}, stream=True, timeout=240) as response,
     ):
-        unstreamed = [pool.submit(requests.post, server.url + path, json=each, timeout=240) for each in (body, detailed)]
+        unstreamed = [
+            pool.submit(requests.post, server.url + path, json=each, timeout=240) for each in (body, detailed)
+        ]
         for event in arriving(response):
             heard.append(event)
             began = min(began, time.monotonic())

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,14 @@ from serve_app.config import EPDConfig, MediaConfig, Stage
 from serve_app.handoff import EncodeReply, MediaRequest
 from serve_app.placement import Cluster, resolve
 from tests.fakes import FakeStage, fake_status
+
+
+@pytest.fixture(autouse=True)
+def environment_is_read_again() -> Iterator[None]:
+    """A ``StageEngine`` has vLLM remember its environment, for good."""
+    yield
+    if envs := sys.modules.get("vllm.envs"):
+        envs.disable_envs_cache()
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 from ray.util import metrics
 
-from serve_app.gauges import Gauges
+from serve_app.observe.ray_metrics import Teller
+
+SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
+
+
+class TellsAtOnce(Teller):
+    def start(self) -> None:
+        self.tell()
 
 
 class Told:
@@ -19,25 +27,31 @@ class Told:
         self.samples: list[tuple[str, dict[str, str], float]] = []
 
     def sum(self, name: str, **tags: str) -> float:
-        return sum(v for n, t, v in self.samples if n == name and t.items() >= tags.items())
+        return sum(self.values(name, **tags))
 
     def values(self, name: str, **tags: str) -> list[float]:
         return [v for n, t, v in self.samples if n == name and t.items() >= tags.items()]
 
-    def exported(self) -> dict[str, set[str]]:
-        """Names on Ray's metrics port of what was made, with their labels."""
-        return {name: set(metric.info["tag_keys"]) for metric in self.made for name in exported(metric)}
+    def shown(self) -> set[str]:
+        """Names on Ray's metrics port of what was made."""
+        return {exported(metric) for metric in self.made}
 
 
-def exported(metric: metrics.Metric) -> list[str]:
-    name = "ray_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric.info["name"])
-    match metric:
-        case metrics.Counter():
-            return [name.removesuffix("_total") + "_total"]
-        case metrics.Histogram():
-            return [name + suffix for suffix in ("_bucket", "_sum", "_count")]
-        case _:
-            return [name]
+def exported(metric: metrics.Metric) -> str:
+    name: str = "ray_" + metric.info["name"]
+    return name + "_total" if isinstance(metric, metrics.Counter) else name
+
+
+def names_of(registry: CollectorRegistry, *more: str) -> dict[str, set[str]]:
+    """Every metric of a registry as Ray's port names it once it has a sample, with its labels and those that are added."""
+    names: dict[str, set[str]] = {}
+    for collector in registry._collector_to_names:
+        for family in getattr(collector, "describe", list)():
+            labels = set(getattr(collector, "_labelnames", ())) | set(more)
+            for suffix in SUFFIXES.get(family.type, []):
+                name = "ray_" + re.sub(r"[^a-zA-Z0-9_]", "_", family.name) + suffix
+                names[name] = labels | {"le"} if suffix == "_bucket" else labels
+    return names
 
 
 @contextmanager
@@ -50,8 +64,6 @@ def watched() -> Iterator[Told]:
         told.made.append(self)
 
     def record(self: metrics.Metric, value: float, tags: dict[str, str] | None = None) -> None:
-        if not any(self is metric for metric in told.made):
-            return  # a gauge of an earlier test
         final = self._get_final_tags(tags)
         self._validate_tags(final)
         told.samples.append((self.info["name"], final, value))
@@ -59,5 +71,5 @@ def watched() -> Iterator[Told]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics.Metric, "__init__", made)
         patch.setattr(metrics.Metric, "_record", record)
-        patch.setattr(Gauges, "_run", lambda self: None)  # only tests tell
+        patch.setattr(Teller, "start", lambda self: None)  # only tests tell
         yield told

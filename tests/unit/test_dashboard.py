@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 import pytest
 import ray
+from prometheus_client import REGISTRY
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.config import Stage
-from serve_app.engine_metrics import RayStatLogger
 from serve_app.ingress_metrics import IngressMetrics
-from tests.unit.metrics_of import watched
+from serve_app.metrics import PREFIXES
+from serve_app.observe.engine_metrics import PageLogger
+from tests.unit.metrics_of import names_of
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "dashboards" / "grafana.json").read_text())
@@ -179,13 +181,14 @@ def selectors(query: str) -> list[tuple[str, set[str]]]:
 @pytest.fixture(scope="module")
 def exported(decode_vllm_config: Any) -> dict[str, set[str]]:
     """Every metric on Ray's port that we know of, with its labels."""
-    with watched() as told:
-        IngressMetrics()
-        ours = {name: labels | SERVES for name, labels in told.exported().items()}
-    with watched() as told:
-        RayStatLogger(decode_vllm_config, [0])
-        engines = told.exported()
-    return ours | engines | RAYS_OWN
+    before = set(REGISTRY._collector_to_names)
+    PageLogger(decode_vllm_config, [0])
+    engines = names_of(REGISTRY, *SERVES)
+    for collector in set(REGISTRY._collector_to_names) - before:
+        REGISTRY.unregister(collector)
+    told = tuple("ray_" + prefix.replace(":", "_") for prefix in PREFIXES)
+    engines = {name: labels for name, labels in engines.items() if name.startswith(told)}
+    return names_of(IngressMetrics().registry, *SERVES) | engines | RAYS_OWN
 
 
 @pytest.mark.parametrize("query", queries())

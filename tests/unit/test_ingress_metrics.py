@@ -1,7 +1,6 @@
-"""serve_app.ingress_metrics: what Ray is told of a request."""
+"""serve_app.ingress_metrics: what is counted of a request, for Ray to be told."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -10,13 +9,17 @@ from serve_app.config import AdmissionConfig
 from serve_app.handoff import Item, Media
 from serve_app.ingress_metrics import IngressMetrics
 from serve_app.trace import Trace
-from tests.unit.metrics_of import Told, watched
+from tests.unit.metrics_of import TellsAtOnce, watched
 
 
-@pytest.fixture
-def told() -> Iterator[Told]:
-    with watched() as told:
-        yield told
+class Counted(IngressMetrics):
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(name, labels)
+
+    def names(self) -> set[str]:
+        """Of what has been counted."""
+        samples = [sample for family in self.registry.collect() for sample in family.samples]
+        return {sample.name for sample in samples if sample.value and not sample.name.endswith("_created")}
 
 
 def served(**more: object) -> Trace:
@@ -26,29 +29,31 @@ def served(**more: object) -> Trace:
     return record
 
 
-def test_calls_of_a_stage_count_one_by_one(told: Told) -> None:
-    record = served()
+def test_calls_of_a_stage_count_one_by_one() -> None:
+    record, metrics = served(), Counted()
     record.called("encoder", 3.0, 2.0)
     record.called("encoder", 5.0, 1.0)
     record.called("prefill", 2.0, 2.5)  # clocks of two machines
-    IngressMetrics().finished(record, 200)
-    assert told.values("epd_queue_seconds", stage="encoder") == [1.0, 4.0]
-    assert told.values("epd_run_seconds", stage="encoder") == [2.0, 1.0]
-    assert told.values("epd_queue_seconds", stage="prefill") == [0.0]
+    metrics.finished(record, 200)
+    for name, total_s in (("epd_queue_seconds", 1.0 + 4.0), ("epd_run_seconds", 2.0 + 1.0)):
+        assert metrics.value(name + "_count", stage="encoder") == 2
+        assert metrics.value(name + "_sum", stage="encoder") == total_s
+    assert metrics.value("epd_queue_seconds_bucket", stage="encoder", le="1.0") == 1
+    assert metrics.value("epd_queue_seconds_bucket", stage="prefill", le="0.001") == 1
 
 
-def test_request_counts_what_it_had_and_got(told: Told) -> None:
-    record = served(
-        items=Counter(image=2, audio=1), remembered_items=1, media_bytes=70, prompt_tokens=9, cached_tokens=4
+def test_request_counts_what_it_had_and_got() -> None:
+    record, metrics = (
+        served(items=Counter(image=2, audio=1), remembered_items=1, media_bytes=70, prompt_tokens=9, cached_tokens=4),
+        Counted(),
     )
-    IngressMetrics().finished(record, 200)
-    assert told.sum("epd_requests", status="200") == 1
-    assert (told.sum("epd_items", modality="image"), told.sum("epd_items", modality="audio")) == (2, 1)
-    assert told.sum("epd_remembered_items") == 1
-    names = ("epd_media_bytes", "epd_prompt_tokens", "epd_cached_tokens", "epd_output_tokens")
-    assert [told.sum(name) for name in names] == [70, 9, 4, 5]
-    assert told.values("epd_time_to_first_token_seconds") == [3.0]
-    assert told.values("epd_time_per_output_token_seconds") == [1.0]
+    metrics.finished(record, 200)
+    assert metrics.value("epd_requests_total", status="200") == 1
+    assert [metrics.value("epd_items_total", modality=modality) for modality in ("image", "audio")] == [2, 1]
+    names = ("remembered_items", "media_bytes", "prompt_tokens", "cached_tokens", "output_tokens")
+    assert [metrics.value(f"epd_{name}_total") for name in names] == [1, 70, 9, 4, 5]
+    assert metrics.value("epd_time_to_first_token_seconds_sum") == 3.0
+    assert metrics.value("epd_time_per_output_token_seconds_sum") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -61,28 +66,41 @@ def test_time_per_token_is_a_choices(choices: int, tokens: int, seconds: float |
     assert record.per_output_token() == seconds
 
 
-def test_rungs_count_each_time(told: Told) -> None:
-    record = served(rungs=["encode-again", "prefill-again", "prefill-again"])
-    IngressMetrics().finished(record, 200)
-    assert (told.sum("epd_rungs", rung="prefill-again"), told.sum("epd_rungs", rung="encode-again")) == (2, 1)
+def test_rungs_count_each_time() -> None:
+    metrics = Counted()
+    metrics.finished(served(rungs=["encode-again", "prefill-again", "prefill-again"]), 200)
+    assert metrics.value("epd_rungs_total", rung="prefill-again") == 2
+    assert metrics.value("epd_rungs_total", rung="encode-again") == 1
 
 
-@pytest.mark.parametrize(("status", "count"), [(503, 1), ("cancelled", 1), (200, 0)])
-def test_what_reached_no_stage_counts_where_it_was_refused(told: Told, status: int | str, count: int) -> None:
-    IngressMetrics().finished(Trace("r"), status)
-    assert told.sum("epd_requests") == count
-    assert {name for name, _, _ in told.samples} <= {"epd_requests"}
+@pytest.mark.parametrize(("status", "count"), [(503, 1), ("cancelled", 1), (200, None)])
+def test_what_reached_no_stage_counts_where_it_was_refused(status: int | str, count: int | None) -> None:
+    metrics = Counted()
+    metrics.finished(Trace("r"), status)
+    assert metrics.value("epd_requests_total", status=str(status)) == count
+    assert metrics.names() <= {"epd_requests_total"}
 
 
-def test_what_is_under_way_is_told(told: Told) -> None:
-    metrics = IngressMetrics()
+def test_what_is_under_way_is_told() -> None:
+    metrics = Counted()
     admission = Admission(AdmissionConfig(), 10, metrics.outstanding)
     media = Media("image", b"12345", None, 1, "digest")
     amounts = {"requests": 1, "items": 2, "media_bytes": 5, "embed_bytes": 30}
+
+    def told() -> dict[str, float | None]:
+        return {of: metrics.value("epd_outstanding", of=of) for of in amounts}
+
     with admission.admit((Item("image", "h", 0, 3, None, None),)), admission.admit_media([media]):
-        metrics.gauges.tell()
-    for of, amount in amounts.items():
-        assert told.values("epd_outstanding", of=of)[-1] == amount
-    metrics.gauges.tell()
-    for of in amounts:
-        assert told.values("epd_outstanding", of=of)[-1] == 0
+        assert told() == amounts
+    assert told() == dict.fromkeys(amounts, 0)
+
+
+def test_ray_is_told_of_it_once_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.ingress_metrics.Teller", TellsAtOnce)
+    with watched() as told:
+        metrics = Counted()
+        metrics.finished(served(), 200)
+        assert not told.samples
+        metrics.tell_ray()
+    assert told.sum("epd_requests", status="200", deployment="") == 1
+    assert told.values("epd_time_to_first_token_seconds_bucket", le="5.0") == [1]

@@ -222,3 +222,14 @@ def test_page_docs_and_operations_are_below_the_prefix(make_api: Any) -> None:
     schema = below.get("openapi.json").json()
     assert schema["servers"] == [{"url": "/epd"}] and "/v1/chat/completions" in schema["paths"]
     assert below.get("inference/v1/generate").status_code == 400
+
+
+def test_requests_are_not_counted_for_a_page_that_nobody_can_read(make_api: Any) -> None:
+    """vLLM's own server counts them for its /metrics, which is the engines' here."""
+    layer = make_api({}).app.app.middleware_stack
+    passed = []
+    while hasattr(layer, "app"):
+        passed.append(type(layer).__name__)
+        layer = layer.app
+    assert "CORSMiddleware" in passed, "the stack that serves"
+    assert not [name for name in passed if "Prometheus" in name]
