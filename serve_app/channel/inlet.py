@@ -46,7 +46,7 @@ class Inlet(Generic[Output]):
         self._received = received
         self._lost = lost
         self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
         self.reply_to = ReplyTo("", 0, secrets.token_hex(16))
         """Of a call whose tokens are to come here."""
 
@@ -59,20 +59,20 @@ class Inlet(Generic[Output]):
     async def close(self) -> None:
         if self._server is not None:
             self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._connections.values():
+            writer.transport.abort()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task: Any = asyncio.current_task()
-        self._tasks.add(task)
+        self._connections[task] = writer
         link: Link | None = None
         try:
             tell_when_gone(writer)
             async with asyncio.timeout(HELLO_S):
                 (words,) = await receive(reader, HELLO_BYTES)
             hello = msgspec.msgpack.decode(words, type=Hello)
-            if not hmac.compare_digest(hello.secret, self.reply_to.secret):
+            if not hmac.compare_digest(hello.secret.encode(), self.reply_to.secret.encode()):
                 logger.warning(f"somebody at {writer.get_extra_info('peername')} brought tokens with a wrong secret")
                 return
             link = Link(hello.replica, writer)
@@ -83,7 +83,7 @@ class Inlet(Generic[Output]):
         except (ValueError, msgspec.MsgspecError) as error:
             logger.warning(f"the channel from {writer.get_extra_info('peername')} says what it cannot: {error}")
         finally:
-            self._tasks.discard(task)
+            del self._connections[task]
             writer.transport.abort()
             if link is not None:
                 self._lost(link)

@@ -101,6 +101,8 @@ class Outlet(Generic[Output]):
         with suppress(OSError, TimeoutError):
             if self._waiting and not self.gone:
                 await self._send_waiting()
+            async with asyncio.timeout(STUCK_S):
+                await self._writer.drain()
         self._writer.close()
 
     async def _send(self) -> None:

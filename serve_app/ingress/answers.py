@@ -1,7 +1,7 @@
 """The answers of decode, as they come over the channels, on their way into vLLM's ``OutputProcessor``."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ class Answer:
     """Called before the first tokens are taken; they are not where it raises a ``StageError``."""
     came: Callable[[EngineCoreOutput], None]
     """Called with each output that was taken."""
+    heard: bool = False
+    """Whether its decode has begun, and so has pulled the blocks of its prefill."""
     link: Link | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +51,7 @@ class Answer:
 
     def begin(self, link: Link, first: First) -> None:
         """Raises ``StageError`` where it cannot be taken."""
+        self.heard = True
         self.accept(first)
         self.link = link
         if not self.first.done():
@@ -96,17 +99,17 @@ class Answers:
     def received(self, link: Link, frame: Frame[EngineCoreOutput]) -> None:
         """From one decode replica, in the order in which it made them."""
         unwanted = [first.key for first in frame.firsts if not self._begins(link, first)]
-        outputs = [output for output in frame.outputs if self._taken(link, output)]
-        processed = self._processor.process_outputs(outputs)
-        for choice_id in processed.reqs_to_abort:  # a stop string: its engine knows of none
-            answer = self._by_choice[choice_id]
-            unwanted.append(answer.key)
-            _done(answer)
-        for output in outputs:
-            answer = self._by_choice[output.request_id]
-            answer.came(output)
-            if output.finish_reason is not None:
-                _done(answer)
+        for step in steps(frame.outputs):
+            outputs = [output for output in step if self._taken(link, output)]
+            processed = self._processor.process_outputs(outputs)
+            for output in outputs:
+                answer = self._by_choice[output.request_id]
+                answer.came(output)
+                if output.finish_reason is not None:
+                    _done(answer)
+            for choice_id in processed.reqs_to_abort:  # a stop string: its engine knows of none
+                unwanted.append(self._by_choice[choice_id].key)
+                _done(self._by_choice[choice_id])
         if unwanted:
             link.abort(unwanted)
 
@@ -140,6 +143,17 @@ class Answers:
             stats.num_cached_tokens = prefilled.num_cached_tokens or 0
             output.prefill_stats, answer.prefilled = stats, None
         return True
+
+
+def steps(outputs: list[EngineCoreOutput]) -> Iterator[list[EngineCoreOutput]]:
+    """One after another, as an engine makes them: at most one output of each request. Nearly always there is one step."""
+    while outputs:
+        step = {output.request_id: output for output in reversed(outputs)}
+        more = (
+            [output for output in outputs if step[output.request_id] is not output] if len(step) < len(outputs) else []
+        )
+        yield list(step.values())
+        outputs = more
 
 
 def _done(answer: Answer) -> None:

@@ -63,6 +63,8 @@ class Choice:
         self.id = core.request_id
         self.index = index
         self.params: Any = core.sampling_params
+        self.counts_cached = index == 0
+        """Until it is known what of the prompt was in a cache: of the first choice, once."""
         self._processor = processor
         self._args = core, text, parent, index, queue
         processor.add_request(*self._args)
@@ -158,13 +160,15 @@ class Pipeline:
                 begun = bool(said) and not no_more and self._engines_go_on and handoff.can_go_on(choice.params)
                 late = asyncio.get_running_loop().time() > deadline.at
                 too_late = bool(said) and not begun and (choice.streamed or late)
-                if too_late or ladder.deadly or not self.retries.allow(error, attempt, begun):
+                again = not (too_late or ladder.deadly) and self.retries.allow(error, attempt, begun)
+                if not choice.streamed and not (again and begun):
+                    record.output_tokens -= len(said)
+                if not again:
                     raise
                 if begun:
                     deadline = deadline.anew()
                 elif said:
                     choice.restart()
-                    record.output_tokens -= len(said)
                     if record.choices == 1:  # else there are others whose tokens this one has to go with
                         record.weights = ""
                 record.rung(f"{error.stage}-again")
@@ -199,7 +203,6 @@ class Pipeline:
         """Blocks that were not pulled are given back."""
         stage, began = self.stages[Stage.DECODE], time.perf_counter()
         call = Call(prefilled.node if prefilled else "")
-        counts_cached = choice.index == 0 and not choice.said
 
         def accept(first: First) -> None:
             """Raises ``OtherVersion`` where another choice has tokens of other weights."""
@@ -212,8 +215,9 @@ class Pipeline:
         def came(output: EngineCoreOutput) -> None:
             call.heard()
             record.token(len(output.new_token_ids))
-            if output.prefill_stats is not None and counts_cached:
+            if output.prefill_stats is not None and choice.counts_cached:
                 record.cached_tokens += output.prefill_stats.num_cached_tokens
+                choice.counts_cached = False
 
         with record.span.child("decode", choice=choice.index) as span:
             answer = Answer(request.request_id, choice.id, prefilled, accept, came)
@@ -234,7 +238,7 @@ class Pipeline:
                     asyncio.get_running_loop().call_later(JOIN_S, ending.cancel)
                 else:
                     ending.cancel()
-                if prefilled is not None and answer.link is None:
+                if prefilled is not None and not answer.heard:
                     self._release(prefilled, request.version)
 
     def _leased(self, prefilled: PrefillReply | None, first: Awaitable[T]) -> Awaitable[T]:

@@ -367,9 +367,11 @@ class BreaksOff:
                 raise DECODE_GONE
 
 
-def logprobs_of(token: int) -> LogprobsLists:
-    """Of a token that was sampled, and of the one that was likely too."""
-    return LogprobsLists(np.array([[token, token + 1]]), np.array([[-0.5, -1.0 - token]]), np.array([1]))
+def logprobs_of(*tokens: int) -> LogprobsLists:
+    """Of tokens that were sampled, and each time of one that was likely too."""
+    pairs = [[token, token + 1] for token in tokens]
+    logprobs = [[-0.5, -1.0 - token] for token in tokens]
+    return LogprobsLists(np.array(pairs), np.array(logprobs), np.ones(len(tokens), dtype=int))
 
 
 @pytest.mark.parametrize("without", [(), (Stage.PREFILL,), (Stage.ENCODER,)], ids=["E+P+D", "E+PD", "P+D"])
@@ -1037,6 +1039,25 @@ def test_answer_that_is_not_streamed_is_made_anew_where_it_cannot_go_on(make_cli
     assert first.prompt == second.prompt
 
 
+def test_answer_is_not_made_anew_after_its_deadline(make_client: Make) -> None:
+    async def main() -> None:
+        over = asyncio.Event()
+
+        async def steps(request: StageRequest) -> AsyncIterator[Step]:
+            yield Step(A)
+            await over.wait()
+            raise DECODE_GONE
+
+        pipeline = FakePipeline(steps=steps)
+        client = make_client(pipeline.stages, request_timeout_s=0.5)
+        asyncio.get_running_loop().call_later(0.8, over.set)
+        with pytest.raises(GracefulHTTPError, match=str(DECODE_GONE)):
+            await run(client, output_kind=WHOLE, seed=7)
+        assert pipeline.log.count("decode") == 1
+
+    asyncio.run(main())
+
+
 def test_tokens_of_an_answer_that_nobody_got_are_not_counted(make_client: Make) -> None:
     async def main() -> None:
         trace.current.set(record := Trace("req"))
@@ -1203,27 +1224,29 @@ def test_decode_is_told_to_end_an_answer_at_its_stop_string(make_client: Make, k
     assert (made, record.output_tokens, record.rungs) == (3, 3, [])
 
 
-@pytest.mark.parametrize("logprobs", [None, 0], ids=["one output", "two outputs"])
-def test_tokens_that_came_with_those_of_a_stop_string_and_after_it_are_dropped(
-    make_client: Make, logprobs: int | None
-) -> None:
+@pytest.mark.parametrize("come", ["in one output", "in one frame", "in several frames"])
+def test_tokens_that_came_with_those_of_a_stop_string_and_after_it_are_dropped(make_client: Make, come: str) -> None:
     """Outputs with logprobs are not added up (``tap.add``): there may be several of a request in a frame."""
 
     async def decode(request: StageRequest, reply_to: ReplyTo) -> DecodeReply:
         answers, key, link = pipeline.decodes.answers, request.request_id, FakeLink("decode-0")
         assert answers is not None
-        tokens, firsts = [*A, *B, *A, *A], [First(key, "decode-0")]
-        outputs = [Step(tokens).output(key)]
-        if logprobs is not None:
+        firsts = [First(key, "decode-0")]
+        if come == "in one output":
+            outputs = [Step(tokens, more={"new_logprobs": logprobs_of(*tokens)}).output(key)]
+        else:
             outputs = [Step([token], more={"new_logprobs": logprobs_of(token)}).output(key) for token in tokens]
-        answers.received(link, Frame(outputs, firsts))  # type: ignore[arg-type]
+        for frame in [[output] for output in outputs] if come == "in several frames" else [outputs]:
+            answers.received(link, Frame(frame, firsts))  # type: ignore[arg-type]
+            firsts = []
         return DecodeReply("decode-0", "abort", len(tokens))
 
+    tokens = [*A, *B, *A, *A]
     pipeline = FakePipeline(decode=decode)
-    outputs, record = traced(make_client, pipeline, stop=["b"], logprobs=logprobs)
+    outputs, record = traced(make_client, pipeline, stop=["b"], logprobs=1)
     answer = together(outputs)
     assert (answer.text, answer.token_ids, answer.stop_reason) == ("a", [*A, *B], "b")
-    assert len(answer.logprobs) == (0 if logprobs is None else 2)
+    assert (len(answer.logprobs), answer.cumulative_logprob) == (2, -1.0)
     assert record.output_tokens == 2
 
 

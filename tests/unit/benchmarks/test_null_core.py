@@ -137,7 +137,7 @@ def test_a_replica_checks_the_config_before_its_engine_is_made() -> None:
     import inspect
 
     from deployments._replica import EngineReplica
-    from serve_app import engine
+    from serve_app.stages import engine
 
     assert "self._check" in inspect.getsource(EngineReplica._start)
     source = inspect.getsource(engine.StageEngine.__init__)
