@@ -355,7 +355,7 @@ class PipelineMiddleware:
             return await too_large(scope, receive, reply)
         token = trace.current.set(record)
         try:
-            await self.app(scope, self._limited(receive), reply)
+            await self.app(scope, self._limited(receive, reply), reply)
         except BodyTooLarge:
             await too_large(scope, receive, reply)
         except asyncio.CancelledError:
@@ -382,12 +382,14 @@ class PipelineMiddleware:
             output_tokens=record.output_tokens,
         )
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, reply: "_HeldReply") -> Receive:
         received = 0
 
         async def limited() -> Message:
             nonlocal received
             message = await receive()
+            if message["type"] == "http.disconnect":
+                reply.client_left()
             received += len(message.get("body", b""))
             if received > self.max_body_bytes:
                 raise BodyTooLarge(self.max_body_bytes)
@@ -420,10 +422,16 @@ class _HeldReply:
         self._streaming = False
         self._holding = False
         self._replaced = False
+        self._over = False
+        """It has been sent, or nobody is there to send it to."""
         self.status: int | str | None = None
 
+    def client_left(self) -> None:
+        if not self._over:
+            self._over, self.status = True, "cancelled"
+
     async def __call__(self, message: Message) -> None:
-        if self._replaced:
+        if self._replaced or self._over:
             return
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -431,11 +439,11 @@ class _HeldReply:
             content_type = Headers(raw=message["headers"]).get("content-type", "")
             self._streaming = content_type.startswith("text/event-stream")
             self._holding = self._streaming and self._trace.first_token is None
-        if not message.get("more_body", True):
-            self._streaming = False
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._streaming, self._over = False, True
         if self._holding:
             self._held.append(message)
-            if not self._trace.decided.is_set() and message.get("more_body", True):
+            if not self._trace.decided.is_set() and not self._over:
                 return
             self._holding = False
             if self._trace.error is not None and self._trace.first_token is None:

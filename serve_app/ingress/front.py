@@ -42,6 +42,10 @@ STUCK_S = 60.0
 SILENT_S = 60
 """Until a client whose machine is gone without a word is hung up on."""
 
+LEFT_S = 1.0
+"""For a request to end by itself when it is told that its client has left: then it is cancelled. At once it must not be:
+vLLM's `with_cancellation` cancels its handler when it is told, and leaves it running when it is itself cancelled."""
+
 LAST_S = 0.5
 """For the request of a connection that was made just before there were no more."""
 
@@ -128,6 +132,10 @@ class Connection(HttpToolsProtocol):
         self._came()
         self._took()
         self.gone = True
+        if self.asks is not None:
+            self.loop.call_later(LEFT_S, self._left)
+
+    def _left(self) -> None:
         if self.asks is not None:
             self.asks.cancel()
 

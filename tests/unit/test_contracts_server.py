@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -414,3 +415,29 @@ def test_uvicorn_has_what_the_front_bounds() -> None:
     assert source.index("server.close()") < source.index("connection.shutdown()"), f"{where} Front.drain"
     state = inspect.getsource(importlib.import_module("uvicorn.server").ServerState)
     assert "self.connections" in state and "self.tasks" in state, f"{where} Front._cut"
+
+
+def test_vllm_cancels_a_handler_whose_client_has_left_and_not_one_whose_request_is_cancelled() -> None:
+    """Why ``Connection`` waits before it cancels. Where this changes, it need not."""
+    import asyncio
+
+    from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+
+    async def main() -> None:
+        begun, never = asyncio.Event(), asyncio.Event()
+        request = SimpleNamespace(receive=never.wait, app=SimpleNamespace(state=SimpleNamespace()))
+        handlers: list[Any] = []
+
+        async def handler(_: Any, raw_request: Any) -> None:
+            handlers.append(asyncio.current_task())
+            begun.set()
+            await never.wait()
+
+        asking = asyncio.create_task(with_cancellation(handler)({}, request))
+        await begun.wait()
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert not handlers[0].done(), "serve_app/ingress/front.py LEFT_S"
+        handlers[0].cancel()
+
+    asyncio.run(main())
