@@ -18,8 +18,8 @@ from serve_app.config import Stage
 from serve_app.errors import StageUnavailable
 
 CONNECT_S = 5.0
-STUCK_S = 30.0
-"""An ingress that has taken nothing for so long is hung up on."""
+STUCK_S = 15.0
+"""An ingress that has taken nothing for so long is hung up on. Less than ``SILENT_S``, by which the kernel would."""
 WAITING_BYTES = 256 << 20
 """Of outputs that cannot be added up (logprobs), for one ingress. With more it is hung up on."""
 ABORTS_BYTES = 1 << 20
@@ -68,9 +68,12 @@ class Outlet(Generic[Output]):
 
     @contextmanager
     def call(self, key: str) -> Iterator[None]:
-        """While it is under way its outputs may be put. Raises ``StageUnavailable`` where the key is under way already."""
+        """While it is under way its outputs may be put. Raises ``StageUnavailable`` where the key is under way already, or
+        the ingress is gone."""
         if key in self.keys:
             raise StageUnavailable(Stage.DECODE, "works on the request already: Ray Serve sent it twice")
+        if self.gone:
+            raise StageUnavailable(Stage.DECODE, "has lost the ingress that asked")
         self.keys.add(key)
         try:
             yield
