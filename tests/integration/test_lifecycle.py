@@ -84,8 +84,8 @@ def test_killed_replica_takes_its_engine_along_and_is_replaced(server: Server, d
 
 @pytest.mark.parametrize("way", ["its replica is killed", "its engine crashes"])
 def test_answers_under_way_go_on_where_their_decode_was_lost(server: Server, way: str) -> None:
-    """With the tokens, text and logprobs that they would have had, once the only decode replica has been replaced: a stream, and
-    answers that are not streamed, one of which looks for a stop string."""
+    """With the tokens, text and logprobs that they would have had, once the only decode replica has been replaced: a stream,
+    and answers that are not streamed, one of which looks for a stop string."""
     length = 3000
     path, body = chat(text("Describe."), image(1), max_tokens=length, ignore_eos=True)
     detailed = body | {"logprobs": True, "stop": ["\0"]}
