@@ -124,6 +124,8 @@ class StageEngine:
             raise EngineDead(self._stage, f"failed: {llm.dead_error}")
         if llm.vllm_config.cache_config.kv_sharing_fast_prefill and request.params.prompt_logprobs:
             raise BadRequest("Logprobs of the prompt are wrong with `kv_sharing_fast_prefill`: this engine has none.")
+        if llm.output_processor.has_request(request.request_id):  # vLLM would take it for more of that one's prompt
+            raise StageUnavailable(self._stage, "works on the request already: Ray Serve sent it twice")
         llm._run_output_handler()
         queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, request.request_id)
         try:

@@ -151,6 +151,21 @@ def test_request_that_is_aborted_by_its_id_ends_with_what_it_had(make: Made) -> 
     scenario(main)
 
 
+def test_call_that_ray_serve_sends_twice_is_refused_and_the_first_goes_on(make: Made) -> None:
+    async def main() -> None:
+        llm = FakeLLM()
+        engine = make(llm)
+        running = asyncio.create_task(engine.run(request()))
+        await llm.come()
+        with pytest.raises(StageUnavailable, match="sent it twice"):
+            await engine.run(request())
+        llm.core.step(Output("r", [64], finish_reason=FinishReason.LENGTH))
+        assert (await running).finished
+        assert llm.core.come.empty() and not llm.core.aborted
+
+    scenario(main)
+
+
 def test_engine_that_could_not_load_what_was_handed_over_says_so(make: Made) -> None:
     async def main() -> None:
         llm, heard = FakeLLM(), []

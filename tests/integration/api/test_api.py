@@ -317,8 +317,8 @@ def test_request_ids_reach_the_engines_and_the_log(epd: Server) -> None:
     response = epd.post(*chat(text("Describe."), image(3001), image(3002)), headers={"x-request-id": request_id})
     assert response.headers["x-request-id"] == request_id
     expected = [
-        rf"Encoder.*Added request {request_id}:0:\w{{6}}-",
-        rf"Encoder.*Added request {request_id}:1:\w{{6}}-",
+        rf"Encoder.*Added request {request_id}:0:\w{{6}}\.",
+        rf"Encoder.*Added request {request_id}:1:\w{{6}}\.",
         rf"Prefill.*Added request chatcmpl-{request_id}-",
         rf"Decode.*Added request chatcmpl-{request_id}-",
         rf"Ingress.*request={request_id} status=200 items=2 prompt_tokens=\d+ output_tokens=16 render=.* queue=.* encode=.* "
