@@ -98,6 +98,8 @@ def server(nodes: Nodes, baseline: dict[str, Any]) -> Server:
     replicas = {"Prefill": {"num_replicas": 2}}
     server = serve_deploy(nodes.folder, nodes.dashboard, environment, nodes.http_port, args, replicas)
     server.wait_until(lambda: len(nodes.addresses("Prefill")) == 2, "both replicas of prefill", 120)
+    # It listens before Serve's controller has heard that it has started.
+    server.wait_until(lambda: nodes.addresses("Ingress"), "Serve to know of the ingress", 30)
     return server
 
 
