@@ -8,8 +8,6 @@ answers did not have all their tokens.
 import argparse
 import asyncio
 import json
-import os
-import subprocess
 import sys
 import time
 import zlib
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu
+from benchmarks.job import run as run_job
 
 IMAGE_SIZE = 224
 TEXT_TOKENS = 64
@@ -110,20 +109,8 @@ def outcome(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
 def drive(url: str, mark: str, tokenizer: str, cells: list[tuple[Cell, int]], log: Path) -> list[dict[str, Any]]:
     """A run for each cell with its seed, in order."""
     job = {"url": url, "mark": mark, "tokenizer": tokenizer, "cells": [(asdict(cell), seed) for cell, seed in cells]}
-    with log.open("ab") as out:
-        process = subprocess.run(
-            [sys.executable, "-m", "benchmarks.load", str(log.with_suffix(".json"))],
-            input=json.dumps(job).encode(),
-            stdout=out,
-            stderr=out,
-            cwd=Path(__file__).parents[1],
-            env=dict(os.environ) | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-            timeout=120 + RUN_LIMIT_S * len(cells),
-        )
-    if process.returncode:
-        raise RuntimeError(f"the load generator failed\n{log.read_text(errors='replace')[-2000:]}")
-    found: list[dict[str, Any]] = json.loads(log.with_suffix(".json").read_text())
-    return found
+    env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return run_job("benchmarks.load", job, log, 120 + RUN_LIMIT_S * len(cells), env)
 
 
 def run(cell: Cell, seed: int, job: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,9 @@ import argparse
 import asyncio
 import json
 import math
-import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks import cpu
+from benchmarks.job import run as run_job
 
 IMAGE = 224, 224
 TEXT_WORDS = 64
@@ -284,20 +283,8 @@ def drive(
     long each waits for other programs to be done."""
     named = [asdict(wave) for wave in waves]
     job = {"url": url, "mark": mark, "waves": named, "first": first, "patience_s": patience_s}
-    with log.open("ab") as out:
-        process = subprocess.run(
-            [sys.executable, "-m", "benchmarks.streams", str(log.with_suffix(".json"))],
-            input=json.dumps(job).encode(),
-            stdout=out,
-            stderr=out,
-            cwd=Path(__file__).parents[1],
-            env=dict(os.environ) | {"PYTHONUNBUFFERED": "1"},
-            timeout=120 + (RUN_LIMIT_S + patience_s + 10) * len(waves),
-        )
-    if process.returncode:
-        raise RuntimeError(f"the load generator failed\n{log.read_text(errors='replace')[-2000:]}")
-    found: list[dict[str, Any]] = json.loads(log.with_suffix(".json").read_text())
-    return found
+    limit_s = 120 + (RUN_LIMIT_S + patience_s + 10) * len(waves)
+    return run_job("benchmarks.streams", job, log, limit_s, {"PYTHONUNBUFFERED": "1"})
 
 
 def main() -> None:

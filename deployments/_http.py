@@ -21,9 +21,8 @@ def public_address(http: Http, app_name: str) -> Address:
     """
     client: Any = _get_global_client()
     controller = client._controller
-    asked = [controller.get_http_config.remote(), controller.get_proxy_location.remote()]
-    options, location = ray.get(asked, timeout=CONTROLLER_S)
-    endpoints = ray.get(controller.get_all_endpoints.remote(), timeout=CONTROLLER_S)
+    asked = controller.get_http_config, controller.get_proxy_location, controller.get_all_endpoints
+    options, location, endpoints = ray.get([ask.remote() for ask in asked], timeout=CONTROLLER_S)
     has_proxy = options.host is not None and location != ProxyLocation.Disabled
     if http is Http.REPLICAS and has_proxy:
         raise CannotStart(

@@ -57,8 +57,8 @@ class Decode(EngineReplica):
             tells = blocks is not None and self.work.under_way <= self.engine.slots
             outlet = await self.outlets.to(reply_to)
             with outlet.call(key):
-                output = await self.pulls.wait(hand_off, self.engine.run(request, hear))
-        return DecodeReply(self.replica, output.outputs[0].finish_reason, tokens, self.version)
+                await self.pulls.wait(hand_off, self.engine.run(request, hear))
+        return DecodeReply(self.replica, tokens, self.version)
 
     async def release(self, request_id: str, kv_transfer_params: dict[str, Any], version: Version) -> None:
         """Give back the blocks of a prefill whose request will not be decoded. Engines of two versions do not connect."""

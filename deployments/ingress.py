@@ -70,6 +70,8 @@ class Ingress:
         address = await asyncio.to_thread(public_address, self._config.http, self._app_name)
         check_scaling(self._config.http, self._deployment)
         # Only now: vLLM reads its environment when it is imported.
+        from vllm.utils.gc_utils import freeze_gc_heap
+
         from serve_app import openai_app
         from serve_app.door import Door
         from serve_app.fingerprint import front_of
@@ -94,6 +96,7 @@ class Ingress:
         key = next(iter(server_args.api_key or ()), os.environ.get("VLLM_API_KEY"))
         with_image = bool(encoders) and "image" in client.from_media
         await warm_up(app, self._config.model_name, key, with_image, self._config.kv.min_prompt_tokens)
+        freeze_gc_heap()  # see `StageEngine`
         times = {"app": built - began, "stages": ready - built, "warm_up": time.perf_counter() - ready}
         logger.info("start-up ingress: " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in times.items()))
         self._door = Door(app, self._deployment.max_ongoing_requests)

@@ -215,7 +215,6 @@ class DecodeReply(msgspec.Struct, frozen=True):
     """The end of a decode call, whose tokens went over the channel."""
 
     replica: str
-    finish_reason: str | None
     tokens: int
     """That were sent."""
     version: Version = ANY

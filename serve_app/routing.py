@@ -175,6 +175,7 @@ class StageHandle:
         self.stage = stage
         self._unary = handle
         self._light = handle.options(_by_reference=False)
+        self._methods: dict[tuple[str, bool], DeploymentHandle[Any]] = {}
         self._calls: set[Call] = set()
         self._watching: asyncio.Task[None] | None = None
 
@@ -206,10 +207,10 @@ class StageHandle:
 
         ``call``: the caller's own record of it, where the caller hears of it by other ways too.
         """
-        handle = self._light if all(map(is_light, args)) else self._unary
+        handle = self._method(method, all(map(is_light, args)))
         for refusals in itertools.count(1):
             try:
-                with self._calling(handle, method, args, call or Call()) as made:
+                with self._calling(handle, args, call or Call()) as made:
                     reply = await made.response
             except OtherVersion as refused:
                 if not self._others_may_fit(refused, args, refusals):
@@ -233,13 +234,19 @@ class StageHandle:
         replicas = list(self._router.curr_replicas.values()) if self._router is not None else []
         return refusals <= 2 * len(replicas) and bool(of_version(asked_version(args), replicas))
 
+    def _method(self, name: str, light: bool) -> DeploymentHandle[Any]:
+        """Kept: Ray makes a handle each time that one looks for a method."""
+        if (bound := self._methods.get((name, light))) is None:
+            bound = self._methods[name, light] = getattr(self._light if light else self._unary, name)
+        return bound
+
     @contextmanager
-    def _calling(self, handle: DeploymentHandle[Any], method: str, args: tuple[Any, ...], call: Call) -> Iterator[Call]:
+    def _calling(self, handle: DeploymentHandle[Any], args: tuple[Any, ...], call: Call) -> Iterator[Call]:
         """Make a call: watched while it is under way, cancelled with its caller, failing only with errors of ours."""
         token = sending.set(call)
         try:
             try:
-                call.response = getattr(handle, method).remote(*args)
+                call.response = handle.remote(*args)
             finally:
                 sending.reset(token)
             self._watch(call)

@@ -135,18 +135,17 @@ class FakeDecode:
 
     async def decode(self, request: StageRequest, reply_to: ReplyTo) -> DecodeReply:
         answers = self._listening[reply_to.secret]
-        tokens, replica, version, reason = 0, "decode-0", ANY, None
+        tokens, replica, version = 0, "decode-0", ANY
         async for step in self._steps(request):
             link = self.links.setdefault(step.replica, FakeLink(step.replica))
-            key, replica, version, reason = request.request_id, step.replica, step.version, step.finish_reason
+            key, replica, version = request.request_id, step.replica, step.version
             first = [] if tokens else [First(key, replica, step.ran_s, step.kv_s, version)]
             tokens += len(step.token_ids)
             answers.received(link, Frame([step.output(key)], first))  # type: ignore[arg-type]
             await asyncio.sleep(0)  # as over a socket
             if key in link.aborted:
-                reason = "abort"
                 break
-        return DecodeReply(replica, reason, tokens, version)
+        return DecodeReply(replica, tokens, version)
 
 
 class FakeLink:

@@ -68,7 +68,7 @@ class Inlet(Generic[Output]):
         self._connections[task] = writer
         link: Link | None = None
         try:
-            tell_when_gone(writer)
+            tell_when_gone(writer.get_extra_info("socket"))
             async with asyncio.timeout(HELLO_S):
                 (words,) = await receive(reader, HELLO_BYTES)
             hello = msgspec.msgpack.decode(words, type=Hello)

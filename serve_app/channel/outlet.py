@@ -178,7 +178,7 @@ class Outlets(Generic[Output]):
         self._made = {key: made for key, made in self._made.items() if not made.gone}
         async with asyncio.timeout(CONNECT_S):
             reader, writer = await asyncio.open_connection(reply_to.host, reply_to.port)
-        tell_when_gone(writer)
+        tell_when_gone(writer.get_extra_info("socket"))
         writer.writelines(framed([msgspec.msgpack.encode(Hello(reply_to.secret, self._replica))]))
         made = self._made[reply_to] = Outlet(reader, writer, self._codec, self._interval_s, self._abort)
         return made

@@ -76,11 +76,10 @@ async def receive(reader: asyncio.StreamReader, limit_bytes: int) -> list[bytear
     return [bytearray(await reader.readexactly(length)) for length in lengths]
 
 
-def tell_when_gone(writer: asyncio.StreamWriter) -> None:
-    """Have the kernel end a connection whose other end has been silent for ``SILENT_S``: a node that lost power says
-    nothing."""
-    sock = writer.get_extra_info("socket")
+def tell_when_gone(sock: socket.socket, silent_s: int = SILENT_S) -> None:
+    """Have the kernel end a connection whose other end has been silent for so long: a node that lost power says nothing. Of
+    a socket that listens, connections inherit it."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)
+    options = {"TCP_KEEPIDLE": silent_s // 4, "TCP_KEEPINTVL": silent_s // 4, "TCP_KEEPCNT": 3}
+    for name, value in (options | {"TCP_USER_TIMEOUT": silent_s * 1000}).items():
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

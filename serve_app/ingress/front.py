@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from serve_app.channel.wire import tell_when_gone
 from serve_app.door import Door
 from serve_app.errors import CannotStart
 from serve_app.ingress.address import Address
@@ -174,11 +175,7 @@ class Front:
         taken = socket.socket(socket.AF_INET6 if ":" in self._at.host else socket.AF_INET)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        # Connections inherit these.
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_S // 2)
-        taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENT_S // 6)
-        taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)
+        tell_when_gone(taken, SILENT_S)
         try:
             taken.bind((self._at.host, self._at.port))
         except OSError as error:

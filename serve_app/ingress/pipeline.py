@@ -143,8 +143,8 @@ class Pipeline:
             except StageError as error:
                 if choice.finished:  # the replica went after its last word
                     return
-                more = len(choice.said) - len(said)
-                ladder.failed(error, encoded=bool(encoded.hashes), said=bool(said or more))
+                said = choice.said
+                ladder.failed(error, encoded=bool(encoded.hashes), said=bool(said))
                 if ladder.cannot_be_structured:
                     raise BadRequest(
                         "The structure asked for cannot be decoded: its grammar does not compile, or leaves no token "
@@ -156,7 +156,6 @@ class Pipeline:
                     self._encoders.forget_version(encoded.version)
                 # Nobody goes on from tokens whose weights no decode replica has.
                 no_more = isinstance(error, OtherVersion) and error.stage is Stage.DECODE
-                said = choice.said
                 begun = bool(said) and not no_more and self._engines_go_on and handoff.can_go_on(choice.params)
                 late = asyncio.get_running_loop().time() > deadline.at
                 too_late = bool(said) and not begun and (choice.streamed or late)

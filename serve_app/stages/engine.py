@@ -21,6 +21,7 @@ from vllm.exceptions import VLLMClientError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -106,6 +107,9 @@ class StageEngine:
         envs.enable_envs_cache()  # vLLM asks for one with every token
         if metrics_in_ray and not parsed.disable_log_stats:
             tell_ray()
+        # As vLLM's own server does. The collector would look through all that has been imported: half a second in which no
+        # token goes on.
+        freeze_gc_heap()
 
     @property
     def renderer(self) -> Any:

@@ -987,7 +987,7 @@ def test_answer_that_is_whole_in_the_moment_of_its_deadline_is_one(make_client: 
         frame = Frame([Step(A, "length").output(key)], [First(key, "decode-0")])
         asyncio.get_running_loop().call_at(now + 1, answers.received, FakeLink("decode-0"), frame)
         be_busy(now + 1.1)
-        return DecodeReply("decode-0", "length", 1)
+        return DecodeReply("decode-0", 1)
 
     async def main() -> None:
         client = make_client(pipeline.stages, request_timeout_s=0.9)
@@ -1134,7 +1134,7 @@ def test_last_tokens_may_come_after_the_end_of_their_call(make_client: Make) -> 
         answers.received(link, Frame([Step(A).output(key)], [First(key, "decode-0")]))  # type: ignore[arg-type]
         last = Frame([Step(B, "length").output(key)])
         asyncio.get_running_loop().call_later(0.05, answers.received, link, last)
-        return DecodeReply("decode-0", "length", 2)
+        return DecodeReply("decode-0", 2)
 
     pipeline = FakePipeline(decode=decode)
     outputs, record = traced(make_client, pipeline)
@@ -1194,7 +1194,7 @@ def test_call_that_serve_sends_twice_is_one_answer(
         came(other, Step([1]), First(key, "decode-1"))
         came(other, Step([2], "length"))
         asyncio.get_running_loop().call_later(0.1, came, one, Step(B, "length"))
-        return DecodeReply("decode-1", "abort", 2)
+        return DecodeReply("decode-1", 2)
 
     pipeline = FakePipeline(decode=decode)
     outputs, record = traced(make_client, pipeline, output_kind=kind)
@@ -1239,7 +1239,7 @@ def test_tokens_that_came_with_those_of_a_stop_string_and_after_it_are_dropped(m
         for frame in [[output] for output in outputs] if come == "in several frames" else [outputs]:
             answers.received(link, Frame(frame, firsts))  # type: ignore[arg-type]
             firsts = []
-        return DecodeReply("decode-0", "abort", len(tokens))
+        return DecodeReply("decode-0", len(tokens))
 
     tokens = [*A, *B, *A, *A]
     pipeline = FakePipeline(decode=decode)

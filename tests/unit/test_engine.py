@@ -34,6 +34,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Made:
     def made(llm: Any, stage: Stage = Stage.DECODE, hang_timeout_s: float = 60) -> StageEngine:
         monkeypatch.setattr("serve_app.stages.engine.engine_config", lambda _: None)
         monkeypatch.setattr("serve_app.stages.engine.AsyncLLM.from_vllm_config", lambda *_, **__: llm)
+        monkeypatch.setattr("serve_app.stages.engine.freeze_gc_heap", lambda: None)
         return StageEngine(stage, {"model": "m"}, hang_timeout_s=hang_timeout_s)
 
     return made

@@ -307,7 +307,7 @@ def test_nothing_is_shared_between_choices_or_with_the_client(skip_clone: bool) 
         StageRequest("r", Prompt([1]), decode_params(client_params(), KV, EC)),
         reply("A"),
         PrefillReply(KV, None, 4, "p"),
-        DecodeReply("d", "stop", 2),
+        DecodeReply("d", 2),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -331,7 +331,7 @@ def test_mask_and_tensors_cross_a_handle() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [PROMPT, PROMPT.items[0], reply("A"), DecodeReply("d", None, 0)], ids=lambda v: type(v).__name__
+    "value", [PROMPT, PROMPT.items[0], reply("A"), DecodeReply("d", 0)], ids=lambda v: type(v).__name__
 )
 def test_what_crosses_a_handle_cannot_be_changed(value: Any) -> None:
     with pytest.raises(AttributeError, match="immutable"):

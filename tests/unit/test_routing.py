@@ -100,6 +100,17 @@ def handle(response: Any) -> StageHandle:
     return StageHandle(Stage.PREFILL, FakeHandle(lambda *args, **kwargs: response))  # type: ignore[arg-type]
 
 
+def test_a_method_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+    fake = FakeHandle(lambda *_, **__: FakeResponse(value(1)))
+    look = FakeHandle.__getattr__
+    monkeypatch.setattr(FakeHandle, "__getattr__", lambda self, name: looked_up.append(name) or look(self, name))
+    stage = StageHandle(Stage.PREFILL, fake)  # type: ignore[arg-type]
+    for method in ("prefill", "prefill", "check_health", "prefill"):
+        asyncio.run(stage.call(method))
+    assert looked_up == ["prefill", "check_health"]
+
+
 def test_failing_call_is_an_error_of_ours_with_its_cause() -> None:
     with pytest.raises(StageUnavailable, match="The prefill stage is full") as caught:
         asyncio.run(handle(FakeResponse(value(BackPressureError(1, 1)))).call("prefill"))

@@ -171,11 +171,12 @@ def test_engine_tells_ray_where_that_is_on_and_statistics_are(
     monkeypatch.setattr("serve_app.stages.engine.AsyncLLM.from_vllm_config", from_vllm_config)
     monkeypatch.setattr(envs, "enable_envs_cache", lambda: calls.update(["envs"]))
     monkeypatch.setattr("serve_app.stages.engine.tell_ray", lambda: calls.update(["ray"]))
+    monkeypatch.setattr("serve_app.stages.engine.freeze_gc_heap", lambda: calls.update(["frozen"]))
     StageEngine(Stage.DECODE, {"model": "m"} | args, in_ray)
     ((own, page),) = asked
     assert own.__self__.by_core == {}, "the logger that draining and autoscaling need, whatever is reported"
     assert page is PageLogger
-    assert (calls["ray"], calls["envs"]) == (tells, 1)
+    assert (calls["ray"], calls["envs"], calls["frozen"]) == (tells, 1, 1)
 
 
 def test_what_an_engine_tells_has_the_labels_of_its_replica(
