@@ -69,6 +69,7 @@ def two_ingresses(folder: Path) -> Iterator[Server]:
 
 
 NULL_E_PD, NULL_E_P_D, AT_ONCE = "null E+PD", "null E+P+D", "null E+P+D, no pace"
+NULL_SLOWER = "null E+PD, 0.05 s"
 ONE_INGRESS, TWO_INGRESSES = "null E+PD, one ingress", "null E+PD, two ingresses"
 ONE, PROXY, REAL_E_PD, REAL_E_P_D = "one engine", "proxy", "E+PD", "E+P+D"
 BY_INTERVAL = {f"E+PD, {interval_s:g} s": interval_s for interval_s in INTERVALS_S}
@@ -77,6 +78,7 @@ SYSTEMS: dict[str, System] = {
     NULL_E_PD: lambda folder: ours(folder, E_PD, APP),
     NULL_E_P_D: lambda folder: ours(folder, E_P_D, APP),
     AT_ONCE: lambda folder: ours(folder, E_P_D | {"null_step_s": 0.0}, APP),
+    NULL_SLOWER: lambda folder: ours(folder, E_PD | {"chunk_interval_s": 0.05}, APP),
     ONE_INGRESS: lambda folder: ours(folder, E_PD | WIDE, APP),
     TWO_INGRESSES: two_ingresses,
     **{
@@ -92,10 +94,10 @@ SYSTEMS: dict[str, System] = {
 # ---- rows
 
 CARD = Wave(128, 200)
-FIRST_TOKEN = Wave(16, 1, answers=32)
+FIRST_TOKEN = Wave(16, 1, answers=64)
 SCALED = Wave(640 if MANY_CORES else 128, 200)
 LONG = Wave(64, 256, answers=2)
-IMAGES, SHORT = Wave(8, 16, answers=16, images=2), Wave(32, 16, answers=8)
+IMAGES, SHORT = Wave(8, 16, answers=16, images=2), Wave(32, 16, answers=24)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Row:
 ROWS = {
     "a": Row(
         f"Engines at a card's pace, {STEP_S * 1000:g} ms a token, text",
-        (NULL_E_PD, NULL_E_P_D),
+        (NULL_E_PD, NULL_SLOWER, NULL_E_P_D),
         (Wave(8, 200), Wave(32, 200), CARD),
     ),
     "b": Row("Engines without a pace, text, one token", (AT_ONCE,), (FIRST_TOKEN,), "request"),
