@@ -47,6 +47,8 @@ WORDS = (
 RUN_LIMIT_S = 180.0
 SPEED_EVERY_S = 0.25
 QUIET_CORES = 0.2
+QUIET_MS = 2.0
+"""Of ``piece``. Neighbours of a virtual machine take half of its pace, for seconds or for hours, and no program shows it."""
 
 
 @dataclass(frozen=True)
@@ -252,9 +254,9 @@ def busy(mark: str) -> float:
 
 
 def wait_for_quiet(mark: str, patience_s: float) -> None:
-    """Until no other program has much to do, or for so long."""
+    """Until no other program has much to do and the machine has its pace, or for so long."""
     ends = time.monotonic() + patience_s
-    while time.monotonic() < ends and busy(mark) > QUIET_CORES:
+    while time.monotonic() < ends and (busy(mark) > QUIET_CORES or piece() > QUIET_MS):
         pass
 
 

@@ -79,6 +79,19 @@ def test_a_ratio_is_taken_within_a_round() -> None:
     assert (found.least, found.most) == (0.8, 0.9)
 
 
+def test_only_like_speeds_are_compared_and_slow_moments_count_for_no_cpu_time() -> None:
+    made = document(
+        run(ONE, LONG, 0, tokens_per_s=1000.0, speed_ms=1.6),
+        run(REAL_E_P_D, LONG, 0, tokens_per_s=900.0, speed_ms=1.7),
+        run(ONE, LONG, 1, tokens_per_s=1000.0, speed_ms=1.7),
+        run(REAL_E_P_D, LONG, 1, tokens_per_s=500.0, speed_ms=2.5),
+    )
+    found = tokens.ratio(made, LONG, tokens.RATE, REAL_E_P_D, ONE)
+    assert found is not None and (found.least, found.most) == (0.9, 0.9)
+    counted = tokens.quiet(made, REAL_E_P_D, LONG, tokens.RATE)
+    assert counted is not None and (counted.least, counted.most) == (900.0, 900.0)
+
+
 def test_a_second_ingress_gains_what_its_tokens_do_not_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
     def visits(us: float) -> dict[str, float]:
         return {tokens.INGRESS: us * 1e-6 * tokens.SCALED.requests * tokens.SCALED.tokens}
