@@ -20,7 +20,7 @@ def run(system: str, wave: Wave, round_: int = 0, **figures: Any) -> dict[str, A
             *("gap_p99_ms", "chunks_per_token", "client_cpu_s", "other_cores", "speed_ms"),
         ),
         1.0,
-    )
+    ) | {"speed_ms": 1.7}
     return {"system": system, "round": round_, "wave": asdict(wave), "failed": 0, "cpu_s": {}} | plain | figures
 
 
@@ -79,7 +79,7 @@ def test_a_ratio_is_taken_within_a_round() -> None:
     assert (found.least, found.most) == (0.8, 0.9)
 
 
-def test_only_like_speeds_are_compared_and_slow_moments_count_for_no_cpu_time() -> None:
+def test_only_like_speeds_are_compared() -> None:
     made = document(
         run(ONE, LONG, 0, tokens_per_s=1000.0, speed_ms=1.6),
         run(REAL_E_P_D, LONG, 0, tokens_per_s=900.0, speed_ms=1.7),
@@ -88,8 +88,11 @@ def test_only_like_speeds_are_compared_and_slow_moments_count_for_no_cpu_time() 
     )
     found = tokens.ratio(made, LONG, tokens.RATE, REAL_E_P_D, ONE)
     assert found is not None and (found.least, found.most) == (0.9, 0.9)
-    counted = tokens.quiet(made, REAL_E_P_D, LONG, tokens.RATE)
-    assert counted is not None and (counted.least, counted.most) == (900.0, 900.0)
+
+
+def test_cpu_time_of_a_slow_moment_is_held_against_its_target_as_at_the_machines_pace() -> None:
+    made = document(run(NULL_E_PD, CARD, cpu_s={DECODE: 0.768}, speed_ms=3.4))
+    assert (line(f"– decode replica: {NULL_E_PD}", made) or [])[2:] == ["15.0", "met"]
 
 
 def test_a_second_ingress_gains_what_its_tokens_do_not_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
