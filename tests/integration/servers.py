@@ -348,6 +348,26 @@ def engine_pids(server: Server) -> dict[str, list[int]]:
     return found
 
 
+def listeners(server: Server) -> dict[str, set[str]]:
+    """Addresses on which the processes of a server listen on its port, by what they are."""
+    port, found = int(server.url.rpartition(":")[2]), {}
+    for process in server.processes():
+        name = " ".join(process.cmdline()) or process.name()
+        addresses = {
+            c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN" and c.laddr.port == port
+        }
+        if addresses:
+            found[name.strip()] = addresses
+    return found
+
+
+def wait_until_free(server: Server) -> float:
+    """Seconds until its engines run nothing any more."""
+    began = time.monotonic()
+    server.wait_until(lambda: server.metric("vllm:num_requests_running") == 0, "the engine to be free", 10)
+    return time.monotonic() - began
+
+
 def missing(server: Server, replicas: int) -> str:
     """What does not serve yet of an E+P+D application with so many replicas of each; a server is ready with one of each.
     Empty when every engine shows on the metrics page and all ingresses run."""

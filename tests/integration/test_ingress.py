@@ -3,7 +3,6 @@ client goes. One engine behind them."""
 
 import re
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ import requests
 
 from tests.integration.answers import arriving, gather
 from tests.integration.cases import chat, text
-from tests.integration.servers import Server, engine_pids, serve_run
+from tests.integration.servers import Server, engine_pids, listeners, serve_run, wait_until_free
 
 LENGTH = 1500
 PATH, BODY = chat(text("Describe."), max_tokens=LENGTH, ignore_eos=True, stream=True)
@@ -35,19 +34,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = {"Ingress": {"autoscaling_config": SCALING}}
     with serve_run(tmp_path_factory.mktemp("ingress"), {"encoder": None, "prefill": None}, options) as server:
         yield server
-
-
-def listeners(server: Server) -> dict[str, set[str]]:
-    """Addresses on which the processes of a server listen on its port, by what they are."""
-    port, found = int(server.url.rpartition(":")[2]), {}
-    for process in server.processes():
-        name = " ".join(process.cmdline()) or process.name()
-        addresses = {
-            c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN" and c.laddr.port == port
-        }
-        if addresses:
-            found[name.strip()] = addresses
-    return found
 
 
 def ingresses(server: Server) -> int:
@@ -98,9 +84,6 @@ def test_request_id_comes_back_once(server: Server) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_client_that_leaves_frees_the_engine_at_once(server: Server, stream: bool) -> None:
-    def running() -> float:
-        return server.metric("vllm:num_requests_running")
-
     body = BODY | {"stream": stream, "max_tokens": 3000}
     if stream:
         with requests.post(server.url + PATH, json=body, timeout=60, stream=True) as response:
@@ -108,9 +91,7 @@ def test_client_that_leaves_frees_the_engine_at_once(server: Server, stream: boo
     else:
         with pytest.raises(requests.ReadTimeout):
             requests.post(server.url + PATH, json=body, timeout=0.5)
-    left = time.monotonic()
-    server.wait_until(lambda: running() == 0, "the engine to be free", 10)
-    assert time.monotonic() - left < 1.5, "as long as it takes to look"
+    assert wait_until_free(server) < 1.5, "as long as it takes to look"
 
 
 def test_ingress_grows_by_its_own_requests_and_a_replica_that_goes_ends_its_streams(server: Server) -> None:
