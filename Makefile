@@ -49,7 +49,7 @@ measure: setup ## Measure service times here, and the error of the simulation (b
 .PHONY: simulate
 simulate: setup ## Simulate 1 to 1,000 replicas per stage, a burst and a day (ARGS=--quick; benchmarks/SIMULATION.md)
 	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install -q -e ".[bench]"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.simulate $(ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m tools.sim $(ARGS)
 
 .PHONY: check
 check: setup ## Check format, lint and types

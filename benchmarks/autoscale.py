@@ -24,11 +24,11 @@ from typing import Any
 
 import requests
 
-from serve_app import workload
-from serve_app.config import Stage
-from serve_app.scaling import Load, queue_s
-from tests.integration.cases import Case, chat, image, text
-from tests.integration.servers import Server, serve_run
+from serve_app.scaling.rules import Load, queue_s
+from serve_app.stage import Stage
+from serve_app.stages import workload
+from tools.harness.cases import Case, chat, image, text
+from tools.harness.servers import Server, serve_run
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_EVERY_S = 1.0
@@ -58,7 +58,7 @@ def deployments(encoders_at_rest: int = 1) -> dict[str, dict[str, Any]]:
 
     def scaled(policy: str, stage: Stage, minimum: int = 1) -> dict[str, Any]:
         kwargs = {"target_queue_s": TARGET_QUEUE_S[stage]}
-        policies = {"policy": {"policy_function": f"serve_app.autoscaling:{policy}", "policy_kwargs": kwargs}}
+        policies = {"policy": {"policy_function": f"serve_app.scaling.policies:{policy}", "policy_kwargs": kwargs}}
         bounds = {"min_replicas": minimum, "max_replicas": 2, "target_ongoing_requests": 32}
         return {"autoscaling_config": bounds | delays | policies}
 

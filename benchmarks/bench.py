@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import cpu, load, report
 from benchmarks.systems import SYSTEMS, System
 from serve_app.demo import ensure_demo_model
-from tests.integration.servers import Server
+from tools.harness.servers import Server
 
 RESULT = Path(__file__).parent / "results" / "bench.json"
 IDLE_S = 10.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from tests.integration.servers import marked_processes
+from tools.harness.servers import marked_processes
 
 ENGINES = "engines"
 KINDS = {

@@ -32,9 +32,10 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
-from serve_app import ec_connector
-from serve_app.config import EPDConfig, Stage
-from serve_app.transfer import ec_transfer_config
+from serve_app.config import EPDConfig
+from serve_app.launch.connectors import ec_transfer_config
+from serve_app.stage import Stage
+from serve_app.transfer import ec_connector
 
 ROWS = 2691
 """Tokens of an image of 1080p."""

@@ -27,9 +27,9 @@ import aiohttp
 import numpy as np
 import psutil
 
-from benchmarks.sim.fit import Group, Run, check, fit
-from tests.integration.cases import Case, chat, image, text
-from tests.integration.servers import Server, serve_run
+from tools.harness.cases import Case, chat, image, text
+from tools.harness.servers import Server, serve_run
+from tools.sim.fit import Group, Run, check, fit
 
 RESULT = Path(__file__).parent / "results" / "service_times.json"
 WARM_UP_S = 4.0

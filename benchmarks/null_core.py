@@ -25,7 +25,7 @@ from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, Engin
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 
-from serve_app.config import Stage
+from serve_app.stage import Stage
 
 WORD = " a"
 KV_BLOCKS = 4096

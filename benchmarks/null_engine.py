@@ -14,7 +14,8 @@ from deployments.decode import Decode
 from deployments.encoder import Encoder
 from deployments.prefill import Prefill
 from serve_app import app
-from serve_app.config import EPDConfig, Stage
+from serve_app.config import EPDConfig
+from serve_app.stage import Stage
 
 APP = "benchmarks.null_engine:build_app"
 STEP_S = 0.025

@@ -18,8 +18,8 @@ import aiohttp
 
 from benchmarks import cpu, load, null_engine
 from benchmarks.systems import ours
-from tests.integration.media import image_url
-from tests.integration.servers import Server
+from tools.harness.media import image_url
+from tools.harness.servers import Server
 
 RESULT = Path(__file__).parent / "results" / "orchestration.json"
 AT_A_TIME = load.TARGET.at_a_time or 1

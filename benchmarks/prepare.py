@@ -27,12 +27,12 @@ from vllm.renderers import renderer_from_config
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from benchmarks.gpu.model import write_qwen_3b
-from serve_app import handoff, openai_app
 from serve_app.config import EPDConfig
-from serve_app.from_media import ItemProcessor
-from serve_app.handoff import Media
-from serve_app.placement import Cluster, resolve
-from serve_app.roles import ingress_args
+from serve_app.handoff.types import Media, digest_of, keyed
+from serve_app.ingress import server
+from serve_app.ingress.rendering import ItemProcessor
+from serve_app.launch.engine_args import ingress_args
+from serve_app.launch.placement import Cluster, resolve
 
 RESULT = Path(__file__).parent / "results" / "prepare.json"
 SIZE = (1920, 1080)
@@ -76,14 +76,14 @@ def photo(size: tuple[int, int] = SIZE) -> bytes:
 
 
 def media_of(data: bytes) -> Media:
-    return handoff.keyed(Media("image", data, ImageMediaIO(), len(data), handoff.digest_of(data)))
+    return keyed(Media("image", data, ImageMediaIO(), len(data), digest_of(data)))
 
 
 def processor(folder: Path) -> ItemProcessor:
     """An encoder's, of the model in ``folder``."""
     asked = {"accelerator": "cpu", "model": str(folder), "engine_args": {"max_model_len": 32768}}
     config = resolve(EPDConfig.model_validate(asked), Cluster(0, 8)).config
-    renderer = renderer_from_config(openai_app.ingress_vllm_config(ingress_args(config, str(folder))))
+    renderer = renderer_from_config(server.ingress_vllm_config(ingress_args(config, str(folder))))
     return ItemProcessor(renderer, config.media)
 
 

@@ -17,7 +17,7 @@ import requests
 
 from benchmarks.orchestration import Cell, body
 from benchmarks.systems import ours
-from tests.integration.servers import Server
+from tools.harness.servers import Server
 
 RESULT = Path(__file__).parent / "results" / "startup.json"
 LINE = re.compile(r"start-up (\w+): ((?:\w+=[\d.]+s ?)+)")

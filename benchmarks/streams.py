@@ -73,7 +73,7 @@ class Wave:
 
 def body(wave: Wave, number: int) -> bytes:
     """A request that no other number has: neither its pictures nor its text are in a cache."""
-    from tests.integration.media import image_url
+    from tools.harness.media import image_url
 
     said = random.Random(number)
     content: list[dict[str, Any]] = [

@@ -1,5 +1,5 @@
 """What is compared: ours, the reference's way, and engines by themselves. All with the engine arguments of
-``serve_app.roles`` on the demo model of random weights, on the CPU, on loopback.
+``serve_app.launch.engine_args`` on the demo model of random weights, on the CPU, on loopback.
 
 One engine more is 2 to 4 GB, so only one system runs at a time.
 """
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve_app.config import EPDConfig, Stage
-from serve_app.roles import engine_args, model_path, replica_env
-from serve_app.transfer import free_ports, side_channel_env
-from serve_app.vllm_plugin import REPLICA_ENV
-from tests.integration.servers import APP, Server, api_server, cpu_config, kill_all, serve_run, start, vllm_server
+from serve_app.config import EPDConfig
+from serve_app.hooks.vllm_plugin import REPLICA_ENV
+from serve_app.launch.connectors import free_ports, side_channel_env
+from serve_app.launch.engine_args import engine_args, model_path, replica_env
+from serve_app.stage import Stage
+from tools.harness.servers import APP, Server, api_server, cpu_config, kill_all, serve_run, start, vllm_server
 
 System = Callable[[Path], AbstractContextManager[Server]]
 """Starts a system, in a folder of its own."""

@@ -36,7 +36,7 @@ from benchmarks.null_engine import APP, STEP_S
 from benchmarks.report import Spread, table, text
 from benchmarks.streams import PACE_MS, Wave
 from benchmarks.systems import System, ours, reference
-from tests.integration.servers import Server, vllm_server
+from tools.harness.servers import Server, vllm_server
 
 RESULT = Path(__file__).parent / "results" / "tokens.json"
 CORES = os.cpu_count() or 1

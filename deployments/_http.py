@@ -7,7 +7,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 
 from serve_app.config import Http
-from serve_app.errors import CannotStart
+from serve_app.handoff.errors import CannotStart
 from serve_app.ingress.address import Address
 
 CONTROLLER_S = 30.0

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from deployments._replica import EngineReplica
 from serve_app.channel.outlet import Outlets
 from serve_app.channel.wire import First, ReplyTo
-from serve_app.config import EPDConfig, Stage
-from serve_app.handoff import DecodeReply, StageRequest, Version, hand_off_id, pulled_blocks
-from serve_app.kv_waits import pulls
+from serve_app.config import EPDConfig
+from serve_app.handoff.shaping import hand_off_id, pulled_blocks
+from serve_app.handoff.types import DecodeReply, StageRequest, Version
+from serve_app.handoff.waits import pulls
+from serve_app.stage import Stage
+from serve_app.stages.replica import EngineReplica
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput

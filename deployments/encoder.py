@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 from ray import serve
 
-from deployments._replica import EngineReplica
-from serve_app.config import EPDConfig, Stage
-from serve_app.handoff import EncodeReply, Features, MediaRequest, StageRequest
+from serve_app.config import EPDConfig
+from serve_app.handoff.types import EncodeReply, Features, MediaRequest, StageRequest
+from serve_app.stage import Stage
+from serve_app.stages.replica import EngineReplica
 
 if TYPE_CHECKING:
-    from serve_app.from_media import ItemProcessor
+    from serve_app.ingress.rendering import ItemProcessor
 
 
 @serve.deployment(name="Encoder")
@@ -20,8 +21,8 @@ class Encoder(EngineReplica):
 
     def __init__(self, config: EPDConfig) -> None:
         super().__init__(config)
-        from serve_app.from_media import ItemProcessor
-        from serve_app.media_check import set_vllm_limits
+        from serve_app.ingress.rendering import ItemProcessor
+        from serve_app.media.check import set_vllm_limits
 
         set_vllm_limits(config.media)
         self.items = ItemProcessor(self.engine.renderer, config.media)
@@ -37,7 +38,7 @@ class Encoder(EngineReplica):
 
     async def encode_media(self, request: MediaRequest) -> EncodeReply:
         """The same for an item that is not processed yet."""
-        from serve_app.engine_input import ENCODE_PARAMS
+        from serve_app.handoff.engine_input import ENCODE_PARAMS
 
         self.refuse_other(request.version)
         began = time.perf_counter()

@@ -11,17 +11,18 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments._http import check_scaling, public_address
-from serve_app.config import EPDConfig, Http, Stage
-from serve_app.errors import CannotStart, EPDError
-from serve_app.handoff import Version
-from serve_app.kv_layout import KVLayout, check_layouts
-from serve_app.peers import Peers
-from serve_app.placement import is_elastic
-from serve_app.roles import ingress_args, model_path, replica_env
-from serve_app.routing import StageHandle
-from serve_app.start_failure import says_why
-from serve_app.start_reason import sentence
-from serve_app.status import Status
+from serve_app.config import EPDConfig, Http
+from serve_app.handoff.errors import CannotStart, EPDError
+from serve_app.handoff.types import Version
+from serve_app.ingress.peers import Peers
+from serve_app.launch.engine_args import ingress_args, model_path, replica_env
+from serve_app.launch.placement import is_elastic
+from serve_app.launch.start_failure import says_why
+from serve_app.launch.start_reason import sentence
+from serve_app.observe.status import Status
+from serve_app.routing.handles import StageHandle
+from serve_app.stage import Stage
+from serve_app.transfer.kv_layout import KVLayout, check_layouts
 
 if TYPE_CHECKING:
     from serve_app.ingress.front import Front
@@ -72,22 +73,22 @@ class Ingress:
         # Only now: vLLM reads its environment when it is imported.
         from vllm.utils.gc_utils import freeze_gc_heap
 
-        from serve_app import openai_app
-        from serve_app.door import Door
-        from serve_app.fingerprint import front_of
+        from serve_app.ingress import server
         from serve_app.ingress.client import EPDClient
+        from serve_app.ingress.door import Door
         from serve_app.ingress.front import Front
-        from serve_app.warm_up import warm_up
+        from serve_app.ingress.warm_up import warm_up
+        from serve_app.launch.fingerprint import front_of
 
         args = ingress_args(self._config, model_path(self._config))
-        vllm_config = openai_app.ingress_vllm_config(args)
+        vllm_config = server.ingress_vllm_config(args)
         version = front_of(self._config, vllm_config.model_config)
         client = EPDClient(self._config, vllm_config, self._stages, version)
         await client.answers.inlet.listen(channel_host())
         client.metrics.tell_ray()
         status = Status(self._stages, self._probe, self._census, lambda: {"replica": self._replica, **client.load})
-        server_args = openai_app.server_args(self._config, args)
-        app = await openai_app.make_app(self._config, server_args, client, status, self._peers)
+        server_args = server.server_args(self._config, args)
+        app = await server.make_app(self._config, server_args, client, status, self._peers)
         built = time.perf_counter()
         await self._stages_ready()
         await self._stages_agree(version)

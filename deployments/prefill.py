@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from deployments._replica import EngineReplica
-from serve_app.config import Stage
-from serve_app.errors import HandoffLost
-from serve_app.handoff import READ_S, PrefillReply, StageRequest
+from serve_app.handoff.errors import HandoffLost
+from serve_app.handoff.types import READ_S, PrefillReply, StageRequest
+from serve_app.stage import Stage
+from serve_app.stages.replica import EngineReplica
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput

@@ -149,9 +149,9 @@ def main() -> int:
         command.add_argument("--url", default=DEFAULT_URL, help="where the server listens; %(default)s")
     arguments = parser.parse_args()
     if arguments.command in ("ask", "status"):
-        from serve_app import cli
+        from serve_app.cli import client
 
-        return cli.run(arguments)
+        return client.run(arguments)
     if not arguments.config.is_file():
         parser.error(f"there is no {arguments.config}")
     began = time.time()
@@ -159,7 +159,7 @@ def main() -> int:
         return wait_ready(arguments.config, began)
     # Ray's import takes seconds. Process 1 of a container gets no signal that it has no handler for.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    from serve_app import run
+    from serve_app.cli import run
 
     return run.run(arguments.config, lambda: says_ready(arguments.config, began))
 

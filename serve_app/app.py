@@ -22,10 +22,11 @@ from deployments.decode import Decode
 from deployments.encoder import Encoder
 from deployments.ingress import Ingress
 from deployments.prefill import Prefill
-from serve_app.card_memory import smallest_card_gib
-from serve_app.config import EPDConfig, Http, Stage
-from serve_app.errors import ConfigError
-from serve_app.placement import Cluster, actor_options, is_elastic, resolve
+from serve_app.config import EPDConfig, Http
+from serve_app.handoff.errors import ConfigError
+from serve_app.launch.card_memory import smallest_card_gib
+from serve_app.launch.placement import Cluster, actor_options, is_elastic, resolve
+from serve_app.stage import Stage
 
 logger = logging.getLogger("ray.serve")
 
@@ -84,12 +85,12 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
     stage_config = config.stages[stage]
     if stage is Stage.ENCODER:
         router = RequestRouterConfig(
-            request_router_class="serve_app.balance:LeastCostRouter",
+            request_router_class="serve_app.routing.routers:LeastCostRouter",
             request_router_kwargs={"headroom": config.encode.affinity_headroom},
         )
     else:
         router = RequestRouterConfig(
-            request_router_class="serve_app.balance:TwoChoicesRouter",
+            request_router_class="serve_app.routing.routers:TwoChoicesRouter",
             # What prefill does not do, decode does; what decode does not do, nobody does.
             request_router_kwargs={"waits": stage is Stage.DECODE},
         )
@@ -123,7 +124,7 @@ def cluster() -> Cluster:
 def check_vllm_args(config: EPDConfig) -> None:
     """Refuse names that vLLM does not know; it is imported only when there are any."""
     if config.api or config.engine_args or any(stage.engine_args for stage in config.stages.values()):
-        from serve_app.openai_app import check_api_args
+        from serve_app.ingress.server import check_api_args
         from serve_app.stages.engine import check_engine_args
 
         check_engine_args(config.engine_args, "engine_args")

@@ -14,18 +14,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yarl import URL
 
+from serve_app.stage import Stage
+
 DEMO_MODEL = "demo"
 BUILT_IN_MODELS = (DEMO_MODEL, "demo-random")
 """Tiny models that need no download (see ``serve_app.demo``): one that sees, one of random weights for tests and load."""
 
 GPU_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 """Model when none is named and the cluster has GPUs: the reference's default."""
-
-
-class Stage(StrEnum):
-    ENCODER = "encoder"
-    PREFILL = "prefill"
-    DECODE = "decode"
 
 
 class Accelerator(StrEnum):

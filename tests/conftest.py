@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.answers import events, gather, reduce
-from tests.integration.cases import CASES, LIKE, MANY, STREAMED, one_of_many
-from tests.integration.servers import REPOSITORY, Server, vllm_server
+from tools.harness.answers import events, gather, reduce
+from tools.harness.cases import CASES, LIKE, MANY, STREAMED, one_of_many
+from tools.harness.servers import REPOSITORY, Server, vllm_server
 
 if not Path("/dev/nvidiactl").exists() and os.environ.get("EPD_FAKED_CARDS") != "1":
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")  # without a card vLLM's GPU build has no device at all

@@ -9,12 +9,12 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
 from serve_app.channel.wire import First, Frame, ReplyTo
-from serve_app.config import Stage
-from serve_app.handoff import ANY, DecodeReply, EncodeReply, PrefillReply, StageRequest, Version
+from serve_app.handoff.types import ANY, DecodeReply, EncodeReply, PrefillReply, StageRequest, Version
 from serve_app.ingress.answers import Answers
-from serve_app.peers import Peers
-from serve_app.routing import Call
-from serve_app.status import Status
+from serve_app.ingress.peers import Peers
+from serve_app.observe.status import Status
+from serve_app.routing.handles import Call
+from serve_app.stage import Stage
 
 
 class FakeClock:

@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from serve_app.handoff import REMOTE_DECODE
+from serve_app.handoff.types import REMOTE_DECODE
 
 MEDIA = {"image_url", "audio_url", "input_audio"}
 CHAT = "/v1/chat/completions"

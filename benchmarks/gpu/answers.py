@@ -9,8 +9,8 @@ lost embedding or a wrong KV block.
 from dataclasses import dataclass
 from typing import Any
 
-from tests.integration.cases import LONG, Case, chat, image, text
-from tests.integration.servers import Server
+from tools.harness.cases import LONG, Case, chat, image, text
+from tools.harness.servers import Server
 
 NEAR_TIE = 0.15
 """Nats. With these weights a token is 0.6 ahead of the next best in the middle; in bfloat16 the same prompts alone and in a

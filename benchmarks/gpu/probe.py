@@ -7,7 +7,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.cpu import REPLICA
-from tests.integration.servers import Server
+from tools.harness.servers import Server
 
 SLACK = 0.05
 """Of its share, which an engine may take besides: its CUDA context, mostly."""

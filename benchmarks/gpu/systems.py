@@ -14,8 +14,8 @@ from benchmarks.gpu.model import RANDOM_WEIGHTS, write_qwen_3b, write_small
 from benchmarks.gpu.prerequisites import THREE_ENGINES_MIB
 from benchmarks.systems import System, ours
 from serve_app.config import EPDConfig
-from serve_app.placement import Cluster, resolve
-from tests.integration.servers import Server, engine_server
+from serve_app.launch.placement import Cluster, resolve
+from tools.harness.servers import Server, engine_server
 
 TOPOLOGIES: dict[str, dict[str, Any]] = {"ours E+PD": {"prefill": None}, "ours E+P+D": {}}
 

@@ -17,7 +17,7 @@ from benchmarks.gpu.budget import Budget, limit
 from benchmarks.gpu.card import Card, programs, used_mib
 from benchmarks.startup import phases
 from benchmarks.systems import System
-from tests.integration.servers import Server
+from tools.harness.servers import Server
 
 Found = dict[str, Any]
 TELLING = re.compile(r"error|critical|exception|out of memory|^EPD ", re.IGNORECASE)

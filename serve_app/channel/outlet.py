@@ -14,8 +14,8 @@ from typing import Any, Generic
 import msgspec
 
 from serve_app.channel.wire import First, Frame, Hello, Output, ReplyTo, framed, receive, tell_when_gone
-from serve_app.config import Stage
-from serve_app.errors import StageUnavailable
+from serve_app.handoff.errors import StageUnavailable
+from serve_app.stage import Stage
 
 CONNECT_S = 5.0
 STUCK_S = 15.0

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from serve_app.handoff import ANY, Version
+from serve_app.handoff.types import ANY, Version
 
 Output = TypeVar("Output")
 

@@ -76,7 +76,7 @@ def preprocessor_config(max_tokens: int) -> dict[str, Any]:
 
 
 TRAINED = Path(__file__).with_name("weights.safetensors")
-"""What `serve_app.demo.train` has learnt, in bfloat16."""
+"""What `tools.demo.train` has learnt, in bfloat16."""
 
 
 def build_demo_model(folder: Path) -> None:

@@ -12,9 +12,9 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from serve_app.channel.inlet import Inlet, Link
 from serve_app.channel.wire import First, Frame
-from serve_app.config import Stage
-from serve_app.errors import StageUnavailable
-from serve_app.handoff import DecodeReply, PrefillReply
+from serve_app.handoff.errors import StageUnavailable
+from serve_app.handoff.types import DecodeReply, PrefillReply
+from serve_app.stage import Stage
 
 JOIN_S = 5.0
 """The last tokens and the end of a call come by two ways: how much later than the call they may come."""

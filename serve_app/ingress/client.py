@@ -23,21 +23,23 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from serve_app import handoff, trace
-from serve_app.admission import Admission, size_of
-from serve_app.config import EPDConfig, Stage
-from serve_app.encoding import EncodeStage, Replies
-from serve_app.engine_input import from_engine_input
-from serve_app.errors import Overloaded
-from serve_app.from_media import FromMedia, ItemProcessor, declared_fields
-from serve_app.guard import GuardedInputProcessor, check_params, guard_renderer
-from serve_app.handoff import ANY, Media, Prompt, StageRequest, Version
+from serve_app.config import EPDConfig
+from serve_app.handoff import shaping
+from serve_app.handoff.engine_input import from_engine_input
+from serve_app.handoff.errors import Overloaded
+from serve_app.handoff.types import ANY, Media, Prompt, StageRequest, Version
+from serve_app.ingress.admission import Admission, size_of
 from serve_app.ingress.answers import Answers
+from serve_app.ingress.encoding import EncodeStage, Replies
+from serve_app.ingress.guard import GuardedInputProcessor, check_params, guard_renderer
 from serve_app.ingress.pipeline import Choice, Deadline, Pipeline, first_failure
-from serve_app.ingress_metrics import IngressMetrics
-from serve_app.routing import StageHandle
-from serve_app.trace import Trace
-from serve_app.vllm_errors import to_vllm_error
+from serve_app.ingress.rendering import FromMedia, ItemProcessor, declared_fields
+from serve_app.ingress.vllm_errors import to_vllm_error
+from serve_app.observe import trace
+from serve_app.observe.ingress_metrics import IngressMetrics
+from serve_app.observe.trace import Trace
+from serve_app.routing.handles import StageHandle
+from serve_app.stage import Stage
 
 
 class EPDClient(EngineClient):
@@ -214,7 +216,7 @@ class EPDClient(EngineClient):
         core.params.watermarking = params.watermarking  # the engine's to resolve
         rendered = from_engine_input(prompt)
         if self._config.ec.salt_by_tenant:
-            rendered = handoff.salted(rendered, rendered.cache_salt)
+            rendered = shaping.salted(rendered, rendered.cache_salt)
         return core, rendered
 
     # ---- the rest of vLLM's protocol

@@ -13,17 +13,19 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from serve_app import handoff, overlap
 from serve_app.channel.wire import First
-from serve_app.config import EPDConfig, Stage
-from serve_app.encoding import Encoded, EncodeStage
-from serve_app.errors import BadRequest, EPDError, HandoffLost, OtherVersion, StageError, StageTimeout
-from serve_app.handoff import PrefillReply, Prompt, StageRequest, Version
+from serve_app.config import EPDConfig
+from serve_app.handoff import shaping
+from serve_app.handoff.errors import BadRequest, EPDError, HandoffLost, OtherVersion, StageError, StageTimeout
+from serve_app.handoff.types import PrefillReply, Prompt, StageRequest, Version
+from serve_app.handoff.waits import leases
 from serve_app.ingress.answers import JOIN_S, Answer, Answers
-from serve_app.kv_waits import leases
-from serve_app.retry import Ladder, Retries
-from serve_app.routing import Call, StageHandle
-from serve_app.trace import Trace
+from serve_app.ingress.encoding import Encoded, EncodeStage
+from serve_app.ingress.retry import Ladder, Retries
+from serve_app.observe.trace import Trace
+from serve_app.routing import overlap
+from serve_app.routing.handles import Call, StageHandle
+from serve_app.stage import Stage
 
 T = TypeVar("T")
 LET_END_S = 1.0
@@ -71,7 +73,7 @@ class Choice:
 
     @property
     def streamed(self) -> bool:
-        return handoff.is_streamed(self.params)
+        return shaping.is_streamed(self.params)
 
     @property
     def finished(self) -> bool:
@@ -126,7 +128,7 @@ class Pipeline:
             said = choice.said
             way = overlap.way({stage: handle.weights for stage, handle in self.stages.items()}, record.weights)
             version = request.version._replace(weights=way.weights)
-            rest = msgspec.structs.replace(handoff.rest_of(request, said), version=version)
+            rest = msgspec.structs.replace(shaping.rest_of(request, said), version=version)
             at_decode = self._prefill_at_decode(rest.prompt, ladder.without_prefill)
             if at_decode is None and Stage.PREFILL in way.without:
                 at_decode = "other version"
@@ -156,7 +158,7 @@ class Pipeline:
                     self._encoders.forget_version(encoded.version)
                 # Nobody goes on from tokens whose weights no decode replica has.
                 no_more = isinstance(error, OtherVersion) and error.stage is Stage.DECODE
-                begun = bool(said) and not no_more and self._engines_go_on and handoff.can_go_on(choice.params)
+                begun = bool(said) and not no_more and self._engines_go_on and shaping.can_go_on(choice.params)
                 late = asyncio.get_running_loop().time() > deadline.at
                 too_late = bool(said) and not begun and (choice.streamed or late)
                 again = not (too_late or ladder.deadly) and self.retries.allow(error, attempt, begun)
@@ -191,8 +193,8 @@ class Pipeline:
             prefilled = await deadline.within(Stage.PREFILL, self._prefill(request, encoded, version, record))
             version = version.after(prefilled.version)
         kv = prefilled.kv_transfer_params if prefilled else None
-        params = handoff.decode_params(request.params, kv, encoded.ec_transfer_params)
-        key = handoff.unique_id(request.request_id)
+        params = shaping.decode_params(request.params, kv, encoded.ec_transfer_params)
+        key = shaping.unique_id(request.request_id)
         call = StageRequest(key, encoded.prompt, params, request.options, version)
         await self._decode(call, prefilled, choice, deadline, record)
 
@@ -221,7 +223,7 @@ class Pipeline:
         with record.span.child("decode", choice=choice.index) as span:
             answer = Answer(request.request_id, choice.id, prefilled, accept, came)
             self._answers.expect(answer)
-            work = stage.call("decode", handoff.traced(request, span.headers), self._answers.inlet.reply_to, call=call)
+            work = stage.call("decode", shaping.traced(request, span.headers), self._answers.inlet.reply_to, call=call)
             # In a context of its own: it ends by itself, after its last token, and not with the request.
             ending = self._in_background(work)
             ending.add_done_callback(answer.ended)
@@ -242,7 +244,7 @@ class Pipeline:
 
     def _leased(self, prefilled: PrefillReply | None, first: Awaitable[T]) -> Awaitable[T]:
         """The first token of decode, with the lease of the blocks that it waits for kept up meanwhile."""
-        hand_off = handoff.hand_off_id(prefilled.kv_transfer_params) if prefilled else None
+        hand_off = shaping.hand_off_id(prefilled.kv_transfer_params) if prefilled else None
         return self._leases.wait(hand_off, first) if self._leases is not None else first
 
     def _prefill_at_decode(self, prompt: Prompt, failed: bool) -> str | None:
@@ -254,12 +256,12 @@ class Pipeline:
         return "failed" if failed else None
 
     async def _prefill(self, request: StageRequest, encoded: Encoded, version: Version, record: Trace) -> PrefillReply:
-        params = handoff.prefill_params(request.params, encoded.ec_transfer_params)
-        key = handoff.unique_id(request.request_id)
+        params = shaping.prefill_params(request.params, encoded.ec_transfer_params)
+        key = shaping.unique_id(request.request_id)
         call = StageRequest(key, encoded.prompt, params, request.options, version)
         began = time.perf_counter()
         with record.span.child("prefill", prompt_tokens=len(encoded.prompt.token_ids)) as span:
-            work = self.stages[Stage.PREFILL].call("prefill", handoff.traced(call, span.headers))
+            work = self.stages[Stage.PREFILL].call("prefill", shaping.traced(call, span.headers))
             # In a context of its own: Serve would cancel it with the request, and so lose a reply that is on its way.
             task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
             try:
@@ -281,7 +283,7 @@ class Pipeline:
         In a context of its own: the request's is being cancelled, and Serve would cancel this call with it.
         """
         kv = prefilled.kv_transfer_params
-        release = self.stages[Stage.DECODE].call("release", handoff.unique_id("release"), kv, version)
+        release = self.stages[Stage.DECODE].call("release", shaping.unique_id("release"), kv, version)
         self._in_background(_quietly(release))
 
     async def _let_end(self, prefill: asyncio.Task[PrefillReply]) -> None:

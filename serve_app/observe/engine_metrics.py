@@ -12,7 +12,7 @@ import prometheus_client
 from prometheus_client import REGISTRY
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from serve_app.metrics import PREFIXES
+from serve_app.observe.metrics import PREFIXES
 from serve_app.observe.ray_metrics import Teller, serve_labels
 
 HELD = 4096

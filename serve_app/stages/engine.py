@@ -28,13 +28,13 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from serve_app.config import Stage
-from serve_app.engine_input import to_core_request
-from serve_app.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageUnavailable
-from serve_app.handoff import StageRequest
-from serve_app.kv_layout import KVLayout, layout_of
+from serve_app.handoff.engine_input import to_core_request
+from serve_app.handoff.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageUnavailable
+from serve_app.handoff.types import StageRequest
 from serve_app.observe.engine_metrics import PageLogger, tell_ray
+from serve_app.stage import Stage
 from serve_app.stages.tap import Hear, Tap
+from serve_app.transfer.kv_layout import KVLayout, layout_of
 
 
 def check_engine_args(args: dict[str, Any], where: str) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import requests
 
-from tests.integration.answers import differences, events, gather, reduce
-from tests.integration.cases import CASES, MANY, STREAMED, Case, chat, image, one_of_many, text
-from tests.integration.servers import Server
+from tools.harness.answers import differences, events, gather, reduce
+from tools.harness.cases import CASES, MANY, STREAMED, Case, chat, image, one_of_many, text
+from tools.harness.servers import Server
 
 DEADLINE_S = 60.0
 LOST = "connection lost"

@@ -18,7 +18,7 @@ import pytest
 from tests.chaos.conftest import ROUNDS, Row
 from tests.chaos.load import DEADLINE_S, KINDS, LOST, Load, asks, failed, leave, wrong
 from tests.chaos.usage import grown, usage
-from tests.integration.servers import DEPLOYMENTS, Server, engine_pids, serve_run, wait_for_replicas
+from tools.harness.servers import DEPLOYMENTS, Server, engine_pids, serve_run, wait_for_replicas
 
 EC_BYTES = 100_000
 """The pictures of the steady load take nearly all of it (4.7 kB each)."""

@@ -18,13 +18,13 @@ import pytest
 import requests
 
 from serve_app.config import EPDConfig
-from serve_app.roles import DEMO_DEFAULTS, model_path
-from serve_app.transfer import free_ports
+from serve_app.launch.connectors import free_ports
+from serve_app.launch.engine_args import DEMO_DEFAULTS, model_path
 from tests.chaos.conftest import Row
 from tests.chaos.load import Ask, Outcome
-from tests.integration.answers import arriving, gather
-from tests.integration.cases import chat, text
-from tests.integration.servers import Server, engine_pids, serve_run, shared_memory
+from tools.harness.answers import arriving, gather
+from tools.harness.cases import chat, text
+from tools.harness.servers import Server, engine_pids, serve_run, shared_memory
 
 pytestmark = pytest.mark.engine
 

@@ -15,9 +15,9 @@ import requests
 
 from tests.chaos.conftest import ROUNDS, Row
 from tests.chaos.load import Ask, Outcome, ask, failed, of_choices, wrong
-from tests.integration.answers import reduce
-from tests.integration.cases import Case, completion
-from tests.integration.servers import Server, engine_pids, serve_run, vllm_server
+from tools.harness.answers import reduce
+from tools.harness.cases import Case, completion
+from tools.harness.servers import Server, engine_pids, serve_run, vllm_server
 
 LEASE_S = 6
 FROZEN_S = 10.0

@@ -15,13 +15,13 @@ import requests
 from safetensors.numpy import load_file, save_file
 
 from serve_app.config import EPDConfig
-from serve_app.placement import Cluster as Cpu
-from serve_app.placement import resolve
-from serve_app.roles import DEMO_DEFAULTS, model_path
+from serve_app.launch.engine_args import DEMO_DEFAULTS, model_path
+from serve_app.launch.placement import Cluster as Cpu
+from serve_app.launch.placement import resolve
 from tests.chaos.conftest import Row
 from tests.chaos.load import Ask, Load, Outcome, ask, asks, failed, of_choices, wrong
-from tests.integration.servers import Server, serve_config
 from tests.integration.test_lifecycle import BIN, Cluster, cluster
+from tools.harness.servers import Server, serve_config
 
 REQUESTS = 200
 

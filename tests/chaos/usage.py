@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from tests.integration.servers import Server
+from tools.harness.servers import Server
 
 MORE_FILES, MORE_THREADS, MORE_BYTES = 16, 8, 64 << 20
 """As much more a process may use after the faults: connections that come and go, pools that fill, caches that warm up."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.answers import reduce
-from tests.integration.cases import MANY, one_of_many
-from tests.integration.servers import Server
+from tools.harness.answers import reduce
+from tools.harness.cases import MANY, one_of_many
+from tools.harness.servers import Server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.integration.answers import differences, events, gather, reduce
-from tests.integration.cases import Case, chat, text
-from tests.integration.media import data_url, wav
-from tests.integration.observe import SpanCollector, ray_metrics
-from tests.integration.servers import Server, serve_run, vllm_server
-from tests.models import ensure_audio_model
+from tools.harness.answers import differences, events, gather, reduce
+from tools.harness.cases import Case, chat, text
+from tools.harness.media import data_url, wav
+from tools.harness.models import ensure_audio_model
+from tools.harness.observe import SpanCollector, ray_metrics
+from tools.harness.servers import Server, serve_run, vllm_server
 
 
 def audio_url(seed: int, rate: int = 16000) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import requests
 
 from benchmarks.autoscale import Driver, Phase, changes, decisions, deployments, look, request, run
-from serve_app.config import Stage
-from tests.integration.cases import chat, text
-from tests.integration.servers import Server, serve_run
+from serve_app.stage import Stage
+from tools.harness.cases import chat, text
+from tools.harness.servers import Server, serve_run
 
 PHASES = [
     Phase("text", 15),

@@ -17,12 +17,12 @@ import pytest
 import requests
 
 from serve_app.demo import ensure_demo_model
-from serve_app.demo.examples import Kind
-from serve_app.demo.measure import Plain, Question, held_out
-from tests.integration.answers import events, gather
-from tests.integration.cases import CHAT, text
-from tests.integration.media import data_url, png
-from tests.integration.servers import API, Server, serve_run
+from tools.demo.examples import Kind
+from tools.demo.measure import Plain, Question, held_out
+from tools.harness.answers import events, gather
+from tools.harness.cases import CHAT, text
+from tools.harness.media import data_url, png
+from tools.harness.servers import API, Server, serve_run
 
 KEY = "the-key-of-this-test"
 ASKED: dict[Kind, tuple[int, float]] = {"one": (100, 0.98), "two": (60, 0.95), "count": (50, 0.9)}

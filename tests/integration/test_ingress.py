@@ -10,9 +10,9 @@ import psutil
 import pytest
 import requests
 
-from tests.integration.answers import arriving, gather
-from tests.integration.cases import chat, text
-from tests.integration.servers import Server, engine_pids, listeners, serve_run, wait_until_free
+from tools.harness.answers import arriving, gather
+from tools.harness.cases import chat, text
+from tools.harness.servers import Server, engine_pids, listeners, serve_run, wait_until_free
 
 LENGTH = 1500
 PATH, BODY = chat(text("Describe."), max_tokens=LENGTH, ignore_eos=True, stream=True)

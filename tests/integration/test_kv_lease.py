@@ -17,13 +17,15 @@ import pytest
 from prometheus_client import REGISTRY
 from vllm import SamplingParams
 
-from serve_app.config import EPDConfig, Stage
-from serve_app.errors import HandoffLost
-from serve_app.handoff import Prompt, StageRequest, decode_params, hand_off_id, prefill_params, unique_id
-from serve_app.placement import Cluster, resolve
-from serve_app.roles import engine_args, model_path, replica_env
-from serve_app.transfer import side_channel_env
-from serve_app.vllm_plugin import REPLICA_ENV
+from serve_app.config import EPDConfig
+from serve_app.handoff.errors import HandoffLost
+from serve_app.handoff.shaping import decode_params, hand_off_id, prefill_params, unique_id
+from serve_app.handoff.types import Prompt, StageRequest
+from serve_app.hooks.vllm_plugin import REPLICA_ENV
+from serve_app.launch.connectors import side_channel_env
+from serve_app.launch.engine_args import engine_args, model_path, replica_env
+from serve_app.launch.placement import Cluster, resolve
+from serve_app.stage import Stage
 
 if TYPE_CHECKING:
     from serve_app.stages.engine import StageEngine

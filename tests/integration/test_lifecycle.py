@@ -17,10 +17,10 @@ import psutil
 import pytest
 import requests
 
-from serve_app.transfer import free_ports
-from tests.integration.answers import arriving, gather
-from tests.integration.cases import chat, image, text
-from tests.integration.servers import (
+from serve_app.launch.connectors import free_ports
+from tools.harness.answers import arriving, gather
+from tools.harness.cases import chat, image, text
+from tools.harness.servers import (
     REPOSITORY,
     Server,
     engine_pids,

@@ -17,13 +17,13 @@ import requests
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from serve_app.config import Stage
-from serve_app.routing import StageHandle, is_alive
-from serve_app.transfer import free_ports
+from serve_app.launch.connectors import free_ports
+from serve_app.routing.handles import StageHandle, is_alive
+from serve_app.stage import Stage
 from tests.chaos.load import Load, asks
-from tests.integration.answers import differences, reduce
-from tests.integration.cases import CASES
-from tests.integration.servers import (
+from tools.harness.answers import differences, reduce
+from tools.harness.cases import CASES
+from tools.harness.servers import (
     RAY_ENV,
     Server,
     kill_all,

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from serve_app.config import Stage
-from serve_app.transfer import free_ports
+from serve_app.launch.connectors import free_ports
+from serve_app.stage import Stage
 from tests.chaos.load import Load, asks
-from tests.integration.servers import (
+from tests.integration.test_lifecycle import BIN
+from tools.harness.servers import (
     DEPLOYMENTS,
     RAY_ENV,
     Server,
@@ -26,7 +27,6 @@ from tests.integration.servers import (
     wait_for_replicas,
     wait_gone,
 )
-from tests.integration.test_lifecycle import BIN
 
 HEAD, NODE = "10.77.0.1", "10.77.0.2"
 NET, BRIDGE, HEAD_CABLE, NODE_CABLE, NAMESPACE = "epd-net", "epd-bridge", "epd-head", "epd-node", "epd-node"

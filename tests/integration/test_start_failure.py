@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.servers import serve_that_fails
+from tools.harness.servers import serve_that_fails
 
 ENDS_S = 30
 """From the first word of the failure to the end of the last process: 6 to 12 s on two busy cores."""

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import MEDIA_RULES, stream
-from tests.integration.answers import differences, reduce
-from tests.integration.cases import CASES, LIKE, MANY, STREAMED
 from tests.integration.conftest import TOPOLOGIES, all_at_once
-from tests.integration.servers import Server, serve_run
+from tools.harness.answers import differences, reduce
+from tools.harness.cases import CASES, LIKE, MANY, STREAMED
+from tools.harness.servers import Server, serve_run
 
 
 @pytest.fixture(scope="module", params=TOPOLOGIES)

@@ -6,11 +6,11 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app import trace
-from serve_app.ingress_metrics import IngressMetrics
-from serve_app.openai_app import PipelineMiddleware
-from serve_app.trace import Trace
-from serve_app.tracing import Tracing
+from serve_app.ingress.server import PipelineMiddleware
+from serve_app.observe import trace
+from serve_app.observe.ingress_metrics import IngressMetrics
+from serve_app.observe.trace import Trace
+from serve_app.observe.tracing import Tracing
 
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 JSON = (b"content-type", b"application/json")

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from serve_app.config import EPDConfig, MediaConfig, Stage
-from serve_app.handoff import EncodeReply, MediaRequest
-from serve_app.placement import Cluster, resolve
+from serve_app.config import EPDConfig, MediaConfig
+from serve_app.handoff.types import EncodeReply, MediaRequest
+from serve_app.launch.placement import Cluster, resolve
+from serve_app.stage import Stage
 from tests.fakes import FakeStage, fake_status
 
 
@@ -34,8 +35,8 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_vllm_config(demo_folder: Path) -> Any:
     """vLLM's configuration of an ingress in front of the demo model."""
-    from serve_app.openai_app import ingress_vllm_config
-    from serve_app.roles import ingress_args
+    from serve_app.ingress.server import ingress_vllm_config
+    from serve_app.launch.engine_args import ingress_args
 
     return ingress_vllm_config(ingress_args(resolve(EPDConfig(), Cluster(0, 2)).config, str(demo_folder)))
 
@@ -45,7 +46,7 @@ def decode_vllm_config(demo_vllm_config: Any) -> Any:
     """vLLM's configuration of a decode engine, as far as its metrics need it."""
     from vllm.config import ECTransferConfig, KVTransferConfig
 
-    from serve_app.transfer import ec_transfer_config, kv_transfer_config
+    from serve_app.launch.connectors import ec_transfer_config, kv_transfer_config
 
     epd = EPDConfig(accelerator="cpu")
     config = copy.copy(demo_vllm_config)
@@ -73,7 +74,7 @@ def make_encoder(demo_vllm_config: Any) -> Callable[..., Any]:
     """Make an encoder stage that decodes and transforms items for real, by the media rules that are passed."""
     from vllm.renderers import renderer_from_config
 
-    from serve_app.from_media import ItemProcessor
+    from serve_app.ingress.rendering import ItemProcessor
 
     def make(**rules: Any) -> FakeStage:
         items = ItemProcessor(renderer_from_config(demo_vllm_config), MediaConfig(**rules))
@@ -93,8 +94,8 @@ def make_api(make_client: Callable[..., Any], demo_folder: Path) -> Iterator[Cal
     """Make vLLM's app as an ingress has it, in front of the stages that are passed, and a client of it."""
     from fastapi.testclient import TestClient
 
-    from serve_app.openai_app import make_app, server_args
-    from serve_app.roles import ingress_args
+    from serve_app.ingress.server import make_app, server_args
+    from serve_app.launch.engine_args import ingress_args
 
     with ExitStack() as stack:
 

@@ -1,4 +1,4 @@
-"""serve_app.app: the graph of a config, or one sentence per mistake. Nothing is deployed."""
+"""The graph of a config, or one sentence per mistake. Nothing is deployed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,8 @@ from ray.serve._private import constants
 
 from serve_app import app
 from serve_app.config import DEMO_MODEL, EPDConfig
-from serve_app.errors import ConfigError
-from serve_app.placement import Cluster
+from serve_app.handoff.errors import ConfigError
+from serve_app.launch.placement import Cluster
 
 SMALL = Cluster(gpus=0, cpus=2)
 Build = Callable[..., dict[str, Any]]

@@ -1,4 +1,4 @@
-"""serve_app.config: every mistake is refused when the config is read, with a message that names the key."""
+"""Every mistake is refused when the config is read, with a message that names the key."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from serve_app.config import (
     KVConfig,
     MediaConfig,
     RetryConfig,
-    Stage,
     StageConfig,
 )
+from serve_app.stage import Stage
 
 NIXL = {"connector": "ECCPUConnector"}
 

@@ -9,7 +9,7 @@ from aiohttp import AddrInfoType
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from serve_app.config import MediaConfig
-from serve_app.media_fetch import Fetcher
+from serve_app.media.fetch import Fetcher
 
 PUBLIC = "93.184.215.14"
 NAMES: dict[str, list[str]] = {

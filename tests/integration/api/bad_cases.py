@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from tests.integration.cases import LONG, WEATHER, chat, completion, image, text, video
-from tests.integration.media import data_url, picture, png, video_url, wav
-from tests.integration.servers import REPOSITORY
+from tools.harness.cases import LONG, WEATHER, chat, completion, image, text, video
+from tools.harness.media import data_url, picture, png, video_url, wav
+from tools.harness.servers import REPOSITORY
 
 STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import MEDIA_RULES
-from tests.integration.servers import DEPLOYMENTS, Server, serve_run, wait_for_replicas
+from tools.harness.servers import DEPLOYMENTS, Server, serve_run, wait_for_replicas
 
 
 @pytest.fixture(scope="package")

@@ -14,10 +14,10 @@ import openai
 import pytest
 import requests
 
-from tests.integration.answers import arriving, events, gather
-from tests.integration.cases import CITY, LONG, WEATHER, chat, image, one_of_many, text
-from tests.integration.media import data_url, image_url
-from tests.integration.servers import REPOSITORY, Server
+from tools.harness.answers import arriving, events, gather
+from tools.harness.cases import CITY, LONG, WEATHER, chat, image, one_of_many, text
+from tools.harness.media import data_url, image_url
+from tools.harness.servers import REPOSITORY, Server
 
 QUESTION: list[dict[str, Any]] = [{"role": "user", "content": [text("Describe."), image(1)]}]
 

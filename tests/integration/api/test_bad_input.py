@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from tests.integration.answers import events
 from tests.integration.api.bad_cases import BAD, HARMLESS, STREAMS
-from tests.integration.cases import chat, image, text
-from tests.integration.servers import REPOSITORY, Server, engine_pids
+from tools.harness.answers import events
+from tools.harness.cases import chat, image, text
+from tools.harness.servers import REPOSITORY, Server, engine_pids
 
 GOOD = chat(text("Describe."), image(1))
 ASKED = [

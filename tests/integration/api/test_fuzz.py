@@ -14,9 +14,9 @@ from typing import Any
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from tests.integration.cases import CITY, WEATHER, chat, completion, image, text, video
-from tests.integration.media import data_url, image_url, wav
-from tests.integration.servers import Server
+from tools.harness.cases import CITY, WEATHER, chat, completion, image, text, video
+from tools.harness.media import data_url, image_url, wav
+from tools.harness.servers import Server
 
 EXAMPLES = os.environ.get("EPD_FUZZ_EXAMPLES")
 ANSWER_WITHIN_S = 30

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.browser import answered, chromium, draw, page_at
-from tests.integration.servers import Server
+from tools.harness.servers import Server
 
 
 @pytest.fixture(scope="module")

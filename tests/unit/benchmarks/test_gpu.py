@@ -23,11 +23,12 @@ from benchmarks.gpu.budget import ENDING_S, Budget, OutOfTime, limit
 from benchmarks.gpu.model import write_qwen_3b
 from benchmarks.gpu.prerequisites import THREE_ENGINES_MIB
 from benchmarks.gpu.visit import Visit, excerpt
-from serve_app.config import EPDConfig, Stage
+from serve_app.config import EPDConfig
 from serve_app.demo.tokenizer import VOCAB_SIZE
-from serve_app.placement import Cluster, resolve
+from serve_app.launch.placement import Cluster, resolve
+from serve_app.stage import Stage
 from serve_app.stages.engine import check_engine_args
-from tests.integration.servers import REPOSITORY
+from tools.harness.servers import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from benchmarks import cpu
 from benchmarks.bench import order
 from benchmarks.load import ALL, KEPT, LONG, POISSON, TARGET, TEXT, Cell, arguments, outcome
 from benchmarks.systems import reference_engine
-from serve_app.config import Stage
-from serve_app.roles import engine_args
-from tests.integration.servers import cpu_config
+from serve_app.launch.engine_args import engine_args
+from serve_app.stage import Stage
+from tools.harness.servers import cpu_config
 
 
 def parsed(cell: Cell) -> argparse.Namespace:

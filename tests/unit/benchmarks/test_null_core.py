@@ -16,8 +16,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 
 from benchmarks.null_core import NullCore, replace_cores
-from serve_app.config import Stage
 from serve_app.demo import ensure_demo_model
+from serve_app.stage import Stage
 
 PROMPT = [5] * 40
 
@@ -136,8 +136,8 @@ def test_a_replica_checks_the_config_before_its_engine_is_made() -> None:
     """Where benchmarks/null_engine.py replaces the core."""
     import inspect
 
-    from deployments._replica import EngineReplica
     from serve_app.stages import engine
+    from serve_app.stages.replica import EngineReplica
 
     assert "self._check" in inspect.getsource(EngineReplica._start)
     source = inspect.getsource(engine.StageEngine.__init__)

@@ -1,4 +1,4 @@
-"""serve_app.channel: its two ends over real sockets, with vLLM's outputs and serialization, on both kinds of event loop."""
+"""Its two ends over real sockets, with vLLM's outputs and serialization, on both kinds of event loop."""
 
 import asyncio
 import contextlib
@@ -26,8 +26,8 @@ from serve_app.channel import inlet, outlet
 from serve_app.channel.inlet import Inlet, Link
 from serve_app.channel.outlet import Codec, Outlet, Outlets
 from serve_app.channel.wire import COUNT, First, Frame, Hello, ReplyTo, framed, receive
-from serve_app.errors import StageUnavailable
-from serve_app.handoff import Version
+from serve_app.handoff.errors import StageUnavailable
+from serve_app.handoff.types import Version
 from serve_app.stages.tap import codec
 from tests.fakes import FakeClock
 

@@ -1,4 +1,4 @@
-"""serve_app.ingress.front: a real uvicorn on a loopback port, a small app behind it, and clients that behave or do not."""
+"""A real uvicorn on a loopback port, a small app behind it, and clients that behave or do not."""
 
 import asyncio
 import json
@@ -20,10 +20,10 @@ from uvicorn import Config
 from uvicorn.lifespan.on import LifespanOn
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
-from serve_app.door import FULL, Door
-from serve_app.errors import CannotStart
+from serve_app.handoff.errors import CannotStart
 from serve_app.ingress import front
 from serve_app.ingress.address import Address
+from serve_app.ingress.door import FULL, Door
 from serve_app.ingress.front import DRAINING, Front
 
 HOST = "127.0.0.1"

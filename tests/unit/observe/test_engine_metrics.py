@@ -15,11 +15,11 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, MultiModalCacheStats, SchedulerStats
 
-from serve_app.config import Stage
-from serve_app.metrics import PREFIXES
 from serve_app.observe import engine_metrics
 from serve_app.observe.engine_metrics import HELD, Histogram, PageLogger
+from serve_app.observe.metrics import PREFIXES
 from serve_app.observe.ray_metrics import SERVE_LABELS, Teller
+from serve_app.stage import Stage
 from serve_app.stages.engine import StageEngine
 from tests.unit.metrics_of import TellsAtOnce, Told, watched
 from tests.unit.stages.llm import FakeLLM

@@ -1,4 +1,4 @@
-"""serve_app.observe.ray_metrics: what Ray is told of a registry, and that it is told again."""
+"""What Ray is told of a registry, and that it is told again."""
 
 import inspect
 import threading

@@ -15,7 +15,7 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors, SamplingMaskLists
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from serve_app.channel.wire import First, Frame
-from serve_app.handoff import Version
+from serve_app.handoff.types import Version
 from serve_app.stages.tap import Tap, add, codec, queue_s
 
 Output = EngineCoreOutput

@@ -1,0 +1,118 @@
+"""Prompts of ours from vLLM's renderer, over handles, and to vLLM's engine core."""
+
+import copyreg
+import threading
+import time
+from pickle import PickleBuffer
+from typing import Any
+
+import torch
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from serve_app.handoff.errors import BadRequest
+from serve_app.handoff.types import Item, Prompt, Source, StageRequest
+
+
+class SourcedItem(MultiModalKwargsItem):
+    """A processed item that knows the media it came from: so a ``Source`` gets through vLLM's app to our ``generate``."""
+
+    def __init__(self, data: MultiModalKwargsItem, source: Source) -> None:
+        super().__init__(data)
+        self.source = source
+
+
+def from_engine_input(engine_input: Any) -> Prompt:
+    """The prompt that vLLM's renderer made, items in prompt order.
+
+    Raises ``BadRequest`` for inputs that no stage can hand on.
+    """
+    if engine_input["type"] == "token":
+        return Prompt(list(engine_input["prompt_token_ids"]), cache_salt=engine_input.get("cache_salt"))
+    if engine_input["type"] != "multimodal" or "encoder_prompt_token_ids" in engine_input:
+        raise BadRequest(
+            f"Prompts of type {engine_input['type']!r} cannot be served disaggregated: only token and multimodal prompts of "
+            "decoder-only models can be handed from stage to stage."
+        )
+
+    def item(modality: str, item_hash: str, where: PlaceholderRange, data: Any) -> Item:
+        source = data.source if isinstance(data, SourcedItem) else None
+        plain = MultiModalKwargsItem(data.data) if source is not None else data
+        return Item(modality, item_hash, where.offset, where.length, where.is_embed, plain, source)
+
+    items = [
+        item(modality, item_hash, where, data)
+        for modality, hashes in engine_input["mm_hashes"].items()
+        for item_hash, where, data in zip(
+            hashes, engine_input["mm_placeholders"][modality], engine_input["mm_kwargs"][modality], strict=True
+        )
+    ]
+    return Prompt(
+        list(engine_input["prompt_token_ids"]),
+        tuple(sorted(items, key=lambda item: item.offset)),
+        engine_input.get("cache_salt"),
+    )
+
+
+class _Codec(threading.local):
+    """vLLM's, of an item's tensors; it is not to be shared between threads."""
+
+    def __init__(self) -> None:
+        self.encode = MsgpackEncoder().encode
+        self.decode = MsgpackDecoder(tuple[MultiModalKwargsItem | None, torch.Tensor | None]).decode
+
+
+_codec = _Codec()
+
+
+def _pack(item: Item) -> tuple[Any, ...]:
+    """How an item is pickled: its tensors as vLLM sends them to an engine's core. By itself pickle has PyTorch write a file
+    of each, which takes 0.1 ms at either end."""
+    frames = [PickleBuffer(frame) for frame in _codec.encode((item.data, item.is_embed))]
+    return _unpack, (item.modality, item.hash, item.offset, item.length, frames, item.source)
+
+
+def _unpack(modality: str, item_hash: str, offset: int, length: int, frames: list[Any], source: Source | None) -> Item:
+    """PyTorch warns of tensors in memory that cannot be written to, as Ray's object store is."""
+    data, is_embed = _codec.decode([frame if isinstance(frame, bytearray) else bytearray(frame) for frame in frames])
+    return Item(modality, item_hash, offset, length, is_embed, data, source)
+
+
+copyreg.pickle(Item, _pack)
+
+
+def to_core_request(request: StageRequest, processor: Any) -> EngineCoreRequest:
+    """What an engine core takes. The ingress has had vLLM's ``InputProcessor`` check and complete the sampling parameters:
+    here only what the engine's own one (``processor``) knows is added.
+    """
+    lora: LoRARequest | None = request.options.get("lora_request")
+    features = [
+        MultiModalFeatureSpec(
+            data=item.data,
+            modality=item.modality,
+            identifier=processor._get_mm_identifier(item.hash, lora),
+            mm_position=PlaceholderRange(item.offset, item.length, item.is_embed),
+            mm_hash=item.hash,
+        )
+        for item in request.prompt.items
+    ]
+    processor.apply_watermarking(request.params, processor.resolve_watermarking(request.params))
+    return EngineCoreRequest(
+        request_id=request.request_id,
+        external_req_id=request.request_id,
+        prompt_token_ids=request.prompt.token_ids,
+        mm_features=features or None,
+        sampling_params=request.params,
+        pooling_params=None,
+        arrival_time=time.time(),
+        cache_salt=request.prompt.cache_salt,
+        data_parallel_rank=None,
+        **{"lora_request": None} | request.options,
+    )
+
+
+ENCODE_PARAMS = SamplingParams(max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+"""An encoder-only engine emits no token: the request ends when its items are encoded."""

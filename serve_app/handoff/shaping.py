@@ -1,0 +1,214 @@
+"""How a request is shaped for each stage.
+
+Fields typed ``Any`` hold vLLM's own objects, which this module passes on without importing vLLM.
+
+Sources: ``vllm/distributed/ec_transfer/ec_connector/utils.py`` (what a consumer must know of an item),
+``vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py`` (the keys of ``kv_transfer_params``).
+"""
+
+import copy
+import hashlib
+import uuid
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+import msgspec
+
+from serve_app.handoff.types import REMOTE_DECODE, EncodeReply, Item, MediaRequest, Prompt, StageRequest
+
+Call = TypeVar("Call", bound=StageRequest | MediaRequest)
+
+
+def traced(call: Call, headers: dict[str, str] | None) -> Call:
+    """The call, whose engine continues the trace that the headers name."""
+    if headers is None:
+        return call
+    return msgspec.structs.replace(call, options=call.options | {"trace_headers": headers})
+
+
+def salted(prompt: Prompt, salt: str | None) -> Prompt:
+    """The prompt of a tenant whose items are its own: their hashes cover the salt too.
+
+    The hash is the item's name on every stage (encoder caches, EC connector, prefix caches), so a tenant neither gets nor
+    finds out about what was encoded for another. A keyed hash: from a name nobody can tell the salt or the content.
+    """
+    if not salt:
+        return prompt
+    secret = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=32).digest()
+
+    def own(item: Item) -> Item:
+        if item.source is not None:  # named with the salt where it was processed
+            return item
+        digest = hashlib.blake2b(item.hash.encode(errors="surrogatepass"), key=secret, digest_size=32).hexdigest()
+        return msgspec.structs.replace(item, hash=digest)
+
+    return msgspec.structs.replace(prompt, items=tuple(own(item) for item in prompt.items))
+
+
+def unique_id(request_id: str) -> str:
+    """Id of a call of prefill or decode, ``<id>-<short>`` as vLLM makes them: an engine may get two of one request."""
+    return f"{request_id}-{uuid.uuid4().hex[:8]}"
+
+
+def child_id(request_id: str, index: int) -> str:
+    """Id of the encode call of item ``index``: ``<id>:<item>:<short>``, as in the reference."""
+    return f"{request_id}:{index}:{uuid.uuid4().hex[:6]}"
+
+
+def for_encoder(prompt: Prompt, index: int) -> Prompt:
+    """The prompt of one encode call: item ``index`` alone, all text removed.
+
+    No cache salt: embeddings do not depend on the prompt, and the encoder has no prefix cache.
+    """
+    item = prompt.items[index]
+    return Prompt(
+        token_ids=prompt.token_ids[item.offset : item.offset + item.length],
+        items=(msgspec.structs.replace(item, offset=0, source=None),),
+    )
+
+
+def distinct(items: tuple[Item, ...]) -> dict[str, int]:
+    """``{hash: index of its first item}``: an item that stands twice in a prompt is encoded once."""
+    first: dict[str, int] = {}
+    for index, item in enumerate(items):
+        first.setdefault(item.hash, index)
+    return first
+
+
+def without_pixels(prompt: Prompt, declared: Callable[[str], Collection[str]], encoded: Collection[str]) -> Prompt:
+    """The prompt for an engine that gets the embeddings of the items ``encoded`` (hashes) through the EC connector.
+
+    An item that may still have to be encoded keeps its pixels. The others keep the fields that token positions depend on:
+    those marked ``keep_on_cpu`` (M-RoPE grids) and those that the model declares as placeholder metadata
+    (``declared(modality)``). An item of a model that declares neither keeps all its data: nothing says that its engine
+    can do without.
+    """
+    items = tuple(
+        metadata_only(item, declared(item.modality)) if item.hash in encoded else item for item in prompt.items
+    )
+    return msgspec.structs.replace(prompt, items=items)
+
+
+def without_sources(prompt: Prompt) -> Prompt:
+    """The prompt as an engine gets it: the media that items came from stay at the ingress."""
+    items = tuple(msgspec.structs.replace(item, source=None) if item.source else item for item in prompt.items)
+    return msgspec.structs.replace(prompt, items=items)
+
+
+def metadata_only(item: Item, declared: Collection[str]) -> Item:
+    """The item without pixels, for an engine that gets its embedding."""
+    if item.data is None:
+        return item
+    kept = {key: field for key, field in item.data.items() if key in declared or field.field.keep_on_cpu}
+    if not kept and not declared:
+        return item
+    return msgspec.structs.replace(item, data=type(item.data)(kept))
+
+
+def merge_ec_params(replies: dict[int, EncodeReply], prompt: Prompt) -> dict[str, Any]:
+    """``ec_transfer_params`` of a prompt from the encoders' replies by item index.
+
+    ``item_indices`` are put back to the places of the item in this prompt: each encoder saw its item alone, at 0.
+
+    Raises ``ValueError`` when a reply does not name its item: never a guess.
+    """
+    merged: dict[str, Any] = {}
+    for index, reply in replies.items():
+        item_hash = prompt.items[index].hash
+        if set(reply.ec_transfer_params) != {item_hash}:
+            raise ValueError(f"asked for item {item_hash}, the encoder answered for {sorted(reply.ec_transfer_params)}")
+        places = [i for i, item in enumerate(prompt.items) if item.hash == item_hash]
+        merged[item_hash] = {**reply.ec_transfer_params[item_hash], "item_indices": places}
+    return merged
+
+
+OF_THE_PROMPT = ("prompt_logprobs", "flat_logprobs", "skip_reading_prefix_cache", "skip_clone")
+"""Sampling parameters that prefill needs. All others are about the answer."""
+
+
+def prefill_params(params: Any, ec_transfer_params: dict[str, Any] | None) -> Any:
+    """Sampling parameters of the prefill call: one token that nobody reads, and the blocks held for decode.
+
+    Its token must not stop the request by itself: NIXL holds blocks of requests that ran to their end, and decode samples
+    the first token again from the last prompt position, with the client's own parameters.
+    """
+    return type(params)(
+        max_tokens=1,
+        temperature=0.0,
+        watermarking=False,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=type(params.output_kind).FINAL_ONLY,
+        extra_args=_extra(params, kv_transfer_params=REMOTE_DECODE, ec_transfer_params=ec_transfer_params),
+        **{name: getattr(params, name) for name in OF_THE_PROMPT},
+    )
+
+
+def decode_params(
+    params: Any, kv_transfer_params: dict[str, Any] | None, ec_transfer_params: dict[str, Any] | None
+) -> Any:
+    """Sampling parameters of the decode call of a choice with these ``params``: its text is made at the ingress.
+
+    Where prefill ran elsewhere, the logits of the prompt are there and not here.
+    """
+    decode = copy.copy(params)
+    decode.output_kind = type(params.output_kind).FINAL_ONLY
+    decode.detokenize, decode.stop = False, []
+    if kv_transfer_params is not None:
+        decode.prompt_logprobs = None
+    decode.extra_args = _extra(params, kv_transfer_params=kv_transfer_params, ec_transfer_params=ec_transfer_params)
+    return decode
+
+
+TELLS_APART = (
+    "bad_words",
+    "extra_args",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_detection",
+    "structured_outputs",
+    "trace_decode_token_ids",
+)
+"""Sampling parameters that look at the answer and not at the prompt, or have a state of their own in the engine."""
+
+
+def can_go_on(params: Any) -> bool:
+    """Whether an answer that broke off can go on as if its tokens had been the end of the prompt."""
+    seeded = params.seed is not None and params.temperature > 0
+    return not (
+        seeded or params.thinking_token_budget is not None or any(getattr(params, name) for name in TELLS_APART)
+    )
+
+
+def rest_of(request: StageRequest, said: list[int]) -> StageRequest:
+    """The request for what comes after the tokens ``said`` of its answer."""
+    if not said:
+        return request
+    rest = copy.copy(request.params)
+    rest.prompt_logprobs = None
+    rest.min_tokens = max(rest.min_tokens - len(said), 0)
+    if rest.max_tokens is not None:
+        rest.max_tokens -= len(said)
+    prompt = msgspec.structs.replace(request.prompt, token_ids=request.prompt.token_ids + said)
+    return msgspec.structs.replace(request, prompt=prompt, params=rest)
+
+
+def is_streamed(params: Any) -> bool:
+    """Whether the client of a request gets tokens as they come."""
+    return bool(params.output_kind.name != "FINAL_ONLY")
+
+
+def pulled_blocks(params: Any) -> dict[str, Any] | None:
+    """``kv_transfer_params`` of a decode request that waits for the KV blocks of a prefill."""
+    return (params.extra_args or {}).get("kv_transfer_params")
+
+
+def hand_off_id(kv_transfer_params: dict[str, Any] | None) -> str | None:
+    """Prefill's id of the request whose KV blocks these name; None with a connector that has no leases."""
+    return (kv_transfer_params or {}).get("remote_request_id")
+
+
+def _extra(params: Any, **transfer: dict[str, Any] | None) -> dict[str, Any] | None:
+    extra = dict(params.extra_args or {})
+    extra.update({key: dict(value) for key, value in transfer.items() if value is not None})
+    return extra or None

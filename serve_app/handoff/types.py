@@ -1,0 +1,208 @@
+"""What crosses a handle between stages, and how a request is shaped for each stage.
+
+Small frozen types; tensors only where a stage has to see pixels. Fields typed ``Any`` hold vLLM's own objects, which this
+module passes on without importing vLLM.
+
+Sources: ``vllm/distributed/ec_transfer/ec_connector/utils.py`` (what a consumer must know of an item),
+``vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py`` (the keys of ``kv_transfer_params``).
+"""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import msgspec
+
+REMOTE_DECODE = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+"""``kv_transfer_params`` of a prefill request: hold the blocks until a decode engine has pulled them."""
+
+READ_S = "read_s"
+"""In the ``ec_transfer_params`` that a consumer's engine answers with: seconds to read the embeddings of the request."""
+
+
+class Version(NamedTuple):
+    """What an engine or an ingress was started from, in digests (``fingerprint.py``), or what a call asks its engine for.
+
+    Empty is what one does not know, or does not ask for.
+    """
+
+    front: str = ""
+    """Configuration, tokenizer, preprocessor, arguments, protocol: an ingress has it too."""
+    template: str = ""
+    """The chat template that the config names."""
+    weights: str = ""
+    layout: str = ""
+    """Of KV blocks: what vLLM's connector compares."""
+
+    def other_than(self, asked: "Version") -> list[str]:
+        """In which respects this is not what is asked for."""
+        if self == asked:
+            return []
+        pairs = zip(self._fields, self, asked, strict=True)
+        return [name for name, ours, theirs in pairs if ours and theirs and ours != theirs]
+
+    def fits(self, asked: "Version") -> bool:
+        return not self.other_than(asked)
+
+    def after(self, engine: "Version") -> "Version":
+        """What a call asks for that goes on from what an engine has made."""
+        return self._replace(weights=engine.weights or self.weights, layout=engine.layout)
+
+
+ANY = Version()
+
+
+class Media(msgspec.Struct, frozen=True):
+    """One image, video or audio as the client sent it: what an encoder decodes, transforms and encodes by itself."""
+
+    modality: str
+    data: bytes
+    """The file's bytes, fetched and without base64."""
+    io: Any
+    """vLLM's MediaIO that decodes them."""
+    units: int
+    """What its cost is guessed from before an encoder has told: pixels of an image, else bytes."""
+    digest: str
+    """Of the bytes."""
+    processor_kwargs: dict[str, Any] = {}
+    io_kwargs: dict[str, Any] = {}
+    """The request's own, which the item's hash covers."""
+    salt: str | None = None
+    """Of the tenant, where embeddings of tenants are kept apart."""
+    key: str = ""
+    """Names this content with these arguments, before it is decoded; see ``keyed``."""
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=32).hexdigest()
+
+
+def keyed(media: Media) -> Media:
+    """With the key that equal media of equal requests have in common."""
+    named = repr((media.digest, media.modality, media.processor_kwargs, media.io_kwargs, media.salt))
+    return msgspec.structs.replace(media, key=digest_of(named.encode(errors="surrogatepass")))
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where an item came from that was not processed at the ingress. Never leaves the ingress."""
+
+    media: Media
+    reply: "EncodeReply | None"
+    """The encoder's answer while the prompt was rendered. With it the item's data has no pixels; without, it has."""
+
+
+class Item(msgspec.Struct, frozen=True):
+    """One image, video or audio of a prompt."""
+
+    modality: str
+    hash: str
+    """vLLM's content hash, the key of the encoder cache; also covers model, processor and media arguments."""
+    offset: int
+    """Index of its first placeholder token in the prompt."""
+    length: int
+    """Placeholder tokens."""
+    is_embed: Any | None
+    """Bool tensor of shape ``(length,)``: the placeholder tokens that take an embedding. None: all."""
+    data: Any | None
+    """vLLM's MultiModalKwargsItem: processed tensors, pixels included, or only the fields that positions need."""
+    source: Source | None = None
+    """Set for items that came from media."""
+
+    @property
+    def bare(self) -> bool:
+        """Without pixels: an engine must not get it unless the item's embedding is there."""
+        return self.source is not None and self.source.reply is not None
+
+    @property
+    def num_embeds(self) -> int:
+        return self.length if self.is_embed is None else int(self.is_embed.sum())
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A rendered prompt: token ids with placeholders, and the items that fill them, in prompt order."""
+
+    token_ids: list[int]
+    items: tuple[Item, ...] = ()
+    cache_salt: str | None = None
+
+
+class StageRequest(msgspec.Struct, frozen=True):
+    """One call of a stage."""
+
+    request_id: str
+    """Of this call alone: engines know it by that."""
+    prompt: Prompt
+    params: Any
+    """vLLM's SamplingParams, as its InputProcessor completed them; transfer parameters are in its ``extra_args``."""
+    options: dict[str, Any] = {}
+    """Fields of vLLM's EngineCoreRequest: lora_request, priority, trace_headers, …"""
+    version: Version = ANY
+    """Of the ingress, and of the engines that this call goes on from. An engine of another refuses it."""
+
+
+class MediaRequest(msgspec.Struct, frozen=True):
+    """One call of an encoder with an item as media."""
+
+    request_id: str
+    media: Media
+    cost: int
+    """Embeddings that it will have, as far as the ingress can tell."""
+    options: dict[str, Any] = {}
+    version: Version = ANY
+
+
+class Features(msgspec.Struct, frozen=True):
+    """One processed item: alone in a prompt, and what rendering another prompt around it needs."""
+
+    prompt: Prompt
+    metadata: dict[str, Any]
+    """Fields that size its placeholder range, as lists: ``{"image_grid_thw": [1, 6, 6]}``."""
+
+    @property
+    def item(self) -> Item:
+        return self.prompt.items[0]
+
+
+class EncodeReply(msgspec.Struct, frozen=True):
+    """``{hash: {"item_indices", "metadata", …}}`` as the EC connector of the encoder gave it; passed on verbatim."""
+
+    ec_transfer_params: dict[str, Any]
+    replica: str
+    features: Features | None = None
+    """Of an item that went as media; without pixels."""
+    ran_s: float = 0.0
+    """Seconds in the replica, less those in its engine's queue. What the call took besides is queueing and transfer."""
+    version: Version = ANY
+    """Of its engine."""
+
+
+class PrefillReply(msgspec.Struct, frozen=True):
+    kv_transfer_params: dict[str, Any]
+    """For one decode request, once."""
+    prompt_logprobs: Any | None
+    """vLLM's LogprobsTensors, which the ingress gives to its OutputProcessor."""
+    num_cached_tokens: int | None
+    replica: str
+    ran_s: float = 0.0
+    ec_s: float = 0.0
+    """Of these, what reading embeddings took. 0 where none was read, or the connector does not tell."""
+    node: str = ""
+    """Ray's id of the node that holds the blocks."""
+    version: Version = ANY
+    """Of its engine."""
+
+
+class DecodeReply(msgspec.Struct, frozen=True):
+    """The end of a decode call, whose tokens went over the channel."""
+
+    replica: str
+    tokens: int
+    """That were sent."""
+    version: Version = ANY
+    """Of its engine."""

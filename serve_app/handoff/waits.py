@@ -1,0 +1,94 @@
+"""Nothing waits for KV blocks that are gone, and no blocks go while somebody waits to decode from them.
+
+Between prefill and the first token a request waits twice: at the ingress, which has its hand-off, for a place at decode;
+then at decode, until its engine has the blocks. ``HandOffs`` looks after such waits every now and then, and ends those that
+are in vain. What the engines do for it is in ``kv_lease.py``.
+"""
+
+import asyncio
+import contextvars
+import time
+from collections.abc import Awaitable, Callable, Collection, Hashable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from serve_app.handoff.errors import EPDError, HandoffLost
+from serve_app.routing.handles import StageHandle
+from serve_app.stage import Stage
+
+T = TypeVar("T")
+HandOff = TypeVar("HandOff", bound=Hashable)
+
+
+@dataclass
+class HandOffs(Generic[HandOff]):
+    """Waits for hand-offs, looked after together by one task for as long as there are any."""
+
+    after_s: float
+    """A wait is looked after once it has taken so long, …"""
+    every_s: float
+    """… and then as often as this."""
+    lost: Callable[[list[HandOff]], Awaitable[Collection[HandOff]]]
+    """Of these, the ones that are known to be lost. May raise an ``EPDError`` where it cannot tell."""
+    why: str
+
+    def __post_init__(self) -> None:
+        self._waits: dict[HandOff, tuple[float, asyncio.Timeout]] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    async def wait(self, hand_off: HandOff | None, work: Awaitable[T]) -> T:
+        """The result of ``work``, which waits for a hand-off, or for none. Raises ``HandoffLost`` once that is known to be
+        lost."""
+        if hand_off is None:
+            return await work
+        try:
+            async with asyncio.timeout(None) as patience:
+                self._waits[hand_off] = time.monotonic(), patience
+                if self._looking is None or self._looking.done():
+                    # Not of this request's context: Serve would cancel calls with it that are made for all.
+                    look = self._look()
+                    self._looking = asyncio.get_running_loop().create_task(look, context=contextvars.Context())
+                try:
+                    return await work
+                finally:
+                    self.over(hand_off)
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            raise HandoffLost(Stage.DECODE, self.why) from None
+
+    def over(self, hand_off: HandOff | None) -> None:
+        """It has come: what is still to be done of the work does not wait for it any more."""
+        if hand_off is not None:
+            self._waits.pop(hand_off, None)
+
+    async def _look(self) -> None:
+        while self._waits:
+            await asyncio.sleep(self.every_s)
+            since = time.monotonic() - self.after_s
+            if long := [hand_off for hand_off, (began, _) in self._waits.items() if began <= since]:
+                with suppress(EPDError):
+                    for hand_off in await self.lost(long):
+                        if hand_off in self._waits:
+                            self._waits[hand_off][1].reschedule(0)
+
+
+def leases(prefill: StageHandle, lease_s: float) -> HandOffs[str]:
+    """Of an ingress: prefill renews the leases of what waits for decode. Hand-offs go by prefill's ids of the requests."""
+
+    async def lost(waiting: list[str]) -> set[str]:
+        replies = await prefill.broadcast("renew", waiting, timeout_s=lease_s / 3)
+        return {request for ended in replies if not isinstance(ended, Exception) for request in ended}
+
+    return HandOffs(lease_s / 6, lease_s / 3, lost, "waited for a place until the lease of its KV blocks was over")
+
+
+def pulls(overdue: Callable[[float], Awaitable[Collection[str]]], lease_s: float) -> HandOffs[str]:
+    """Of a decode replica: ends the wait for KV blocks that do not come. ``overdue``: the requests, by prefill's ids, whose
+    blocks its engine has been pulling for longer than so many seconds. In its queue a request waits as long as it has to."""
+
+    async def lost(waiting: list[str]) -> Collection[str]:
+        return set(waiting) & set(await overdue(lease_s))
+
+    return HandOffs(lease_s, lease_s / 3, lost, "waited for KV blocks that did not come")

@@ -1,0 +1,1 @@
+"""What other programs load of ours: vLLM, PyTorch, Ray Serve's proxy."""

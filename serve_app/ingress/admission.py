@@ -1,0 +1,137 @@
+"""What an ingress replica takes on at a time: requests, items, bytes of media and embeddings. Above that it says so at once.
+
+Text is bound by the number of requests alone, so it keeps flowing when media are at their limit.
+"""
+
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+from serve_app.config import AdmissionConfig
+from serve_app.handoff.errors import BadRequest, Overloaded
+from serve_app.handoff.types import Item, Media
+
+
+class Admission:
+    """Counts what is outstanding. One object per ingress replica. ``embed_bytes``: size of one embedding.
+
+    ``changed`` is called when it has.
+    """
+
+    def __init__(
+        self, config: AdmissionConfig, embed_bytes: int, changed: Callable[["Admission"], None] = lambda _: None
+    ) -> None:
+        self._config = config
+        self._embed_bytes = embed_bytes
+        self._changed = changed
+        self.requests = self.items = self.media_bytes = self.embed_bytes = 0
+        self._arriving = threading.Lock()
+        self.arrived_items = self.arrived_bytes = 0
+
+    def check_request(self) -> None:
+        """Before anything is rendered. Raises ``Overloaded``."""
+        self._check("requests", self.requests, 1, self._config.max_requests)
+
+    @contextmanager
+    def admit(self, items: tuple[Item, ...]) -> Iterator[None]:
+        """Hold the places of one request. Raises ``Overloaded`` where it does not fit in."""
+        self.check_request()
+        self.requests += 1
+        try:
+            media_bytes = sum(size_of(item) for item in items)
+            embed_bytes = self._embed_bytes * sum(item.num_embeds for item in items)
+            with self._hold(len(items), media_bytes, embed_bytes):
+                yield
+        finally:
+            self.requests -= 1
+            self._changed(self)
+
+    def admit_media(self, media: Collection[Media]) -> AbstractContextManager[None]:
+        """Hold the places of items that are encoded before their request is rendered. Raises ``Overloaded``."""
+        return self._hold(len(media), sum(len(each.data) for each in media), 0)
+
+    def arrives(self, intake: "Intake", items: int = 0, size_bytes: int = 0) -> None:
+        """Count what is about to be in memory for a request. From any thread. Raises ``Overloaded``, and ``BadRequest``
+        where the request alone has more than fits.
+
+        By themselves, beside what is counted once items are whole: by then they are in memory.
+        """
+        with self._arriving:
+            if intake.closed:  # a thread that goes on after its request was cancelled
+                return
+            own_items, own_bytes = intake.items + items, intake.size_bytes + size_bytes
+            if own_items > 1:
+                self._check_alone("media items", own_items, self._config.max_items)
+                self._check_alone("bytes of media", own_bytes, self._config.max_media_bytes)
+            if items:
+                self._check("media items", self.arrived_items - intake.items, own_items, self._config.max_items)
+            else:
+                others = self.arrived_bytes - intake.size_bytes
+                self._check("bytes of media", others, own_bytes, self._config.max_media_bytes)
+            intake.items, intake.size_bytes = own_items, own_bytes
+            self.arrived_items += items
+            self.arrived_bytes += size_bytes
+
+    def leaves(self, intake: "Intake") -> None:
+        with self._arriving:
+            self.arrived_items -= intake.items
+            self.arrived_bytes -= intake.size_bytes
+            intake.items, intake.size_bytes, intake.closed = 0, 0, True
+
+    @contextmanager
+    def _hold(self, items: int, media_bytes: int, embed_bytes: int) -> Iterator[None]:
+        if items:
+            self._check("media items", self.items, items, self._config.max_items)
+            self._check("bytes of media", self.media_bytes, media_bytes, self._config.max_media_bytes)
+            self._check("bytes of embeddings", self.embed_bytes, embed_bytes, self._config.max_embed_bytes)
+        self.items += items
+        self.media_bytes += media_bytes
+        self.embed_bytes += embed_bytes
+        self._changed(self)
+        try:
+            yield
+        finally:
+            self.items -= items
+            self.media_bytes -= media_bytes
+            self.embed_bytes -= embed_bytes
+            self._changed(self)
+
+    @staticmethod
+    def _check_alone(what: str, own: int, limit: int) -> None:
+        if own > limit:
+            raise BadRequest(f"The request has {own} {what} or more, and this server takes {limit} at a time.")
+
+    @staticmethod
+    def _check(what: str, outstanding: int, more: int, limit: int) -> None:
+        # A single request above the limit passes on an idle server: it could never be served otherwise.
+        if outstanding and outstanding + more > limit:
+            raise Overloaded(
+                f"This server has {outstanding} {what} under way and takes {limit}: try again in a moment."
+            )
+
+
+@dataclass
+class Intake:
+    """The media of one request on their way in, and here until it ends."""
+
+    admission: Admission
+    items: int = 0
+    size_bytes: int = 0
+    closed: bool = False
+
+    def begin(self) -> None:
+        """One more item."""
+        self.admission.arrives(self, items=1)
+
+    def add(self, size_bytes: int) -> None:
+        self.admission.arrives(self, size_bytes=size_bytes)
+
+    def close(self) -> None:
+        self.admission.leaves(self)
+
+
+def size_of(item: Item) -> int:
+    """Bytes of an item as the ingress holds it: its tensors (of vLLM's MultiModalKwargsItem) and the media it came from."""
+    tensors = 0 if item.data is None else sum(int(getattr(field.data, "nbytes", 0)) for field in item.data.values())
+    return tensors + (len(item.source.media.data) if item.source is not None else 0)

@@ -1,0 +1,322 @@
+"""The encode stage as the ingress sees it: which items go to an encoder, each of them once, and what happens when one fails.
+
+Per item: an encoder replica → another one → encode at prefill. An item that prefill encodes keeps its pixels; all others go
+on without. What an encoder answered is remembered while the shared cache surely has it, and an item that is being encoded
+for one request is not sent again for another.
+"""
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from serve_app.config import EncodeConfig
+from serve_app.handoff import shaping
+from serve_app.handoff.engine_input import ENCODE_PARAMS
+from serve_app.handoff.errors import BadRequest, EPDError, HandoffLost, OtherVersion, StageError, StageTimeout
+from serve_app.handoff.types import ANY, EncodeReply, Features, Item, Media, MediaRequest, Prompt, StageRequest, Version
+from serve_app.ingress.encode_rule import Costs, Encodes, encode_at_prefill
+from serve_app.observe.trace import Trace
+from serve_app.routing.handles import StageHandle
+from serve_app.stage import Stage
+
+logger = logging.getLogger("ray.serve")
+
+WAKE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encode stage's result for one prompt."""
+
+    prompt: Prompt
+    """The prompt for the engines behind: items without pixels where an encoder has encoded them."""
+    ec_transfer_params: dict[str, Any] | None
+    hashes: frozenset[str] = frozenset()
+    """Items whose embeddings the engines behind have to get through the EC connector."""
+    version: Version = ANY
+    """Of the encoders that made them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One item for an encoder."""
+
+    key: str
+    """Names its content: the item's hash, or the media's key where the hash is not known yet."""
+    cost: int
+    method: str
+    """``encode`` or ``encode_media``."""
+    call: StageRequest | MediaRequest
+    """With the id of the request; each attempt has one of its own (``handoff.child_id``)."""
+    index: int
+    """Place of the item in its request."""
+    hash: str | None
+    """What the answer has to name; None: not known before, the answer's own features name it."""
+
+
+@dataclass
+class _Flight:
+    """An encode call that several requests may wait for."""
+
+    task: asyncio.Task[EncodeReply]
+    waiting: int = 0
+
+
+Replies = dict[str, EncodeReply]
+"""Answers by ``Job.key``; an item that has none is encoded by prefill."""
+
+
+@dataclass
+class EncodeStage:
+    """The encoders, for one ingress replica."""
+
+    handle: StageHandle
+    config: EncodeConfig
+    shareable: bool
+    """Whether an answer serves every request that waits for it: not where an embedding is sent to one consumer."""
+    declared: Callable[[str], frozenset[str]]
+    """Fields that the model declares as placeholder metadata of a modality."""
+    features: Callable[[Media], Awaitable[Features]] | None = None
+    """Processes an item that came as media, for prefill to encode it; None where all come from features."""
+    version: Version = ANY
+    """Of this ingress replica: what is asked of an encoder while a prompt is rendered."""
+    clock: Callable[[], float] = time.monotonic
+    state: Encodes = field(default_factory=Encodes)
+    costs: Costs = field(default_factory=Costs)
+    _flights: dict[tuple[str, Version], _Flight] = field(default_factory=dict)
+    _waking: asyncio.Task[None] | None = None
+    _known: OrderedDict[str, tuple[float, EncodeReply]] = field(default_factory=OrderedDict)
+
+    async def encode(self, request: StageRequest, record: Trace, first: bool = True) -> Encoded:
+        """Encode the items of a prompt, all at the same time, by encoders of one version: that of the request or, where it
+        asks for none, of most of those that answered.
+
+        ``first``: what was answered while the prompt was rendered still holds. Otherwise encoders are asked again.
+        """
+        items = request.prompt.items
+        replies: dict[int, EncodeReply] = {}
+        jobs: dict[int, Job] = {}
+        for index in shaping.distinct(items).values():
+            source = items[index].source
+            if source is None or not first:
+                jobs[index] = self._job(request, index)
+            elif source.reply is not None:
+                replies[index] = source.reply
+        answers = await self.run(list(jobs.values()), record)
+        replies |= {index: answers[job.key] for index, job in jobs.items() if job.key in answers}
+        version = request.version
+        if replies and not version.weights:
+            version = version.after(Counter(reply.version for reply in replies.values()).most_common(1)[0][0])
+        if others := [index for index, reply in replies.items() if not reply.version.fits(version)]:
+            asked = msgspec.structs.replace(request, version=version)
+            jobs = {index: self._job(asked, index) for index in others}
+            answers = await self.run(list(jobs.values()), record)
+            replies = {index: reply for index, reply in replies.items() if index not in jobs}
+            replies |= {index: answers[job.key] for index, job in jobs.items() if job.key in answers}
+        try:
+            params = shaping.merge_ec_params(replies, request.prompt)
+        except ValueError as error:
+            raise HandoffLost(Stage.ENCODER, f"gave an unusable answer: {error}") from error
+        hashes = frozenset(items[index].hash for index in replies)
+        prompt = await self._with_pixels(shaping.without_pixels(request.prompt, self.declared, hashes), hashes)
+        return Encoded(prompt, params or None, hashes, version if hashes else ANY)
+
+    async def at_prefill(self, prompt: Prompt) -> Encoded:
+        """The prompt with the pixels of all items: no encoder is asked."""
+        return Encoded(await self._with_pixels(prompt, frozenset()), None)
+
+    async def encode_media(self, media: list[Media], record: Trace) -> Replies:
+        """Encode items that are to be rendered around: distinct ones, in the order of the prompt."""
+        return await self.run(
+            [self._media_job(each, record.request_id, index, {}, self.version) for index, each in enumerate(media)],
+            record,
+        )
+
+    async def run(self, jobs: list[Job], record: Trace) -> Replies:
+        """Ask encoders for items, largest first, all at the same time.
+
+        Each in a context of its own: Serve gives calls of one context one internal id, by which the router knows them.
+        """
+        if not jobs:
+            return {}
+        began = self.clock()
+        at_encoder, taken, probes = [], 0, False
+        for job in sorted(jobs, key=lambda job: -job.cost):
+            now = self.clock()
+            if self.shareable and (self._remembered(job) or (job.key, job.call.version) in self._flights):
+                at_encoder.append(job)  # costs the encoders nothing
+                continue
+            seen = replace(self.state, outstanding=self.state.outstanding + taken, absent=self.handle.absent)
+            reason = encode_at_prefill(job.cost, seen, self.config, now)
+            if reason is not None:
+                if seen.absent:
+                    self._wake()
+                logger.info(f"request={record.request_id} encode-at-prefill({reason}) cost={job.cost} {seen}")
+                record.rung(f"encode-at-prefill({reason})")
+                continue
+            at_encoder.append(job)
+            taken += job.cost
+            if self.state.down:  # this item is the probe
+                probes = True
+                self.state.probe_at = now + self.config.timeout_s * self.config.attempts
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {
+                    job.key: group.create_task(self._answer(job, record), context=contextvars.Context())
+                    for job in at_encoder
+                }
+        except asyncio.CancelledError:
+            if probes:  # another item is to be, before this one's time would have been over
+                self.state.probe_at = self.clock() + self.config.retry_encoders_after_s
+            raise
+        record.took("encode", self.clock() - began)
+        return {key: reply for key, task in tasks.items() if (reply := task.result()) is not None}
+
+    def forget(self, hashes: frozenset[str]) -> None:
+        """The cache may have lost these items: the next request that has one sends it again."""
+        for key in [key for key, (_, reply) in self._known.items() if not hashes.isdisjoint(reply.ec_transfer_params)]:
+            del self._known[key]
+
+    def forget_version(self, version: Version) -> None:
+        """No engine behind has the weights any more that these items were encoded with."""
+        for key in [key for key, (_, reply) in self._known.items() if reply.version.weights == version.weights]:
+            del self._known[key]
+
+    def _job(self, request: StageRequest, index: int) -> Job:
+        item, options = request.prompt.items[index], request.options
+        passed = {"lora_request": options.get("lora_request"), "priority": options.get("priority", 0)}
+        if item.source is not None:
+            job = self._media_job(item.source.media, request.request_id, index, passed, request.version)
+            return replace(job, hash=item.hash)
+        prompt = shaping.for_encoder(request.prompt, index)
+        call = StageRequest(request.request_id, prompt, ENCODE_PARAMS, passed, version=request.version)
+        return Job(item.hash, item.num_embeds, "encode", call, index, item.hash)
+
+    def _media_job(self, media: Media, request_id: str, index: int, options: dict[str, Any], version: Version) -> Job:
+        cost = self.costs.of(media)
+        call = MediaRequest(request_id, media, cost, options, version)
+        return Job(media.key, cost, "encode_media", call, index, None)
+
+    async def _with_pixels(self, prompt: Prompt, encoded: frozenset[str]) -> Prompt:
+        """For the engines behind: an item that may still have to be encoded must have its pixels."""
+
+        async def whole(item: Item) -> Item:
+            if not item.bare or item.hash in encoded:
+                return item
+            assert self.features is not None and item.source is not None
+            features = await self.features(item.source.media)
+            if features.item.hash != item.hash:
+                raise HandoffLost(Stage.ENCODER, f"named an item {item.hash} that is {features.item.hash} here")
+            return msgspec.structs.replace(item, data=features.item.data)
+
+        items = await asyncio.gather(*map(whole, prompt.items))
+        return shaping.without_sources(msgspec.structs.replace(prompt, items=tuple(items)))
+
+    async def _answer(self, job: Job, record: Trace) -> EncodeReply | None:
+        """The ladder of one item. None: prefill encodes it."""
+        for attempt in range(self.config.attempts):
+            began = self.clock()
+            try:
+                reply = self._remembered(job) if self.shareable else None
+                ran_s = 0.0
+                if reply is not None:
+                    record.remembered_items += 1
+                else:
+                    with record.span.child("encode", item=job.index, attempt=attempt + 1, embeds=job.cost) as span:
+                        traced = replace(job, call=shaping.traced(job.call, span.headers))
+                        reply = await (self._shared(traced) if self.shareable else self._call(traced))
+                        span.set(replica=reply.replica, ran_s=reply.ran_s)
+                    ran_s = reply.ran_s
+                    record.called(Stage.ENCODER, self.clock() - began, ran_s)
+                record.saw(Stage.ENCODER, reply.replica)
+                record.encoded(job.index, min(ran_s, self.clock() - began), reply.replica)
+                return reply
+            except OtherVersion:  # they are up, and none has the weights that the request began with
+                record.rung("encode-at-prefill(other version)")
+                return None
+            except StageError as error:
+                logger.warning(f"request={record.request_id} item={job.index} attempt={attempt + 1}: {error}")
+                if attempt + 1 == self.config.attempts or self.handle.absent:
+                    record.rung("encode-at-prefill(failed)")
+                    break
+                record.rung("encode-again")
+        self.state.down, self.state.probe_at = True, self.clock() + self.config.retry_encoders_after_s
+        return None
+
+    def _wake(self) -> None:
+        """Have a call wait for an encoder, for the autoscaler to see it, while prefill encodes the items."""
+
+        async def wake() -> None:
+            with suppress(EPDError, TimeoutError):
+                async with asyncio.timeout(WAKE_S):
+                    await self.handle.call("check_health")
+
+        if self._waking is None or self._waking.done():
+            self._waking = asyncio.get_running_loop().create_task(wake(), context=contextvars.Context())
+
+    def _remembered(self, job: Job) -> EncodeReply | None:
+        known = self._known.get(job.key)
+        if known is None or self.clock() > known[0] or not known[1].version.fits(job.call.version):
+            return None
+        self._known.move_to_end(job.key)
+        return known[1]
+
+    async def _shared(self, job: Job) -> EncodeReply:
+        """The answer for an item, from one call for all requests that want it now.
+
+        The call has a context of its own: Serve would cancel it with the request that happened to come first. It is
+        cancelled when the last request that waits for it has gone.
+        """
+        key = job.key, job.call.version
+        flight = self._flights.get(key)
+        if flight is None:
+            call = self._call(job)
+            flight = _Flight(asyncio.get_running_loop().create_task(call, context=contextvars.Context()))
+            self._flights[key] = flight
+            flight.task.add_done_callback(lambda _: self._landed(key, flight))
+        flight.waiting += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                self._landed(key, flight)
+                flight.task.cancel()
+
+    def _landed(self, key: tuple[str, Version], flight: _Flight | None) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+
+    async def _call(self, job: Job) -> EncodeReply:
+        call = msgspec.structs.replace(job.call, request_id=shaping.child_id(job.call.request_id, job.index))
+        self.state.outstanding += job.cost
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                reply: EncodeReply = await self.handle.call(job.method, call)
+        except TimeoutError:
+            raise StageTimeout(Stage.ENCODER, f"did not answer within {self.config.timeout_s:g} s") from None
+        except (BadRequest, OtherVersion):
+            self.state.down = False  # it is up, and refuses the item
+            raise
+        finally:
+            self.state.outstanding -= job.cost
+        expected = job.hash or (reply.features.item.hash if reply.features else None)
+        if set(reply.ec_transfer_params) != {expected}:
+            raise HandoffLost(Stage.ENCODER, f"answered for {sorted(reply.ec_transfer_params)}, not for {expected}")
+        self.state.down = False
+        if isinstance(job.call, MediaRequest) and reply.features is not None:
+            self.costs.learn(job.call.media, reply.features.item.num_embeds)
+        if self.shareable and self.config.remember_s:
+            self._known[job.key] = (self.clock() + self.config.remember_s, reply)
+            self._known.move_to_end(job.key)
+            while len(self._known) > self.config.remember_items:
+                self._known.popitem(last=False)
+        return reply

@@ -1,0 +1,238 @@
+"""The memory behind ``/v1/responses``: what one ingress replica stores, each of them finds, and it has a bound.
+
+vLLM keeps responses, their messages and the events of background streams in its process, for ever. Here the least recently
+used go, and the routes look at the other replicas too: to retrieve, stream and cancel a response, and to go on from one.
+A replica that ends takes along what it stored.
+"""
+
+import asyncio
+import logging
+import pickle
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from http import HTTPStatus
+from itertools import islice
+from typing import Any
+
+from openai.types.responses import ResponseErrorEvent
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+from serve_app.ingress.peers import Answer, Peers
+
+logger = logging.getLogger("ray.serve")
+
+DEFAULT_BYTES = 256 << 20
+"""Of what is stored, where vLLM's own switch, ``VLLM_ENABLE_RESPONSES_API_STORE``, turns it on."""
+
+EVENT_S = 2.0
+"""So long a question for events waits where there are no more yet; then it is asked again. Below ``peers.ANSWER_S``."""
+
+TOGETHER_S = 0.05
+"""Events that come within this time cross from one replica to another together."""
+
+UNFINISHED = ("queued", "in_progress")
+
+
+class Responses:
+    """What vLLM's routes of ``/v1/responses`` call, in the place of the serving that it stands before.
+
+    ``max_bytes``: of what is kept of responses that have ended. 0: nothing is stored; None: as vLLM's switch says.
+    """
+
+    def __init__(self, serving: OpenAIServingResponses, peers: Peers, max_bytes: int | None) -> None:
+        self._serving = serving
+        self._max_bytes = (DEFAULT_BYTES if serving.enable_store else 0) if max_bytes is None else max_bytes
+        serving.enable_store = self._max_bytes > 0
+        self._bytes: OrderedDict[str, int] = OrderedDict()
+        """Of what is stored, by id of a response, the least recently used first."""
+        self._stored = 0
+        self._peers = peers
+        self._own: dict[str, Answer] = {
+            "response": self._response,
+            "response to go on from": self._previous,
+            "cancelled response": self._cancel,
+            "response's events": self._events,
+        }
+        for what, answer in (self._own | {"response's events": self._events_together}).items():
+            peers.offer(what, answer)
+
+    # ---- what the routes call
+
+    async def create_responses(
+        self, request: ResponsesRequest, raw_request: Any = None
+    ) -> AsyncGenerator[Any] | ResponsesResponse | ErrorResponse:
+        if request.previous_response_id is not None:
+            refusal = await self._go_on_from(request.previous_response_id)
+            if refusal is not None:
+                return refusal
+        response_id = request.request_id
+        try:
+            made = await self._serving.create_responses(request, raw_request)
+        finally:
+            self._keep(response_id)
+        if isinstance(made, ErrorResponse):
+            return made
+        if request.background:
+            self._serving.background_tasks[response_id].add_done_callback(lambda task: self._ended(response_id, task))
+            if request.stream:
+                await asyncio.sleep(0)  # with the task's first step there is a place for its events
+                return self._stream(response_id, 0)
+        elif not isinstance(made, ResponsesResponse):
+            return self._kept_at_its_end(response_id, made)
+        return made
+
+    async def retrieve_responses(
+        self, response_id: str, starting_after: int | None, stream: bool | None
+    ) -> AsyncGenerator[Any] | ResponsesResponse | ErrorResponse:
+        response: ResponsesResponse | None = await self._find("response", response_id)
+        if response is None:
+            return self._not_found(response_id)
+        if not stream:
+            return response
+        start = 0 if starting_after is None else max(starting_after + 1, 0)
+        if await self._find("response's events", response_id, start) is None:
+            return self._refused(
+                f"Response '{response_id}' has no events: only one that is made with `background` and `stream` keeps them."
+            )
+        return self._stream(response_id, start)
+
+    async def cancel_responses(self, response_id: str) -> ResponsesResponse | ErrorResponse:
+        found: ResponsesResponse | ErrorResponse | None = await self._find("cancelled response", response_id)
+        return self._not_found(response_id) if found is None else found
+
+    # ---- what this replica has, for the others too
+
+    async def _find(self, what: str, response_id: str, *args: Any) -> Any | None:
+        """Here, or else at another replica; none has any where nothing is stored."""
+        found = await self._own[what](response_id, *args)
+        if found is None and self._max_bytes:
+            found = await self._peers.find(what, response_id, *args)
+        return found
+
+    async def _response(self, response_id: str) -> ResponsesResponse | None:
+        if response_id in self._bytes:
+            self._bytes.move_to_end(response_id)
+        return self._serving.response_store.get(response_id)
+
+    async def _previous(self, response_id: str) -> tuple[ResponsesResponse, Any] | None:
+        """A response and the messages before it."""
+        response = await self._response(response_id)
+        return None if response is None else (response, self._serving.msg_store.get(response_id))
+
+    async def _cancel(self, response_id: str) -> ResponsesResponse | ErrorResponse | None:
+        if response_id not in self._serving.response_store:
+            return None
+        return await self._serving.cancel_responses(response_id)
+
+    async def _events(self, response_id: str, start: int) -> tuple[list[Any], bool] | None:
+        """The events of a background stream from ``start`` on, once there are any or ``EVENT_S`` have passed, and whether
+        they are the last."""
+        if response_id not in self._serving.event_store:
+            return None
+        events, new = self._serving.event_store[response_id]
+        if len(events) <= start and response_id in self._serving.background_tasks:
+            new.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(EVENT_S):
+                    await new.wait()
+        return list(islice(events, start, None)), response_id not in self._serving.background_tasks
+
+    async def _events_together(self, response_id: str, start: int) -> tuple[list[Any], bool] | None:
+        """As a peer asks for them, with those that come soon after the first."""
+        found = await self._events(response_id, start)
+        if found is None or found[1] or not found[0]:
+            return found
+        await asyncio.sleep(TOGETHER_S)
+        return await self._events(response_id, start)
+
+    # ----
+
+    async def _go_on_from(self, response_id: str) -> ErrorResponse | None:
+        """Have what is needed of a previous response here, as vLLM looks for it; or why it cannot be."""
+        previous = await self._find("response to go on from", response_id)
+        if previous is None:
+            return self._not_found(response_id)
+        response, messages = previous
+        if response.status in UNFINISHED:
+            return self._refused(
+                f"Response '{response_id}' is still {response.status}: go on from it once it has ended."
+            )
+        if response_id not in self._serving.response_store:  # a copy: it does not change any more
+            self._serving.response_store[response_id] = response
+            if messages is not None:
+                self._serving.msg_store[response_id] = messages
+            self._keep(response_id)
+        return None
+
+    async def _stream(self, response_id: str, start: int) -> AsyncGenerator[Any]:
+        """The events of a background stream as they come, from wherever it is made."""
+        while (found := await self._find("response's events", response_id, start)) is not None:
+            events, ended = found
+            for event in events:
+                yield event
+            start += len(events)
+            if ended:
+                return
+        yield error_event(f"Response '{response_id}' is lost: the ingress replica that made it is gone.", start)
+
+    async def _kept_at_its_end(self, response_id: str, events: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+        finally:
+            self._keep(response_id)
+
+    def _ended(self, response_id: str, task: asyncio.Task[Any]) -> None:
+        """A response that failed in the background says so. vLLM leaves it queued, and those who stream it waiting."""
+        events, new = self._serving.event_store.get(response_id, (None, None))
+        response = self._serving.response_store.get(response_id)
+        if response is not None and response.status in UNFINISHED:
+            response.status = "failed"
+        if not task.cancelled() and (error := task.exception()) is not None:
+            reason = create_error_response(error).error.message if isinstance(error, Exception) else str(error)
+            logger.warning(f"Response {response_id}, made in the background, failed: {reason}")
+            if events is not None:
+                events.append(error_event(reason, len(events)))
+        if new is not None:
+            new.set()
+        self._keep(response_id)
+
+    def _keep(self, response_id: str) -> None:
+        """Count what is stored of a response, and let the least recently used go while it is too much."""
+        serving = self._serving
+        events = serving.event_store.get(response_id, ((),))[0]
+        parts = (serving.response_store.get(response_id), serving.msg_store.get(response_id), tuple(events))
+        self._stored -= self._bytes.pop(response_id, 0)
+        if any(parts):
+            self._bytes[response_id] = len(pickle.dumps(parts))
+            self._stored += self._bytes[response_id]
+        while self._stored > self._max_bytes:
+            oldest = next((each for each in self._bytes if each not in serving.background_tasks), None)
+            if oldest is None:
+                break
+            self._stored -= self._bytes.pop(oldest)
+            for store in (serving.response_store, serving.msg_store, serving.event_store):
+                store.pop(oldest, None)
+
+    def _not_found(self, response_id: str) -> ErrorResponse:
+        why = (
+            "no ingress replica has it. One that is not used makes room for others, and goes with the replica that stored it"
+            if self._max_bytes
+            else "this server stores none. `response_store_bytes` in its configuration has it do so"
+        )
+        return self._refused(f"Response with id '{response_id}' not found: {why}.", HTTPStatus.NOT_FOUND)
+
+    def _refused(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> ErrorResponse:
+        """In the words of vLLM's refusals."""
+        return self._serving.create_error_response(
+            message=message, err_type="invalid_request_error", status_code=status, param="response_id"
+        )
+
+
+def error_event(message: str, number: int) -> ResponseErrorEvent:
+    return ResponseErrorEvent(type="error", code="server_error", message=message, sequence_number=number)

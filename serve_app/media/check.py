@@ -1,0 +1,238 @@
+"""What an item declares about itself, checked before vLLM decodes it: pixels, frames, seconds.
+
+A small file can decode to any amount of memory. Headers are read here, without decoding, and refused in words of ours; the
+limits that vLLM keeps while it decodes are set to the same numbers, for headers that lie (``set_vllm_limits``).
+"""
+
+import copy
+import itertools
+import math
+import warnings
+from io import BytesIO
+from typing import Any, NoReturn
+
+import cv2
+from PIL import Image
+from vllm import envs
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.image import open_image
+from vllm.multimodal.media import ImageMediaIO, MediaIO, VideoMediaIO
+from vllm.multimodal.video_decoders import VideoSourceMetadata
+from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
+from vllm.utils.mem_constants import MiB_bytes
+
+from serve_app.config import MediaConfig
+from serve_app.media.fetch import decode_base64
+
+PROBE_BYTES = 1 << 20
+"""How much of a file FFmpeg looks at to tell its format (PROBE_BUF_MAX in libavformat/internal.h)."""
+
+MANIFESTS = (b"#extm3u", b"ffconcat version", b"c=in ip", b"dash:profile", b"profile:dash1", b"<compositionplaylist")
+"""What makes FFmpeg take a file for HLS, a concat script, SDP, DASH or IMF: lists of other files and addresses, which it
+then opens itself, past every guard (libavformat's ``*_probe`` functions). In lower case."""
+
+
+def set_vllm_limits(rules: MediaConfig) -> None:
+    """Make vLLM and Pillow, in this process, keep to the same limits while they decode."""
+    envs.VLLM_MAX_IMAGE_PIXELS = rules.max_pixels
+    envs.VLLM_MAX_AUDIO_DECODE_DURATION_S = rules.max_seconds
+    envs.VLLM_MAX_AUDIO_CLIP_FILESIZE_MB = rules.max_bytes / MiB_bytes
+    # Pillow refuses from twice this on. It looks inside containers (ICO, ICNS) whose own header can lie; it would warn
+    # from half of our limit on.
+    Image.MAX_IMAGE_PIXELS = math.ceil(rules.max_pixels / 2)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def check(data: bytes, media_io: MediaIO[Any], rules: MediaConfig) -> MediaIO[Any]:
+    """Raise ``VLLMValidationError`` for what is over a limit; else return the IO that may decode it.
+
+    Sounds are not opened here: each of vLLM's audio loaders compares the header with its limit first.
+    """
+    if isinstance(media_io, ImageMediaIO):
+        check_image(data, rules)
+        return media_io
+    if any(sign in data[:PROBE_BYTES].lower() for sign in MANIFESTS):
+        raise VLLMValidationError("Cannot read the media: it is a playlist. Send the file that it points to.")
+    return check_video(data, media_io, rules) if isinstance(media_io, VideoMediaIO) else media_io
+
+
+def check_image(data: bytes, rules: MediaConfig) -> int:
+    """Number of the image's pixels."""
+    try:
+        with open_image(BytesIO(data)) as image:
+            pixels: int = image.width * image.height
+            if pixels > rules.max_pixels:
+                too_much(f"The image has {image.width}×{image.height} pixels", f"{rules.max_pixels} pixels")
+            animated = has_more_frames(image, data, rules.max_frames)
+    except Image.DecompressionBombError:
+        too_much("The image has too many pixels", f"{rules.max_pixels} pixels")
+    except VLLMValidationError:
+        raise
+    except Exception as error:  # each of Pillow's plugins has its own
+        raise VLLMValidationError("Cannot read the image: it is in no known format, or broken.") from error
+    if animated:
+        too_much("The image has too many frames", f"{rules.max_frames} frames")
+    return pixels
+
+
+def has_more_frames(image: Image.Image, data: bytes, limit: int) -> bool:
+    """Whether an image has more than ``limit`` frames, in time that a hostile file cannot stretch.
+
+    Pillow has the number from the header, except for GIF and TIFF, which it would read to the end.
+    """
+    if image.format == "GIF":
+        return gif_has_more_frames(data, limit)
+    if image.format == "TIFF":
+        try:
+            image.seek(limit)
+        except EOFError:
+            return False
+        return True
+    return bool(getattr(image, "n_frames", 1) > limit)
+
+
+def gif_has_more_frames(data: bytes, limit: int) -> bool:
+    """Counts the image blocks of a GIF (89a specification), up to the limit."""
+
+    def colours(flags: int) -> int:
+        """Bytes of a colour table."""
+        return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+    frames, at = 0, 13 + colours(data[10])
+    while at < len(data):
+        match data[at]:
+            case 0x2C:  # image: descriptor, colour table, code size
+                frames += 1
+                if frames > limit:
+                    return True
+                at += 10
+                at += colours(data[at - 1]) + 1 if at <= len(data) else 0
+            case 0x21:  # extension: label
+                at += 2
+            case _:
+                return False
+        while at < len(data) and data[at]:  # sub-blocks up to an empty one
+            at += data[at] + 1
+        at += 1
+    return False
+
+
+MAX_FPS = 240
+"""From here on a rate is not believed: FFmpeg gives the container's unit of time where it finds none, as in what browsers
+record."""
+
+
+def check_video(data: bytes, media_io: VideoMediaIO, rules: MediaConfig) -> VideoMediaIO:
+    """Opens the video as vLLM's default backend does, which decodes no more frames than the header declares, or are counted
+    here."""
+    # Never release() a capture of bytes: OpenCV 5.0.0 crashes the process. It closes with its last reference.
+    capture = OpenCVVideoBackendMixin.open_video_capture(data)
+    width, height = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+    frames, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
+    if width * height > rules.max_pixels:
+        too_much(f"The video has {width}×{height} pixels", f"{rules.max_pixels} pixels")
+    counted = None
+    if not (0 < frames <= rules.max_frames and 0 < fps < MAX_FPS):
+        counted = counted_frames(data, rules)
+        frames, fps, _ = counted
+    if frames / fps > rules.max_seconds:
+        too_much(f"The video takes {frames / fps:.1f} s", f"{rules.max_seconds:g} s")
+    limited = copy.copy(media_io)  # one IO can serve several items at once
+    limited.video_loader = _limited(
+        type(media_io.video_loader), width * height, rules.max_video_pixels, counted, [capture]
+    )()
+    return limited
+
+
+def counted_frames(data: bytes, rules: MediaConfig) -> VideoSourceMetadata:
+    """Of a video whose container does not say, as one that was written to a pipe, or says what cannot be.
+
+    All are decoded, once: a recording may break off anywhere. But first its packets, which cost little, say whether they are
+    too many.
+    """
+    packets = OpenCVVideoBackendMixin.open_video_capture(data)
+    packets.set(cv2.CAP_PROP_FORMAT, -1)  # undecoded
+    if sum(1 for _ in itertools.islice(iter(packets.grab, False), rules.max_frames + 1)) > rules.max_frames:
+        too_much("The video has too many frames", f"{rules.max_frames} frames")
+    capture = OpenCVVideoBackendMixin.open_video_capture(data)
+    frames, first_s, last_s = 0, 0.0, 0.0
+    while frames < rules.max_frames and capture.grab():
+        last_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        first_s = first_s if frames else last_s
+        frames += 1
+        if last_s - first_s > rules.max_seconds:
+            too_much(f"The video takes {last_s - first_s:.1f} s", f"{rules.max_seconds:g} s")
+    if not frames:
+        raise _not_decodable()
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    if not 0 < fps < MAX_FPS:
+        fps = 24.0  # as transformers has it
+    if last_s > first_s:
+        shown = (frames - 1) / (last_s - first_s)
+        fps = fps if 0.9 < fps / shown < 1.1 else shown  # times are rounded: the same rate is the same number
+    return VideoSourceMetadata(frames, fps, frames / fps)
+
+
+def _limited(
+    loader: Any, frame_pixels: int, max_pixels: int, counted: VideoSourceMetadata | None, unread: list[Any]
+) -> Any:
+    """A video loader of vLLM's that refuses to take more frames than fit: only it knows how many it samples.
+
+    ``counted``: what is so, where the container does not say. ``unread``: a capture of the video, for the loader to read
+    frames from. Its own has been at the end, to look for the last frame, and of some files (a single frame, MPEG-TS, IVF) no
+    or few frames come after that.
+    """
+
+    class Limited(loader):
+        @classmethod
+        def load_bytes(cls, data: bytes, **kwargs: Any) -> Any:
+            try:
+                return super().load_bytes(data, **kwargs)
+            finally:
+                unread.clear()  # the class is there until the garbage collector comes
+
+        @classmethod
+        def _prepare_source(cls, source: VideoSourceMetadata) -> VideoSourceMetadata:
+            prepared: VideoSourceMetadata = super()._prepare_source(counted or source)
+            return prepared
+
+        @classmethod
+        def compute_frames_index_to_sample(cls, source: VideoSourceMetadata, *args: Any, **kwargs: Any) -> list[int]:
+            # Samplers that take frames in pairs take none of one.
+            indices: list[int] = (
+                [0] if source.total_frames_num == 1 else super().compute_frames_index_to_sample(source, *args, **kwargs)
+            )
+            if len(indices) * frame_pixels > max_pixels:
+                too_much(
+                    f"{len(indices)} frames of the video have {len(indices) * frame_pixels} pixels",
+                    f"{max_pixels} pixels per video",
+                )
+            return indices
+
+        @classmethod
+        def read_frames(cls, _: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[int]]:
+            frames, indices = super().read_frames(unread.pop(), *args, **kwargs)
+            if not indices:
+                raise _not_decodable()
+            return frames, indices
+
+    return Limited
+
+
+def _not_decodable() -> VLLMValidationError:
+    return VLLMValidationError("Cannot read the media: none of the video's frames can be decoded.")
+
+
+def check_jpegs(text: str, rules: MediaConfig) -> None:
+    """A ``data:video/jpeg`` URL: frames as JPEGs, each in base64, with commas in between (vLLM's own format)."""
+    if text.count(",") >= rules.max_frames:
+        too_much(f"The video has {text.count(',') + 1} frames", f"{rules.max_frames} frames")
+    pixels = 0
+    for frame in text.split(","):
+        pixels += check_image(decode_base64(frame, rules), rules)
+        if pixels > rules.max_video_pixels:
+            too_much("The video's frames have too many pixels", f"{rules.max_video_pixels} pixels per video")
+
+
+def too_much(what: str, limit: str) -> NoReturn:
+    raise VLLMValidationError(f"{what}, and this server takes at most {limit}: send less.")

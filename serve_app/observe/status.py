@@ -1,0 +1,74 @@
+"""What runs where: the replicas of each stage, those that come and go too, and their work. `/status` tells it as JSON."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from serve_app.handoff.errors import EPDError
+from serve_app.routing.handles import StageHandle
+from serve_app.stage import Stage
+
+UNITS = {Stage.ENCODER: "media tokens", Stage.PREFILL: "prompt tokens", Stage.DECODE: "sequences"}
+"""What a stage's work is counted in, see ``workload.py``."""
+
+CACHE_S = 1.0
+TIMEOUT_S = 2.0
+
+Probe = Callable[[], Awaitable[dict[str, str]]]
+"""State per stage; ``healthy`` where it can serve."""
+
+Census = Callable[[], Awaitable[dict[str, dict[str, int]]]]
+"""Number of replicas per stage, and of the ingress, by Serve's state: ``{"decode": {"RUNNING": 1, "STARTING": 1}}``."""
+
+
+class Status:
+    """As one ingress replica sees it. Replicas are asked at most once a second, however many look."""
+
+    def __init__(
+        self,
+        stages: Mapping[Stage, StageHandle],
+        probe: Probe,
+        census: Census,
+        ingress: Callable[[], dict[str, Any]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stages = stages
+        self.probe = probe
+        self._census = census
+        self._ingress = ingress
+        self._clock = clock
+        self._asking = asyncio.Lock()
+        self._told: tuple[float, list[dict[str, Any]]] = (-CACHE_S, [])
+
+    async def tell(self) -> list[dict[str, Any]]:
+        """One object per stage in the order of the data, the ingress first.
+
+        Of the ingress it knows this replica alone; of a stage what each replica answers (``load`` of ``EngineReplica``),
+        or nothing where one hangs: a broadcast has no answer then.
+        """
+        async with self._asking:
+            if self._clock() - self._told[0] >= CACHE_S:
+                self._told = (self._clock(), await self._ask())
+            return self._told[1]
+
+    async def _ask(self) -> list[dict[str, Any]]:
+        states, census, *loads = await asyncio.gather(
+            self.probe(), self._census(), *(self._loads(handle) for handle in self._stages.values())
+        )
+        told = [("ingress", "healthy", "requests", [self._ingress()])]
+        told += [
+            (stage, states.get(stage, "unknown"), UNITS[stage], load)
+            for stage, load in zip(self._stages, loads, strict=True)
+        ]
+        return [
+            {"stage": stage, "state": state, "replicas": census.get(stage, {}), "unit": unit, "loads": load}
+            for stage, state, unit, load in told
+        ]
+
+    async def _loads(self, handle: StageHandle) -> list[dict[str, Any]]:
+        try:
+            replies = await handle.broadcast("load", timeout_s=TIMEOUT_S)
+        except EPDError:
+            return []
+        return [reply for reply in replies if isinstance(reply, dict)]

@@ -1,0 +1,1 @@
+"""In the engine process: how embeddings and KV blocks move from engine to engine."""

@@ -1,0 +1,260 @@
+"""README.md is true of the code: its keys, modules, commands, files and examples exist, and nothing is left out."""
+
+import json
+import re
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from serve_app.__main__ import READY
+from serve_app.config import EPDConfig, StageConfig
+from serve_app.launch.placement import Cluster, resolve
+from serve_app.observe.trace import Trace
+from serve_app.scaling.rules import DecodeTargets, Targets
+from serve_app.stage import Stage
+from tools.harness.servers import RAY_ENV
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+_VARIABLES = """
+    MODEL LOG_PATH ENCODE_PORT PREFILL_PORT DECODE_PORT PREFILL_DECODE_PORT PROXY_PORT ENDPOINT_PORT
+    GPU_E GPU_P GPU_D GPU_PD DEVICE_PLATFORM DEVICE_AFFINITY_ENV CUDA_VISIBLE_DEVICES ZE_AFFINITY_MASK
+    EC_SHARED_STORAGE_PATH TIMEOUT_SECONDS NUM_PROMPTS
+    GPU_MEMORY_UTILIZATION_E GPU_MEMORY_UTILIZATION_P GPU_MEMORY_UTILIZATION_D GPU_MEMORY_UTILIZATION_PD
+    MAX_NUM_SEQS MAX_MODEL_LEN UCX_TLS UCX_NET_DEVICES VLLM_NIXL_SIDE_CHANNEL_PORT MEDIA_PATH OPENAI_API_KEY
+"""
+"""Environment variables that the reference's scripts, proxy and pages name."""
+
+_FLAGS = """
+    --encode-servers-urls --prefill-servers-urls --decode-servers-urls --host --port
+    --enforce-eager --no-enable-prefix-caching --max-num-batched-tokens --mm-encoder-only --enable-request-id-headers
+    --allowed-local-media-path --ec-transfer-config --kv-transfer-config
+"""
+
+NOT_OURS = {"examples/online_serving/disaggregated_encoder"}
+"""Names that look like files of this project, and are the reference's."""
+
+
+def section(title: str) -> str:
+    """The text under a heading, up to the next one of the same level."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert found, f"README.md has no section {title!r}"
+    return found[1]
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+PROSE = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+INLINE_CODE = re.findall(r"`([^`\n]+)`", PROSE)
+
+
+# ---- configuration
+
+
+def model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation such as ``KVConfig`` or ``StageConfig | None``."""
+    candidates = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def default_text(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_unset=True)
+    return json.dumps(value).strip('"')
+
+
+def config_keys(model: type[BaseModel] = EPDConfig, prefix: str = "") -> dict[str, str]:
+    """Dotted key → default, as the table writes them: a stage's keys once, under ``<stage>.``."""
+    keys: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        inner = model_of(field.annotation)
+        default = default_text(field.get_default(call_default_factory=True))
+        if inner is StageConfig:
+            keys |= {prefix + name: default} | config_keys(inner, "<stage>.")
+        elif inner is not None:
+            keys |= config_keys(inner, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = default
+    return keys
+
+
+def documented_keys() -> list[tuple[str, str]]:
+    table = re.search(r"<!-- config:.*?-->(.*?)<!-- /config -->", README, re.DOTALL)
+    assert table
+    return re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| \S", table[1], re.MULTILINE)
+
+
+def test_the_table_has_every_key_with_its_default() -> None:
+    assert dict(documented_keys()) == config_keys()
+
+
+def test_the_table_has_each_key_once_in_the_order_of_the_code() -> None:
+    order = list(config_keys())
+    rows = [key for key, _ in documented_keys()]
+
+    assert len(rows) == len(set(rows))
+    top = [key for key in rows if "." not in key]
+    assert top == [key for key in order if "." not in key]
+
+
+def test_keys_named_in_the_text_exist() -> None:
+    groups = {name for name, field in EPDConfig.model_fields.items() if model_of(field.annotation)} | {"engine_args"}
+    known = set(config_keys())
+    for key in (code for code in INLINE_CODE if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", code)):
+        first, second, *_ = key.split(".")
+        if first not in groups:
+            continue  # a file, for instance
+        name = f"<stage>.{second}" if first in set(Stage) else f"{first}.{second}"
+        assert name in known or first == "engine_args", key
+
+
+@pytest.mark.parametrize("block", code_blocks("yaml"))
+def test_yaml_in_the_text_is_a_config(block: str) -> None:
+    EPDConfig.model_validate(yaml.safe_load(block))
+
+
+def test_the_table_of_targets_has_every_key_with_its_default() -> None:
+    table = re.search(r"^\| Key of `policy_kwargs`.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    assert table
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| (`DecodePolicy` only)?", table[0], re.MULTILINE)
+
+    assert {key: default for key, default, _ in rows} == config_keys(DecodeTargets) | config_keys(Targets)
+    assert [key for key, _, only_decode in rows if not only_decode] == list(config_keys(Targets))
+
+
+@pytest.mark.parametrize("name", ["Makefile", "k8s/Dockerfile", "README.md"])
+def test_rays_variables_are_those_that_the_tests_run_with(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert [f"{key}={value}" for key, value in RAY_ENV.items() if f"{key}={value}" not in text] == []
+
+
+# ---- from the reference
+
+
+@pytest.mark.parametrize("name", _VARIABLES.split() + _FLAGS.split())
+def test_what_the_reference_reads_has_an_answer(name: str) -> None:
+    cells = re.findall(r"^\| (.*?) \| .*? \|$", section("Coming from the reference"), re.MULTILINE)
+    everywhere = section("Coming from the reference") if name in ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK") else ""
+
+    assert re.search(rf"`{re.escape(name)}[` ]", " ".join(cells) + everywhere)
+
+
+# ---- files, modules, commands
+
+
+def modules() -> set[str]:
+    files = [*ROOT.glob("serve_app/**/*.py"), *ROOT.glob("deployments/**/*.py")]
+    return {str(file.relative_to(ROOT)) for file in files if file.name != "__init__.py"}
+
+
+def test_the_map_of_the_code_is_complete() -> None:
+    table = "\n".join(line for line in section("The code").splitlines() if line.startswith("|"))
+    named = re.findall(r"`((?:serve_app|deployments)/[^`]*)`", table)
+    covered = {module for module in modules() if module in named or any(module.startswith(n) for n in folders(named))}
+
+    assert sorted(modules() - covered) == []
+    assert len(named) == len(set(named))
+
+
+def folders(names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith("/")]
+
+
+def test_files_named_in_the_text_exist() -> None:
+    top = {path.name for path in ROOT.iterdir()}
+    for code in set(INLINE_CODE) - NOT_OURS:
+        is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", code) and code.partition("/")[0] in top
+        is_file = re.fullmatch(r"[\w-]+\.(py|yaml|toml|sh|md)", code)
+        if (is_path or is_file) and not code.startswith(".venv"):
+            assert (ROOT / code).exists(), code
+
+
+def test_files_in_commands_exist() -> None:
+    blocks = "\n".join(code_blocks("bash")) + "\n".join(code_blocks("python"))
+    for name in re.findall(r"(?<![\w/])(?:examples|tests|scripts)/[\w./]+|\b\w+\.yaml\b", blocks):
+        assert (ROOT / name).exists() or (ROOT / "examples" / name).exists(), name
+
+
+def test_links_lead_somewhere() -> None:
+    headings = re.findall(r"^#+ (.+)$", PROSE, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", PROSE):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        else:
+            assert (ROOT / target).exists(), target
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    code = "\n".join(INLINE_CODE + code_blocks("bash"))
+    named = set(re.findall(r"\bmake ([a-z-]+)", code))
+
+    assert named <= targets
+    assert {"serve", "test", "check"} <= named
+
+
+def test_every_example_is_mentioned() -> None:
+    for path in ROOT.glob("examples/*"):
+        assert f"(examples/{path.name})" in README, path.name
+
+
+# ---- samples
+
+
+def test_python_in_the_text_compiles() -> None:
+    (block,) = code_blocks("python")
+    compile(block, "README.md", "exec")
+
+
+def test_the_log_line_is_the_one_that_is_written() -> None:
+    steps = ("encode", "encoder queue", "ec_transfer", "prefill", "kv_transfer")
+    record = Trace("an-id", rendered=1.0, longest=dict.fromkeys(steps, 1.0))
+    for stage in Stage:
+        record.saw(stage, "a-replica")
+    record.token(1)
+    (line,) = re.findall(r"^request=.*$", README, re.MULTILINE)
+
+    def shape(text: str) -> list[str]:
+        return [re.sub(r"=(-?[\d.]+)(ms)?$", r"=0\2", word) for word in text.split()]
+
+    def names(text: str) -> list[tuple[str, bool]]:
+        return [(word.partition("=")[0], word.endswith("ms")) for word in shape(text)]
+
+    assert names(line) == names(record.line(200))
+
+
+def test_the_line_of_the_start_is_the_one_that_is_written() -> None:
+    assert resolve(EPDConfig(), Cluster(gpus=0, cpus=2)).reason in README
+
+
+def test_the_ready_line_is_the_one_that_is_written() -> None:
+    url, stages = "http://127.0.0.1:8000", "encoder, prefill, decode"
+    written = READY.format(
+        seconds=0, url=url, model="demo", stages=stages, picture="", page="", key="", python="", at=""
+    )
+    (line,) = re.findall(r"^EPD is ready after .*$", README, re.MULTILINE)
+
+    assert line.replace("NN", "0") in written.splitlines()
+
+
+def test_the_table_of_gpus_has_the_shares() -> None:
+    for gpus in (1, 2):
+        stages = resolve(EPDConfig(), Cluster(gpus=gpus, cpus=16)).config.stages
+        shares = {stage: config.gpus_per_replica for stage, config in stages.items() if config.gpus_per_replica != 1}
+        (row,) = re.findall(rf"^\| {['one GPU', 'two GPUs'][gpus - 1]} \|.*$", section("GPUs"), re.MULTILINE)
+        for stage, share in shares.items():
+            assert f"{stage} {share:g}" in row
+    of_40_gb = resolve(EPDConfig(), Cluster(1, 16, card_gib=39.4)).config.stages.values()
+    assert "of 40 GB " + ", ".join(f"{config.gpus_per_replica:g}" for config in of_40_gb) in section("GPUs")
+
+
+def test_no_path_of_one_machine() -> None:
+    assert not re.search(r"(?<![\w.~])/(home|root|work|Users)/", README)

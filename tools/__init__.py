@@ -1,0 +1,1 @@
+"""What is built and measured with, outside of the wheel."""

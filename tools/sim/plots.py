@@ -1,0 +1,101 @@
+"""Plots of ``benchmarks/results/simulation.json``. Every one says where its service times are from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from serve_app.stage import Stage
+
+Rows = list[dict[str, Any]]
+MEASURES = {
+    "good": "share of requests within the SLO",
+    "ttft_p50_s": "TTFT p50 (s)",
+    "ttft_p99_s": "TTFT p99 (s)",
+    "gpu_s_per_good": "GPU-seconds per request within the SLO",
+}
+
+
+def draw(document: dict[str, Any], folder: Path) -> None:
+    rows, note = document["rows"], "service times " + document["service_times"]["note"]
+    for experiment in ("routing", "scale"):
+        lines(
+            [row for row in rows if row["experiment"] == experiment], experiment, note, folder / f"sim_{experiment}.png"
+        )
+    for experiment in ("burst", "day"):
+        over_time(
+            [row for row in rows if row["experiment"] == experiment], experiment, note, folder / f"sim_{experiment}.png"
+        )
+
+
+def by_strategy(rows: Rows) -> dict[str, Rows]:
+    found: dict[str, Rows] = {}
+    for row in rows:
+        found.setdefault(row["strategy"], []).append(row)
+    return found
+
+
+def lines(rows: Rows, title: str, note: str, path: Path) -> None:
+    """Each measure over the size: the mean of the seeds, and a bar from the least to the most of them."""
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for axis, (measure, label) in zip(axes.flat, MEASURES.items(), strict=True):
+        for strategy, of_it in by_strategy(rows).items():
+            sizes = sorted({row["size"] for row in of_it})
+            spread(axis, of_it, measure, sizes, lambda row: row["size"], strategy)
+        axis.set_xscale("log")
+        axis.set_xlabel("replicas per stage")
+        axis.set_ylabel(label)
+        if measure != "good":
+            axis.set_yscale("log")
+    axes.flat[0].legend(fontsize=8)
+    finish(figure, title, note, path)
+
+
+def spread(
+    axis: Any, rows: Rows, measure: str, keys: list[int], key: Callable[[dict[str, Any]], int], label: str
+) -> None:
+    values = [[row[measure] for row in rows if key(row) == each] for each in keys]
+    means = [sum(each) / len(each) for each in values]
+    low = [mean - min(each) for mean, each in zip(means, values, strict=True)]
+    high = [max(each) - mean for mean, each in zip(means, values, strict=True)]
+    axis.errorbar(keys, means, yerr=[low, high], label=label, marker="o", markersize=4, capsize=3)
+
+
+def over_time(rows: Rows, title: str, note: str, path: Path) -> None:
+    """Load, and the replicas of the two that scale, of seed 0; what it came to, of all seeds."""
+    scaled = [row for row in rows if row["seed"] == 0 and row["strategy"] in ("by work (ours)", "by requests (Ray's)")]
+    figure = pyplot.figure(figsize=(12, 8), layout="constrained")
+    grid = figure.add_gridspec(3, 2, width_ratios=(3, 2))
+    load = figure.add_subplot(grid[0, 0])
+    load.plot(scaled[0]["timeline"]["at_s"], scaled[0]["timeline"]["per_s"], color="black")
+    load.set_ylabel("requests per second")
+    for place, row in enumerate(scaled, 1):
+        axis = figure.add_subplot(grid[place, 0], sharex=load)
+        for stage in Stage:
+            axis.step(row["timeline"]["at_s"], row["timeline"][stage], where="post", label=stage)
+        axis.set_ylabel("replicas")
+        axis.set_title(row["strategy"], fontsize=9)
+        axis.legend(fontsize=8)
+        axis.set_xlabel("seconds")
+    for place, measure in enumerate(("good", "ttft_p99_s", "gpu_s_per_good")):
+        axis = figure.add_subplot(grid[place, 1])
+        for strategy, of_it in by_strategy(rows).items():
+            values = [row[measure] for row in of_it]
+            mean = sum(values) / len(values)
+            error = [[mean - min(values)], [max(values) - mean]]
+            axis.barh(fill(strategy, 20), mean, xerr=error, capsize=3)
+        axis.set_xlabel(MEASURES[measure])
+        axis.tick_params(axis="y", labelsize=8)
+        axis.invert_yaxis()
+    finish(figure, title, note, path)
+
+
+def finish(figure: Any, title: str, note: str, path: Path) -> None:
+    figure.suptitle(f"{title}: simulated, {note}", fontsize=10)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

@@ -1,0 +1,210 @@
+"""Replicas of the stages: calls wait, are worked on, and end. Each counts its work with production's ``Meter``."""
+
+import heapq
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from serve_app.stages.workload import Meter
+from tools.sim.loop import Cores, Loop, Work
+from tools.sim.service import ServiceTimes
+from tools.sim.traffic import Request
+
+
+class Call:
+    """One call of a stage, for one request (and one item of it, for an encoder)."""
+
+    __slots__ = ("answer", "first", "key", "metered", "replica", "request", "tokens", "work")
+
+    def __init__(
+        self,
+        request: Request,
+        work: int,
+        answer: Callable[["Call"], None],
+        tokens: int = 0,
+        first: Callable[[], None] | None = None,
+    ) -> None:
+        self.request, self.work, self.answer, self.tokens, self.first = request, work, answer, tokens, first
+        self.key = ""
+        """Of an encode call: names the item."""
+        self.replica: Replica | None = None
+        self.metered: AbstractContextManager[Any] | None = None
+
+
+class Replica:
+    """What all stages' replicas share."""
+
+    def __init__(self, name: str, loop: Loop, cores: Cores, times: ServiceTimes, gpus: float) -> None:
+        self.name, self.loop, self.cores, self.times, self.gpus = name, loop, cores, times, gpus
+        self.ongoing = 0
+        self.held = 0
+        """Calls that are answered, and whose result another replica has still to pull."""
+        self.leased_until = 0.0
+        self.ended: Callable[[], None] = lambda: None
+        self.meter = Meter(loop.clock)
+
+    def take(self, call: Call) -> None:
+        call.replica = self
+        self.ongoing += 1
+        call.metered = self.meter.call(call.work)
+        call.metered.__enter__()
+        self._take(call)
+
+    def stats(self) -> dict[str, float]:
+        """As ``record_autoscaling_stats`` of the deployments."""
+        return self.meter.stats() | {"kv_use": self.kv_use, "slots": float(self.times.slots), "gpus": self.gpus}
+
+    kv_use = 0.0
+
+    @abstractmethod
+    def _take(self, call: Call) -> None: ...
+
+    def _answer(self, call: Call) -> None:
+        assert call.metered is not None
+        call.metered.__exit__(None, None, None)
+        self.ongoing -= 1
+        call.answer(call)
+        self.ended()
+
+
+class Encoder(Replica):
+    """One item after the other."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._queue: deque[Call] = deque()
+        self._busy = False
+
+    def _take(self, call: Call) -> None:
+        self._queue.append(call)
+        self._next()
+
+    def _next(self) -> None:
+        if self._queue and not self._busy:
+            self._busy = True
+            call = self._queue.popleft()
+            self.cores.start(self.times.encode(call.work), partial(self._done, call))
+
+    def _done(self, call: Call) -> None:
+        self._busy = False
+        self._next()
+        self._answer(call)
+
+
+class Prefill(Replica):
+    """Steps of at most ``batch_tokens`` tokens, first come first served; a prompt that does not fit goes on in the next."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._queue: deque[list[Any]] = deque()  # [call, tokens left]
+        self._busy = False
+
+    def _take(self, call: Call) -> None:
+        self._queue.append([call, call.work])
+        self._next()
+
+    def _next(self) -> None:
+        if not self._queue or self._busy:
+            return
+        self._busy = True
+        room, ending, encode_s = self.times.batch_tokens, [], 0.0
+        while self._queue and room:
+            call, left = self._queue[0]
+            if left == call.work:
+                encode_s += sum(self.times.encode(embeds) for embeds in own_items(call.request))
+            part = min(left, room)
+            room -= part
+            self._queue[0][1] -= part
+            if part == left:
+                self._queue.popleft()
+                ending.append(call)
+        seconds = encode_s + self.times.prefill(self.times.batch_tokens - room)
+        self.cores.start(seconds, partial(self._done, ending))
+
+    def _done(self, ending: list[Call]) -> None:
+        self._busy = False
+        self._next()
+        for call in ending:
+            self.held += 1
+            self._answer(call)
+
+
+def own_items(request: Request) -> tuple[int, ...]:
+    """Embeddings of the items that prefill encodes itself: the smallest, as production sends the largest first."""
+    return tuple(sorted(request.embeds)[: request.at_prefill]) if request.at_prefill else ()
+
+
+class Decode(Replica):
+    """All sequences that run get a token per step; the others wait, first come first served.
+
+    Steps are not played one by one. While nobody joins or leaves, a step takes the same time, so what is played is the
+    stretch up to the next sequence that has its first or its last token. ``_steps`` counts steps since the start, with
+    fractions; a sequence that joins now has its last token when it has gone up by the length of its answer.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._queue: deque[Call] = deque()
+        self._steps = 0.0
+        self._marks: list[tuple[float, int, Call, bool]] = []  # steps at which a sequence has its first or last token
+        self._joined = 0
+        self._running = 0
+        self._kv_tokens = 0.0
+        self._stretch: tuple[Work, float] | None = None  # work, seconds per step
+
+    @property
+    def kv_use(self) -> float:  # type: ignore[override]
+        return min(self._kv_tokens / self.times.kv_tokens, 1.0)
+
+    def _take(self, call: Call) -> None:
+        self._queue.append(call)
+        if len(self._queue) == 1 and self._fits(call):
+            self._play()
+
+    def _fits(self, call: Call) -> bool:
+        room = self._kv_tokens + held_tokens(call) <= self.times.kv_tokens or not self._running
+        return room and self._running < self.times.slots
+
+    def _play(self) -> None:
+        """Admit whom there is room for, and go on to the next mark."""
+        self._pass_time()
+        while self._queue and self._fits(self._queue[0]):
+            call = self._queue.popleft()
+            self._running += 1
+            self._kv_tokens += held_tokens(call)
+            self._joined += 1
+            heapq.heappush(self._marks, (self._steps + 1, self._joined, call, call.tokens == 1))
+        if self._marks:
+            step_s = self.times.decode(self._running, self._kv_tokens)
+            seconds = max(self._marks[0][0] - self._steps, 0.0) * step_s
+            self._stretch = self.cores.start(seconds, self._mark), step_s
+
+    def _pass_time(self) -> None:
+        if self._stretch is not None:
+            work, step_s = self._stretch
+            self._steps += self.cores.stop(work) / step_s
+            self._stretch = None
+
+    def _mark(self) -> None:
+        self._stretch = None
+        self._steps, _, call, last = heapq.heappop(self._marks)
+        if call.first is not None:
+            call.first()
+            call.first = None
+        if not last:
+            self._joined += 1
+            heapq.heappush(self._marks, (self._steps + call.tokens - 1, self._joined, call, True))
+        else:
+            self._running -= 1
+            self._kv_tokens -= held_tokens(call)
+        self._play()
+        if last:
+            self._answer(call)
+
+
+def held_tokens(call: Call) -> float:
+    """KV tokens of a sequence, over its life: its prompt, and half of what it will say."""
+    return call.request.prompt_tokens + call.tokens / 2

@@ -1,0 +1,63 @@
+"""Service times: how long a stage takes for its work, as straight lines. Measured here, or assumed for a GPU."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serve_app.stage import Stage
+
+
+class ServiceTimes(BaseModel):
+    """All in seconds, of one core or one card."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    note: str = Field(description="Where the numbers are from. Stands on every plot.")
+    around_s: float = Field(0.0, description="Proxy, and the client where it shares the cores: one request.")
+    around_item_s: float = Field(0.0, description="The same for one item of it.")
+    around_chunk_s: float = Field(0.0, description="The same for one token.")
+    render_s: float = Field(description="Ingress: one request.")
+    render_item_s: float = Field(description="Ingress: one item of a request.")
+    chunk_s: float = Field(description="Ingress: one token on its way to the client.")
+    hop_s: float = Field(description="A call of a stage on its way there and back. Nobody works meanwhile.")
+    encode_s: float = Field(description="Encoder: one item.")
+    encode_embed_s: float = Field(description="Encoder: one embedding of it.")
+    prefill_step_s: float = Field(description="Prefill: one step of the engine.")
+    prefill_token_s: float = Field(description="Prefill: one token of it.")
+    pull_s: float = Field(description="Decode: to take over one request with its KV blocks.")
+    pull_token_s: float = Field(description="Decode: the blocks of one token.")
+    decode_step_s: float = Field(description="Decode: one step of the engine, a token for each sequence.")
+    decode_sequence_s: float = Field(description="Decode: one sequence of it.")
+    decode_kv_token_s: float = Field(description="Decode: one token of their KV cache.")
+    batch_tokens: int = Field(description="Tokens of one step of prefill at most (max_num_batched_tokens).")
+    slots: int = Field(description="Sequences that decode runs at a time (max_num_seqs).")
+    kv_tokens: int = Field(description="Tokens that the KV cache of a decode replica holds.")
+    start_up_s: dict[Stage, float] = Field(description="From asking for a replica to its first call.")
+
+    def encode(self, embeds: int) -> float:
+        return self.encode_s + self.encode_embed_s * embeds
+
+    def prefill(self, tokens: int) -> float:
+        return self.prefill_step_s + self.prefill_token_s * tokens
+
+    def pull(self, tokens: int) -> float:
+        return self.pull_s + self.pull_token_s * tokens
+
+    def decode(self, sequences: int, kv_tokens: float) -> float:
+        return self.decode_step_s + self.decode_sequence_s * sequences + self.decode_kv_token_s * kv_tokens
+
+    def alone(self, embeds: list[int], text_tokens: int, output_tokens: float) -> dict[Stage, float]:
+        """Replica-seconds of one request on each stage where that is as busy as it can be: with full batches."""
+        prompt = text_tokens + sum(embeds)
+        held = prompt + output_tokens / 2
+        together = max(min(self.slots, int(self.kv_tokens / held)), 1)
+        step = self.decode(together, together * held)
+        return {
+            Stage.ENCODER: sum(self.encode(each) for each in embeds),
+            Stage.PREFILL: self.prefill_step_s * prompt / self.batch_tokens + self.prefill_token_s * prompt,
+            Stage.DECODE: output_tokens * step / together,
+        }
+
+
+def load(path: Path) -> ServiceTimes:
+    return ServiceTimes.model_validate_json(path.read_text())
