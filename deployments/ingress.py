@@ -74,7 +74,7 @@ class Ingress:
         from vllm.utils.gc_utils import freeze_gc_heap
 
         from serve_app.ingress import server
-        from serve_app.ingress.client import EPDClient
+        from serve_app.ingress.assembly import assemble
         from serve_app.ingress.door import Door
         from serve_app.ingress.front import Front
         from serve_app.ingress.warm_up import warm_up
@@ -83,19 +83,20 @@ class Ingress:
         args = ingress_args(self._config, model_path(self._config))
         vllm_config = server.ingress_vllm_config(args)
         version = front_of(self._config, vllm_config.model_config)
-        client = EPDClient(self._config, vllm_config, self._stages, version)
-        await client.answers.inlet.listen(channel_host())
-        client.metrics.tell_ray()
-        status = Status(self._stages, self._probe, self._census, lambda: {"replica": self._replica, **client.load})
+        parts = assemble(self._config, vllm_config, self._stages, version)
+        await parts.client.pipeline.answers.inlet.listen(channel_host())
+        parts.metrics.tell_ray()
+        load = parts.client.pipeline.admission.load
+        status = Status(self._stages, self._probe, self._census, lambda: {"replica": self._replica, **load()})
         server_args = server.server_args(self._config, args)
-        app = await server.make_app(self._config, server_args, client, status, self._peers)
+        app = await server.make_app(self._config, server_args, parts, status, self._peers)
         built = time.perf_counter()
         await self._stages_ready()
         await self._stages_agree(version)
         ready = time.perf_counter()
         encoders = (await self._census()).get("encoder", {}).get("RUNNING", 0)  # none: scaled to zero, not to be woken
         key = next(iter(server_args.api_key or ()), os.environ.get("VLLM_API_KEY"))
-        with_image = bool(encoders) and "image" in client.from_media
+        with_image = bool(encoders) and "image" in parts.from_media
         await warm_up(app, self._config.model_name, key, with_image, self._config.kv.min_prompt_tokens)
         freeze_gc_heap()  # see `StageEngine`
         times = {"app": built - began, "stages": ready - built, "warm_up": time.perf_counter() - ready}

@@ -172,24 +172,24 @@ TELLS_APART = (
 """Sampling parameters that look at the answer and not at the prompt, or have a state of their own in the engine."""
 
 
-def can_go_on(params: Any) -> bool:
-    """Whether an answer that broke off can go on as if its tokens had been the end of the prompt."""
+def can_resume(params: Any) -> bool:
+    """Whether an answer that broke off resumes as if its output tokens had been the end of the prompt."""
     seeded = params.seed is not None and params.temperature > 0
     return not (
         seeded or params.thinking_token_budget is not None or any(getattr(params, name) for name in TELLS_APART)
     )
 
 
-def rest_of(request: StageRequest, said: list[int]) -> StageRequest:
-    """The request for what comes after the tokens ``said`` of its answer."""
-    if not said:
+def resumed(request: StageRequest, tokens: list[int]) -> StageRequest:
+    """The request for what comes after the output ``tokens`` so far."""
+    if not tokens:
         return request
     rest = copy.copy(request.params)
     rest.prompt_logprobs = None
-    rest.min_tokens = max(rest.min_tokens - len(said), 0)
+    rest.min_tokens = max(rest.min_tokens - len(tokens), 0)
     if rest.max_tokens is not None:
-        rest.max_tokens -= len(said)
-    prompt = msgspec.structs.replace(request.prompt, token_ids=request.prompt.token_ids + said)
+        rest.max_tokens -= len(tokens)
+    prompt = msgspec.structs.replace(request.prompt, token_ids=request.prompt.token_ids + tokens)
     return msgspec.structs.replace(request, prompt=prompt, params=rest)
 
 

@@ -124,6 +124,12 @@ class Item(msgspec.Struct, frozen=True):
         return self.length if self.is_embed is None else int(self.is_embed.sum())
 
 
+def size_of(item: Item) -> int:
+    """Bytes of an item as the ingress holds it: its tensors (of vLLM's MultiModalKwargsItem) and the media it came from."""
+    tensors = 0 if item.data is None else sum(int(getattr(field.data, "nbytes", 0)) for field in item.data.values())
+    return tensors + (len(item.source.media.data) if item.source is not None else 0)
+
+
 class Prompt(msgspec.Struct, frozen=True):
     """A rendered prompt: token ids with placeholders, and the items that fill them, in prompt order."""
 

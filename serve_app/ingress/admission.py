@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from serve_app.config import AdmissionConfig
 from serve_app.handoff.errors import BadRequest, Overloaded
-from serve_app.handoff.types import Item, Media
+from serve_app.handoff.types import Item, Media, size_of
 
 
 class Admission:
@@ -28,6 +28,10 @@ class Admission:
         self.requests = self.items = self.media_bytes = self.embed_bytes = 0
         self._arriving = threading.Lock()
         self.arrived_items = self.arrived_bytes = 0
+
+    def load(self) -> dict[str, float]:
+        """What is under way, in the unit of the ingress: requests."""
+        return {"calls": float(self.requests), "outstanding": float(self.requests)}
 
     def check_request(self) -> None:
         """Before anything is rendered. Raises ``Overloaded``."""
@@ -129,9 +133,3 @@ class Intake:
 
     def close(self) -> None:
         self.admission.leaves(self)
-
-
-def size_of(item: Item) -> int:
-    """Bytes of an item as the ingress holds it: its tensors (of vLLM's MultiModalKwargsItem) and the media it came from."""
-    tensors = 0 if item.data is None else sum(int(getattr(field.data, "nbytes", 0)) for field in item.data.values())
-    return tensors + (len(item.source.media.data) if item.source is not None else 0)

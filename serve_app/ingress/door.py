@@ -3,7 +3,7 @@ nobody else in."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.ingress.server import error_response, of_route, route_of
+from serve_app.ingress.replies import refusal
 
 CLOSED = "The server is ending and takes no more requests."
 FULL = "This replica of the server has as many requests as it takes. Try again."
@@ -27,8 +27,7 @@ class Door:
         if scope["type"] == "lifespan":  # as long as the app's
             return await self._app(scope, receive, send)
         if (self.closed or self.inside >= self.limit) and scope["type"] == "http":
-            error = error_response(503, CLOSED if self.closed else FULL, "ServiceUnavailableError")
-            refused = of_route(route_of(scope), error)
+            refused = refusal(scope, 503, CLOSED if self.closed else FULL, "ServiceUnavailableError")
             refused.headers["retry-after"] = "1"
             return await refused(scope, receive, send)
         self.inside += 1

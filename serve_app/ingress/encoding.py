@@ -95,32 +95,22 @@ class EncodeStage:
     _waking: asyncio.Task[None] | None = None
     _known: OrderedDict[str, tuple[float, EncodeReply]] = field(default_factory=OrderedDict)
 
-    async def encode(self, request: StageRequest, record: Trace, first: bool = True) -> Encoded:
+    async def encode(self, request: StageRequest, trace: Trace, first: bool = True) -> Encoded:
         """Encode the items of a prompt, all at the same time, by encoders of one version: that of the request or, where it
         asks for none, of most of those that answered.
 
         ``first``: what was answered while the prompt was rendered still holds. Otherwise encoders are asked again.
         """
-        items = request.prompt.items
-        replies: dict[int, EncodeReply] = {}
-        jobs: dict[int, Job] = {}
-        for index in shaping.distinct(items).values():
-            source = items[index].source
-            if source is None or not first:
-                jobs[index] = self._job(request, index)
-            elif source.reply is not None:
-                replies[index] = source.reply
-        answers = await self.run(list(jobs.values()), record)
-        replies |= {index: answers[job.key] for index, job in jobs.items() if job.key in answers}
-        version = request.version
+        items, version = request.prompt.items, request.version
+        indices = shaping.distinct(items).values()
+        sources = {index: source for index in indices if first and (source := items[index].source) is not None}
+        replies = {index: source.reply for index, source in sources.items() if source.reply is not None}
+        replies |= await self._asked(request, [index for index in indices if index not in sources], trace)
         if replies and not version.weights:
             version = version.after(Counter(reply.version for reply in replies.values()).most_common(1)[0][0])
         if others := [index for index, reply in replies.items() if not reply.version.fits(version)]:
-            asked = msgspec.structs.replace(request, version=version)
-            jobs = {index: self._job(asked, index) for index in others}
-            answers = await self.run(list(jobs.values()), record)
-            replies = {index: reply for index, reply in replies.items() if index not in jobs}
-            replies |= {index: answers[job.key] for index, job in jobs.items() if job.key in answers}
+            replies = {index: reply for index, reply in replies.items() if index not in others}
+            replies |= await self._asked(msgspec.structs.replace(request, version=version), others, trace)
         try:
             params = shaping.merge_ec_params(replies, request.prompt)
         except ValueError as error:
@@ -129,19 +119,23 @@ class EncodeStage:
         prompt = await self._with_pixels(shaping.without_pixels(request.prompt, self.declared, hashes), hashes)
         return Encoded(prompt, params or None, hashes, version if hashes else ANY)
 
+    async def _asked(self, request: StageRequest, indices: list[int], trace: Trace) -> dict[int, EncodeReply]:
+        """The encoders' answers for items of a prompt; those that prefill encodes have none."""
+        jobs = {index: self._job(request, index) for index in indices}
+        answers = await self.run(list(jobs.values()), trace)
+        return {index: answers[job.key] for index, job in jobs.items() if job.key in answers}
+
     async def at_prefill(self, prompt: Prompt) -> Encoded:
         """The prompt with the pixels of all items: no encoder is asked."""
         return Encoded(await self._with_pixels(prompt, frozenset()), None)
 
-    async def encode_media(self, media: list[Media], record: Trace) -> Replies:
+    async def encode_media(self, media: list[Media], request_id: str, trace: Trace) -> Replies:
         """Encode items that are to be rendered around: distinct ones, in the order of the prompt."""
-        return await self.run(
-            [self._media_job(each, record.request_id, index, {}, self.version) for index, each in enumerate(media)],
-            record,
-        )
+        jobs = [self._media_job(each, request_id, index, {}, self.version) for index, each in enumerate(media)]
+        return await self.run(jobs, trace)
 
-    async def run(self, jobs: list[Job], record: Trace) -> Replies:
-        """Ask encoders for items, largest first, all at the same time.
+    async def run(self, jobs: list[Job], trace: Trace) -> Replies:
+        """Ask encoders for items, largest first, all at the same time. One that fails cancels the others.
 
         Each in a context of its own: Serve gives calls of one context one internal id, by which the router knows them.
         """
@@ -159,8 +153,8 @@ class EncodeStage:
             if reason is not None:
                 if seen.absent:
                     self._wake()
-                logger.info(f"request={record.request_id} encode-at-prefill({reason}) cost={job.cost} {seen}")
-                record.rung(f"encode-at-prefill({reason})")
+                logger.info(f"request={job.call.request_id} encode-at-prefill({reason}) cost={job.cost} {seen}")
+                trace.rung(f"encode-at-prefill({reason})")
                 continue
             at_encoder.append(job)
             taken += job.cost
@@ -170,14 +164,16 @@ class EncodeStage:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = {
-                    job.key: group.create_task(self._answer(job, record), context=contextvars.Context())
+                    job.key: group.create_task(self._answer(job, trace), context=contextvars.Context())
                     for job in at_encoder
                 }
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
         except asyncio.CancelledError:
             if probes:  # another item is to be, before this one's time would have been over
                 self.state.probe_at = self.clock() + self.config.retry_encoders_after_s
             raise
-        record.took("encode", self.clock() - began)
+        trace.took("encode", self.clock() - began)
         return {key: reply for key, task in tasks.items() if (reply := task.result()) is not None}
 
     def forget(self, hashes: frozenset[str]) -> None:
@@ -220,7 +216,7 @@ class EncodeStage:
         items = await asyncio.gather(*map(whole, prompt.items))
         return shaping.without_sources(msgspec.structs.replace(prompt, items=tuple(items)))
 
-    async def _answer(self, job: Job, record: Trace) -> EncodeReply | None:
+    async def _answer(self, job: Job, trace: Trace) -> EncodeReply | None:
         """The ladder of one item. None: prefill encodes it."""
         for attempt in range(self.config.attempts):
             began = self.clock()
@@ -228,26 +224,26 @@ class EncodeStage:
                 reply = self._remembered(job) if self.shareable else None
                 ran_s = 0.0
                 if reply is not None:
-                    record.remembered_items += 1
+                    trace.remembered_items += 1
                 else:
-                    with record.span.child("encode", item=job.index, attempt=attempt + 1, embeds=job.cost) as span:
+                    with trace.span.child("encode", item=job.index, attempt=attempt + 1, embeds=job.cost) as span:
                         traced = replace(job, call=shaping.traced(job.call, span.headers))
                         reply = await (self._shared(traced) if self.shareable else self._call(traced))
                         span.set(replica=reply.replica, ran_s=reply.ran_s)
                     ran_s = reply.ran_s
-                    record.called(Stage.ENCODER, self.clock() - began, ran_s)
-                record.saw(Stage.ENCODER, reply.replica)
-                record.encoded(job.index, min(ran_s, self.clock() - began), reply.replica)
+                    trace.called(Stage.ENCODER, self.clock() - began, ran_s)
+                trace.saw(Stage.ENCODER, reply.replica)
+                trace.encoded(job.index, min(ran_s, self.clock() - began), reply.replica)
                 return reply
             except OtherVersion:  # they are up, and none has the weights that the request began with
-                record.rung("encode-at-prefill(other version)")
+                trace.rung("encode-at-prefill(other version)")
                 return None
             except StageError as error:
-                logger.warning(f"request={record.request_id} item={job.index} attempt={attempt + 1}: {error}")
+                logger.warning(f"request={job.call.request_id} item={job.index} attempt={attempt + 1}: {error}")
                 if attempt + 1 == self.config.attempts or self.handle.absent:
-                    record.rung("encode-at-prefill(failed)")
+                    trace.rung("encode-at-prefill(failed)")
                     break
-                record.rung("encode-again")
+                trace.rung("encode-again")
         self.state.down, self.state.probe_at = True, self.clock() + self.config.retry_encoders_after_s
         return None
 

@@ -27,7 +27,7 @@ from serve_app.channel.wire import tell_when_gone
 from serve_app.handoff.errors import CannotStart
 from serve_app.ingress.address import Address
 from serve_app.ingress.door import Door
-from serve_app.ingress.server import route_of
+from serve_app.ingress.replies import route_of
 
 HEAD_S = 20.0
 """From the opening of a connection, or the first byte of a later request, to the end of the request's head."""

@@ -12,7 +12,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from serve_app.handoff.errors import BadRequest
 from serve_app.ingress.media_names import salt
-from serve_app.observe import trace
+from serve_app.ingress.request import current
 
 TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
 MAX_LENGTH_PENALTY = 10.0
@@ -29,8 +29,8 @@ class GuardedInputProcessor(InputProcessor):
                 parameter="length_penalty",
                 value=params.length_penalty,
             )
-            if (record := trace.current.get()) is not None:
-                record.fail(error)
+            if (request := current.get()) is not None:
+                request.fail(error)
             raise error
         resolved: bool = super().resolve_watermarking(params)
         return resolved

@@ -31,10 +31,10 @@ from serve_app.handoff.types import Media, digest_of
 from serve_app.ingress.admission import Admission, Intake
 from serve_app.ingress.media_names import Content, MediaNames, Named, key_of, naming
 from serve_app.ingress.peers import Peers
+from serve_app.ingress.request import current
 from serve_app.ingress.vllm_errors import to_vllm_error
 from serve_app.media.check import check, check_image, check_jpegs, set_vllm_limits
 from serve_app.media.fetch import Fetcher, Room, decode_base64, read_file, split_data_url, too_large, unlimited
-from serve_app.observe import trace
 
 CONNECTOR = "epd"
 MODALITY_OF: dict[type, str] = {io: modality for modality, io in MODALITY_IO_MAP.items()}
@@ -136,14 +136,14 @@ class EPDMediaConnector(MediaConnector):
 
     def _room(self) -> Room:
         """Asks for room for bytes of an item, until its request has ended."""
-        record = trace.current.get()
-        if self._admission is None or record is None:
+        request = current.get()
+        if self._admission is None or request is None:
             return unlimited
-        if record.intake is None:
-            record.intake = Intake(self._admission)
-            record.holds.callback(record.intake.close)
-        record.intake.begin()
-        return record.intake.add
+        if request.intake is None:
+            request.intake = Intake(self._admission)
+            request.holds.callback(request.intake.close)
+        request.intake.begin()
+        return request.intake.add
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
         """vLLM's offline API. No server calls it, and without a fetch of ours it would be a way around the guard."""

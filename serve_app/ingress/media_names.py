@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from serve_app.handoff.errors import BadRequest
 from serve_app.ingress.peers import Peers
-from serve_app.observe import trace
+from serve_app.ingress.request import current
 
 WHAT = "media"
 """By which ingress replicas ask each other for it."""
@@ -108,8 +108,8 @@ class MediaNames:
 
 def key_of(url: Named, modality: str | None) -> str:
     """Of an item of the request in context. From a key nobody can tell the name, or find the key of another tenant's."""
-    record = trace.current.get()
-    tenant = repr((salt.get(), record.credentials if record is not None else ""))
+    request = current.get()
+    tenant = repr((salt.get(), request.credentials if request is not None else ""))
     secret = hashlib.blake2b(tenant.encode(errors="surrogatepass"), digest_size=32).digest()
     named = repr((modality, url.uuid)).encode(errors="surrogatepass")
     return hashlib.blake2b(named, key=secret, digest_size=32).hexdigest()

@@ -1,10 +1,13 @@
 """Errors of ours as those of vLLM's, which its app answers with the right status and body."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
 from serve_app.handoff.errors import BadRequest, EPDError, Overloaded, StageError
+from serve_app.ingress.request import Request
 
 
 def to_vllm_error(error: Exception) -> Exception:
@@ -20,3 +23,14 @@ def to_vllm_error(error: Exception) -> Exception:
         case EPDError():
             mapped = GracefulHTTPError(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
     return mapped
+
+
+@contextmanager
+def fails_as_vllm(request: Request) -> Iterator[None]:
+    """What fails in here is the request's failure, and one of vLLM's."""
+    try:
+        yield
+    except Exception as error:
+        mapped = to_vllm_error(error)
+        request.fail(mapped)
+        raise mapped from error

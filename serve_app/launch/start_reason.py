@@ -100,5 +100,7 @@ def reason(errors: Sequence[str], model: str) -> str:
 
 def sentence(status: str) -> str | None:
     """Ours in what Ray Serve says of an application or a deployment: a traceback that ends with it."""
-    found = re.findall(r"^serve_app\.errors\.(?:CannotStart|ConfigError): (.*(?:\n  .*)*)", status, re.MULTILINE)
+    found = re.findall(
+        r"^serve_app\.handoff\.errors\.(?:CannotStart|ConfigError): (.*(?:\n  .*)*)", status, re.MULTILINE
+    )
     return found[-1].rstrip() if found else None

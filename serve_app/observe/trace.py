@@ -1,17 +1,14 @@
 """One request's way through the stages: who worked on it and for how long. Feeds the log line and the metrics.
 
-The middleware in ``openai_app.py`` opens a trace for each HTTP request; ``client.py`` finds it in the context and writes to
-it. All times are seconds on ``time.perf_counter``.
+Whatever works on a request writes to its trace. Nothing but what tells of it reads it. All times are seconds on
+``time.perf_counter``.
 """
 
-import asyncio
-import contextvars
 import time
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from serve_app.ingress.admission import Intake
+from serve_app.handoff.types import Prompt, size_of
 from serve_app.observe import tracing
 
 
@@ -52,24 +49,12 @@ class Trace:
     """Of the prompt's, those that the first prefill of each prompt found in its cache."""
     choices: int = 0
     output_tokens: int = 0
-    timeout_s: float | None = None
-    """Deadline of this request from its beginning to its first token, where the client set one."""
     rungs: list[str] = field(default_factory=list)
     """Rungs of the failure ladder that ran, in order."""
     replicas: dict[str, list[str]] = field(default_factory=dict)
     """Stage → replicas that worked on the request."""
-    credentials: str = field(default="", repr=False)
-    """The header `Authorization` that the request came with: whose names of media are meant."""
-    weights: str = ""
-    """Of the engine whose tokens are in the answer: all of them have to come from engines with the same."""
     error: Exception | None = None
-    """The first failure of the pipeline, if any; it decides the HTTP status when nothing was sent yet."""
-    decided: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set with the first token or the first failure: from then on the status line is known."""
-    holds: ExitStack = field(default_factory=ExitStack)
-    """What is given back when the request has ended."""
-    intake: Intake | None = None
-    """Of its media, once some arrive."""
+    """The first failure of the pipeline, if any."""
 
     def saw(self, stage: str, replica: str) -> None:
         seen = self.replicas.setdefault(stage, [])
@@ -85,8 +70,12 @@ class Trace:
         counted = Counter(self.rungs).items()
         return ",".join(f"{rung}*{count}" if count > 1 else rung for rung, count in counted)
 
-    def begin(self) -> None:
-        """An engine call begins."""
+    def generates(self, prompt: Prompt, choices: int) -> None:
+        """A prompt is rendered, and ``choices`` of its answer are begun. A request may have several prompts."""
+        self.items.update(item.modality for item in prompt.items)
+        self.media_bytes += sum(map(size_of, prompt.items))
+        self.prompt_tokens += len(prompt.token_ids)
+        self.choices += choices
         if self.rendered is None:
             self.rendered = time.perf_counter()
             self.encoded_in_render = self.longest.get("encode", 0.0)
@@ -111,13 +100,11 @@ class Trace:
         self.last_token = time.perf_counter()
         if self.first_token is None:
             self.first_token = self.last_token
-            self.decided.set()
         self.output_tokens += count
 
-    def fail(self, error: Exception) -> None:
-        if self.error is None:
-            self.error = error
-        self.decided.set()
+    def dropped(self, count: int) -> None:
+        """So many output tokens will not be sent."""
+        self.output_tokens -= count
 
     def per_output_token(self) -> float | None:
         """Seconds per token of a choice after its first; None where no choice has a second."""
@@ -164,6 +151,3 @@ class Trace:
             + rungs
             + error
         )
-
-
-current: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("epd_trace", default=None)

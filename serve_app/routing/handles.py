@@ -23,8 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import RequestRouter, RunningReplica
 
 from serve_app.handoff.errors import EngineDead, EPDError, HandoffLost, OtherVersion, StageUnavailable
-from serve_app.handoff.types import ANY, MediaRequest, StageRequest, Version
-from serve_app.ingress.admission import size_of
+from serve_app.handoff.types import ANY, MediaRequest, StageRequest, Version, size_of
 from serve_app.stage import Stage
 
 routers: WeakValueDictionary[tuple[str, str], RequestRouter] = WeakValueDictionary()

@@ -41,7 +41,7 @@ def test_settings_that_the_ingress_writes_exist(name: str) -> None:
     from vllm import envs
 
     assert f"VLLM_{name}" in envs.environment_variables, (
-        "serve_app/ingress/media.py install, media_check.py, openai_app.py ingress_vllm_config"
+        "serve_app/ingress/media.py install, media/check.py, server.py ingress_vllm_config"
     )
 
 
@@ -171,7 +171,7 @@ def test_routes_that_we_serve_or_refuse_are_vllms(vllm_routes: set[str]) -> None
 
 
 def test_every_route_that_reaches_past_the_stages_is_refused(vllm_routes: set[str]) -> None:
-    from serve_app.ingress.server import NOT_HERE
+    from serve_app.ingress.routes import NOT_HERE
 
     assert not {path for path in vllm_routes if path.startswith("/inference")} - NOT_HERE.keys()
 
@@ -193,7 +193,7 @@ def test_no_route_without_the_key_generates(vllm_routes: set[str]) -> None:
     """What vLLM's key guards, what is refused, and these, which ask no stage for tokens."""
     from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
 
-    from serve_app.ingress.server import NOT_HERE
+    from serve_app.ingress.routes import NOT_HERE
 
     open_routes = {path for path in vllm_routes if not path.startswith(GUARDED_PREFIX)}
     assert open_routes - NOT_HERE.keys() <= OPEN, "serve_app/ingress/server.py NOT_HERE"
@@ -223,7 +223,7 @@ def test_nixl_hashes_what_engines_agree_on_when_its_caches_are_registered_and_te
 
 
 def test_every_route_that_tells_health_speaks_for_the_stages(vllm_routes: set[str]) -> None:
-    from serve_app.ingress.server import REPLACED
+    from serve_app.ingress.routes import REPLACED
 
     assert {"/health", "/ping"} & vllm_routes <= REPLACED
 

@@ -323,7 +323,7 @@ def test_sampling_params_are_those_that_we_know_to_go_on_or_not() -> None:
     ingress = "stop"
     known = set(f"{alike} {shape} {prompt} {asked} {engines} {ingress}".split()) | set(TELLS_APART)
     assert set(SamplingParams.__struct_fields__) == known, (
-        "serve_app/handoff/types.py can_go_on: may an answer go on with it?"
+        "serve_app/handoff/types.py can_resume: may an answer go on with it?"
     )
 
 
@@ -430,20 +430,22 @@ def test_what_was_said_is_in_the_state_of_a_choice_and_can_be_forgotten(
         core = core_request(n, detokenize=detokenize, output_kind=RequestOutputKind.FINAL_ONLY, seed=1)
         queue, choices = choices_of(client, core)
         for choice in choices:
-            client._processor.process_outputs(
+            client.pipeline._processor.process_outputs(
                 [EngineCoreOutput(choice.id, [64, 65]), EngineCoreOutput(choice.id, [66])]
             )
             assert choice.said == [64, 65, 66], f"{CHOICE}.said"
             choice.restart()
             assert choice.said == [] and not choice.finished, f"{CHOICE}.restart"
         for choice in choices:
-            client._processor.process_outputs([EngineCoreOutput(choice.id, [67], finish_reason=FinishReason.LENGTH)])
+            client.pipeline._processor.process_outputs(
+                [EngineCoreOutput(choice.id, [67], finish_reason=FinishReason.LENGTH)]
+            )
             assert choice.finished, f"{CHOICE}.finished"
         output = queue.get_nowait()
         assert output.finished and output.request_id == "client's"
         assert [list(each.token_ids) for each in output.outputs] == [[67]] * n, f"{CHOICE}.restart"
-        assert not client._processor.request_states and not client._processor.parent_requests
-        assert not client._processor.external_req_ids
+        assert not client.pipeline._processor.request_states and not client.pipeline._processor.parent_requests
+        assert not client.pipeline._processor.external_req_ids
 
     asyncio.run(main())
 
@@ -454,9 +456,9 @@ def test_choices_of_a_request_that_ends_early_leave_nothing_behind(make_client: 
         client = make_client({})
         core = core_request(n)
         choices_of(client, core)
-        client._processor.abort_requests([core.request_id], internal=True)
-        assert not client._processor.request_states, "serve_app/ingress/client.py generate"
-        assert not client._processor.parent_requests and not client._processor.external_req_ids
+        client.pipeline._processor.abort_requests([core.request_id], internal=True)
+        assert not client.pipeline._processor.request_states, "serve_app/ingress/client.py generate"
+        assert not client.pipeline._processor.parent_requests and not client.pipeline._processor.external_req_ids
 
     asyncio.run(main())
 

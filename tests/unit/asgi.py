@@ -6,10 +6,9 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.ingress.server import PipelineMiddleware
-from serve_app.observe import trace
+from serve_app.ingress.middleware import PipelineMiddleware
+from serve_app.ingress.request import Request, current
 from serve_app.observe.ingress_metrics import IngressMetrics
-from serve_app.observe.trace import Trace
 from serve_app.observe.tracing import Tracing
 
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -60,10 +59,10 @@ def body(content: bytes, more: bool = True) -> Message:
     return {"type": "http.response.body", "body": content, "more_body": more}
 
 
-def the_trace() -> Trace:
-    record = trace.current.get()
-    assert record is not None
-    return record
+def the_request() -> Request:
+    request = current.get()
+    assert request is not None
+    return request
 
 
 def app_of(steps: Callable[[Send], Awaitable[None]]) -> ASGIApp:

@@ -15,7 +15,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm.v1.outputs import LogprobsTensors
 
 from serve_app.handoff.shaping import (
-    can_go_on,
+    can_resume,
     child_id,
     decode_params,
     distinct,
@@ -23,7 +23,7 @@ from serve_app.handoff.shaping import (
     is_streamed,
     merge_ec_params,
     prefill_params,
-    rest_of,
+    resumed,
     salted,
     unique_id,
     without_pixels,
@@ -351,17 +351,17 @@ def test_what_crosses_a_handle_cannot_be_changed(value: Any) -> None:
     ],
 )
 def test_answer_goes_on_where_only_the_tokens_before_it_count(more: dict[str, Any], goes_on: bool) -> None:
-    assert can_go_on(SamplingParams(**more)) is goes_on
+    assert can_resume(SamplingParams(**more)) is goes_on
 
 
 def test_rest_of_an_answer_has_what_was_said_at_the_end_of_its_prompt() -> None:
     params = SamplingParams(max_tokens=10, min_tokens=2, prompt_logprobs=1)
     request = StageRequest("r", Prompt([1, 2], cache_salt="s"), params, {"priority": 1})
-    assert rest_of(request, []) is request
-    rest = rest_of(request, [3, 4, 5])
+    assert resumed(request, []) is request
+    rest = resumed(request, [3, 4, 5])
     assert rest.prompt == Prompt([1, 2, 3, 4, 5], cache_salt="s")
     assert (rest.params.max_tokens, rest.params.min_tokens, rest.params.prompt_logprobs) == (7, 0, None)
     assert (params.max_tokens, params.min_tokens, params.prompt_logprobs) == (10, 2, 1)
     assert request.prompt.token_ids == [1, 2]
     assert (rest.request_id, rest.options) == ("r", {"priority": 1})
-    assert rest_of(StageRequest("r", Prompt([1]), SamplingParams(max_tokens=None)), [3]).params.max_tokens is None
+    assert resumed(StageRequest("r", Prompt([1]), SamplingParams(max_tokens=None)), [3]).params.max_tokens is None

@@ -78,7 +78,7 @@ def test_declares_nothing_beside_torch_with_a_gpu(tmp_path: Path) -> None:
     code = (
         "import os; os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'; import torch\n"
         "torch.version.cuda = '13.0'\n"
-        "from serve_app import torch_backend; torch_backend.register()\n"
+        "from serve_app.hooks import torch_backend; torch_backend.register()\n"
     )
     assert run_python(code + DEFINED, fake_torchvision(tmp_path, None)).strip() == "False False"
 
@@ -115,7 +115,7 @@ def test_failure_is_logged_and_torch_still_imports() -> None:
 def test_is_cheap() -> None:
     code = (
         "import os; os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'; import torch, time\n"
-        "from serve_app import torch_backend; start = time.thread_time(); torch_backend.register()\n"
+        "from serve_app.hooks import torch_backend; start = time.thread_time(); torch_backend.register()\n"
         "print(time.thread_time() - start)"
     )
     assert float(run_python(code)) < 0.05  # typically 0.002 s

@@ -13,9 +13,8 @@ from vllm.v1.outputs import LogprobsTensors
 from serve_app.config import EPDConfig
 from serve_app.handoff.errors import StageUnavailable
 from serve_app.handoff.types import EncodeReply, PrefillReply, StageRequest
-from serve_app.ingress.client import EPDClient
-from serve_app.observe import trace
-from serve_app.observe.trace import Trace
+from serve_app.ingress.assembly import assemble
+from serve_app.ingress.request import Request, current
 from serve_app.stage import Stage
 from tests.fakes import A, B, FakePipeline, Step, encoded
 from tests.unit.running import Make, generate, params, render
@@ -60,13 +59,13 @@ def test_text_needs_no_encoder(make_client: Make) -> None:
 
 @pytest.mark.parametrize(("colours", "log"), [((), ["decode"]), (("red", "blue"), ["encode", "prefill", "decode"])])
 def test_short_prompt_is_prefilled_by_decode(make_client: Make, colours: tuple[str, ...], log: list[str]) -> None:
-    pipeline, token = FakePipeline(), trace.current.set(record := Trace("req"))
+    pipeline, token = FakePipeline(), current.set(request := Request("req"))
     try:
         generate(partial(make_client, kv={"min_prompt_tokens": 6}), pipeline, *colours)
     finally:
-        trace.current.reset(token)
+        current.reset(token)
     assert list(dict.fromkeys(pipeline.log)) == log
-    assert record.rungs == ["prefill-at-decode(short)"] * ("prefill" not in log)
+    assert request.trace.rungs == ["prefill-at-decode(short)"] * ("prefill" not in log)
     assert pipeline.released() == []
 
 
@@ -219,33 +218,34 @@ def test_request_that_every_stage_would_refuse_reaches_none(make_client: Make) -
 # ---- the trace of a request
 
 
-def traced(make: Make, pipeline: FakePipeline, *colours: str, **more: Any) -> Trace:
-    record = Trace("req")
-    token = trace.current.set(record)
+def traced(make: Make, pipeline: FakePipeline, *colours: str, **more: Any) -> Request:
+    request = Request("req")
+    token = current.set(request)
     try:
         generate(make, pipeline, *colours, **more)
     except GracefulHTTPError:
         pass
     finally:
-        trace.current.reset(token)
-    return record
+        current.reset(token)
+    return request
 
 
 def test_trace_knows_who_worked_on_the_request_and_how_much(make_client: Make) -> None:
-    record = traced(make_client, FakePipeline(), "red", "blue")
+    request = traced(make_client, FakePipeline(), "red", "blue")
+    record = request.trace
     assert record.replicas == {"encoder": ["encoder-0"], "prefill": ["prefill-0"], "decode": ["decode-0"]}
     assert (record.items, record.output_tokens, record.error) == ({"image": 2}, 2, None)
     assert record.prompt_tokens > 4 * 2
     assert list(record.stage_times()) == ["render", "queue", "encode", "prefill", "first_token"]
-    assert record.decided.is_set()
+    assert request.decided.is_set()
 
 
 def test_trace_of_a_failure_has_its_error_and_is_decided(make_client: Make) -> None:
     gone = StageUnavailable(Stage.DECODE, "is gone")
-    record = traced(make_client, FakePipeline(fails={"decode": [gone] * 9}), "red")
-    assert isinstance(record.error, GracefulHTTPError)
-    assert record.decided.is_set()
-    assert record.first_token is None
+    request = traced(make_client, FakePipeline(fails={"decode": [gone] * 9}), "red")
+    assert isinstance(request.error, GracefulHTTPError)
+    assert request.decided.is_set()
+    assert not request.answered
 
 
 # ---- the rest of vLLM's protocol
@@ -280,9 +280,12 @@ def test_answers_of_encoders_are_used_as_long_as_the_embedding_is_surely_there(
     demo_vllm_config: Any, ec: dict[str, Any], shared: bool, remembered_s: float
 ) -> None:
     pipeline = FakePipeline()
-    client = EPDClient(EPDConfig(ec=ec), demo_vllm_config, pipeline.stages)
+    client = assemble(EPDConfig(ec=ec), demo_vllm_config, pipeline.stages).client
     try:
-        assert client._encoders is not None
-        assert (client._encoders.shareable, client._encoders.config.remember_s) == (shared, remembered_s)
+        assert client.pipeline.encoders is not None
+        assert (client.pipeline.encoders.shareable, client.pipeline.encoders.config.remember_s) == (
+            shared,
+            remembered_s,
+        )
     finally:
         client.shutdown()

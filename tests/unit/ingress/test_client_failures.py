@@ -24,9 +24,10 @@ from serve_app.config import RetryConfig
 from serve_app.handoff import shaping
 from serve_app.handoff.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageTimeout, StageUnavailable
 from serve_app.handoff.types import DecodeReply, EncodeReply, PrefillReply, StageRequest
+from serve_app.ingress.assembly import assemble
 from serve_app.ingress.client import EPDClient
+from serve_app.ingress.request import Request, current
 from serve_app.ingress.retry import Retries
-from serve_app.observe import trace
 from serve_app.observe.trace import Trace
 from serve_app.routing.handles import Call
 from serve_app.stage import Stage
@@ -45,7 +46,7 @@ def make_client(make_client: Make) -> Iterator[Make]:
 
     yield make
     for client in made:
-        processor, answers = client._processor, client.answers
+        processor, answers = client.pipeline._processor, client.pipeline.answers
         for kept in (processor.request_states, processor.parent_requests, processor.external_req_ids):
             assert not kept
         assert not answers._by_key and not answers._by_choice
@@ -58,12 +59,12 @@ def once(make: Make) -> Make:
 
 def traced(make: Make, pipeline: FakePipeline, *colours: str, **more: Any) -> tuple[list[RequestOutput], Trace]:
     """A request, and its trace."""
-    record = Trace("req")
-    token = trace.current.set(record)
+    request = Request("req")
+    token = current.set(request)
     try:
-        return generate(make, pipeline, *colours, **more), record
+        return generate(make, pipeline, *colours, **more), request.trace
     finally:
-        trace.current.reset(token)
+        current.reset(token)
 
 
 def texts(outputs: list[RequestOutput]) -> list[str]:
@@ -243,14 +244,14 @@ def test_release_runs_outside_the_context_of_the_request(make_client: Make) -> N
         yield Step(A)
 
     async def release(request_id: str, kv: dict[str, Any], version: Any) -> None:
-        seen.append(trace.current.get())
+        seen.append(current.get())
 
-    token = trace.current.set(Trace("req"))
+    token = current.set(Request("req"))
     try:
         with pytest.raises(VLLMValidationError):
             generate(make_client, FakePipeline(steps=steps, release=release))
     finally:
-        trace.current.reset(token)
+        current.reset(token)
     assert seen == [None]
 
 
@@ -382,13 +383,13 @@ def test_answer_that_breaks_off_goes_on_where_it_was(
     make_client: Make, without: tuple[Stage, ...], kind: RequestOutputKind
 ) -> None:
     async def main() -> None:
-        decode, record = BreaksOff(said=2, times=2), Trace("req")
+        decode, request = BreaksOff(said=2, times=2), Request("req")
         pipeline = FakePipeline(without, steps=decode)
         client = decode.speak_as(make_client(pipeline.stages))
         length = len(decode.tokens)
-        token = trace.current.set(record)
+        token = current.set(request)
         outputs = await run(client, "red", max_tokens=length, min_tokens=3, prompt_logprobs=1, output_kind=kind)
-        trace.current.reset(token)
+        current.reset(token)
         await background(client)
         said = [token for output in outputs for token in output.outputs[0].token_ids]
         assert ("".join(texts(outputs)), said) == (SAYS, decode.tokens)
@@ -397,9 +398,11 @@ def test_answer_that_breaks_off_goes_on_where_it_was(
         assert asked == [(length, 3), (length - 2, 1), (length - 4, 0)]
         prefills = decode.calls if Stage.PREFILL in without else pipeline.prefiller.requests("prefill")
         assert [call.params.prompt_logprobs for call in prefills] == [1, None, None]
-        assert {output.num_cached_tokens for output in outputs} == {record.cached_tokens}, "of the client's own prompt"
-        assert record.cached_tokens == (0 if Stage.PREFILL in without else 3)
-        assert (record.rungs, record.output_tokens) == (["decode-again"] * 2, length)
+        assert {output.num_cached_tokens for output in outputs} == {request.trace.cached_tokens}, (
+            "of the client's own prompt"
+        )
+        assert request.trace.cached_tokens == (0 if Stage.PREFILL in without else 3)
+        assert (request.trace.rungs, request.trace.output_tokens) == (["decode-again"] * 2, length)
         assert pipeline.released() == []
 
     asyncio.run(main())
@@ -577,8 +580,8 @@ def test_answer_goes_on_only_where_its_engines_look_at_the_prompt_too(make_clien
         if of == "marks":
             vllm_config = copy.copy(client.vllm_config)
             vllm_config.watermark_config = object()  # type: ignore[assignment]
-            client = EPDClient(client._config, vllm_config, client.stages)
-            pipeline.decodes.answers = client.answers
+            client = assemble(client._config, vllm_config, client.pipeline.stages).client
+            pipeline.decodes.answers = client.pipeline.answers
         with pytest.raises(GracefulHTTPError, match=str(DECODE_GONE)):
             await run(client)
         assert len(decode.calls) == 1
@@ -868,7 +871,7 @@ def test_shorter_deadline_of_client_and_server_holds(
         raise AssertionError
 
     async def main() -> None:
-        trace.current.set(Trace("req", timeout_s=of_the_client))
+        current.set(Request("req", timeout_s=of_the_client))
         client = make_client(FakePipeline(prefill=hang).stages, request_timeout_s=of_the_server)
         with pytest.raises(GracefulHTTPError, match=f"did not answer within {seconds} s"):
             await run(client)
@@ -885,7 +888,7 @@ def test_deadline_of_the_client_counts_from_the_beginning_of_its_request(make_cl
         loop = asyncio.get_running_loop()
         client = make_client(FakePipeline(prefill=hang).stages)
         prompt = await render(client)
-        trace.current.set(Trace("req", began=time.perf_counter() - 2, timeout_s=2.1))
+        current.set(Request("req", began=time.perf_counter() - 2, timeout_s=2.1))
         began = loop.time()
         with pytest.raises(GracefulHTTPError, match="did not answer within"):
             async for _ in client.generate(prompt, params(), "req"):
@@ -914,10 +917,10 @@ async def two_ways(request: StageRequest) -> AsyncIterator[Step]:
 @pytest.mark.parametrize("without", [(), (Stage.PREFILL,)], ids=["E+P+D", "E+PD"])
 def test_each_step_of_a_beam_search_has_a_deadline_of_its_own(make_client: Make, without: tuple[Stage, ...]) -> None:
     async def main() -> None:
-        trace.current.set(record := Trace("req"))
+        current.set(asked := Request("req"))
 
         async def slow(request: StageRequest) -> AsyncIterator[Step]:
-            record.began -= 200  # so many seconds pass
+            asked.began -= 200  # so many seconds pass
             async for each in two_ways(request):
                 yield each
 
@@ -931,7 +934,7 @@ def test_each_step_of_a_beam_search_has_a_deadline_of_its_own(make_client: Make,
 
 def test_step_of_a_beam_search_that_makes_no_progress_is_a_504(make_client: Make) -> None:
     async def main() -> None:
-        trace.current.set(Trace("req"))
+        current.set(Request("req"))
         steps = 0
 
         async def hangs(request: StageRequest) -> AsyncIterator[Step]:
@@ -994,9 +997,9 @@ def test_answer_that_is_whole_in_the_moment_of_its_deadline_is_one(make_client: 
     async def main() -> None:
         client = make_client(pipeline.stages, request_timeout_s=0.9)
         prompt = await render(client)
-        trace.current.set(record := Trace("req"))
+        current.set(request := Request("req"))
         outputs = [output async for output in client.generate(prompt, params(), "req")]
-        assert (texts(outputs), record.rungs, record.error) == (["a"], [], None)
+        assert (texts(outputs), request.trace.rungs, request.error) == (["a"], [], None)
 
     pipeline = FakePipeline(decode=decode)
     asyncio.run(main())
@@ -1062,12 +1065,12 @@ def test_answer_is_not_made_anew_after_its_deadline(make_client: Make) -> None:
 
 def test_tokens_of_an_answer_that_nobody_got_are_not_counted(make_client: Make) -> None:
     async def main() -> None:
-        trace.current.set(record := Trace("req"))
+        current.set(request := Request("req"))
         decode = BreaksOff(said=2)
         client = decode.speak_as(once(make_client)(FakePipeline(steps=decode).stages))
         with pytest.raises(GracefulHTTPError, match=str(DECODE_GONE)):
             await run(client, output_kind=WHOLE)
-        assert record.output_tokens == 0
+        assert request.trace.output_tokens == 0
 
     asyncio.run(main())
 
@@ -1419,9 +1422,9 @@ def test_tokens_that_come_after_their_client_left_are_dropped(make_client: Make)
             if len(keys) == 1:
                 yield Step(A)
                 await asyncio.Event().wait()
-            client.answers.received(link(), Frame([Step([1], "length").output(keys[0])]))
+            client.pipeline.answers.received(link(), Frame([Step([1], "length").output(keys[0])]))
             yield Step(A)
-            client.answers.received(link(), Frame([Step([1], "length").output(keys[0])]))
+            client.pipeline.answers.received(link(), Frame([Step([1], "length").output(keys[0])]))
             yield Step(B, "length")
 
         def link() -> Any:
@@ -1456,7 +1459,7 @@ def test_decode_that_begins_after_its_client_left_is_told_to_end(make_client: Ma
         await leave(client, reached)
         ((call,), link) = pipeline.decoder.requests("decode"), FakeLink("decode-0")
         begins = Frame([Step(A).output(call.request_id)], [First(call.request_id, "decode-0")])
-        client.answers.received(link, begins)  # type: ignore[arg-type]
+        client.pipeline.answers.received(link, begins)  # type: ignore[arg-type]
         assert link.aborted == [call.request_id]
 
     asyncio.run(main())

@@ -15,8 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 from serve_app.handoff.errors import HandoffLost, OtherVersion, StageUnavailable
 from serve_app.handoff.types import EncodeReply, PrefillReply, StageRequest, Version
 from serve_app.ingress.client import EPDClient
-from serve_app.observe import trace
-from serve_app.observe.trace import Trace
+from serve_app.ingress.request import Request, current
 from serve_app.stage import Stage
 from tests.fakes import FakePipeline, Step, encoded
 from tests.unit.running import Make, background, run
@@ -90,16 +89,16 @@ class Versions(FakePipeline):
 
 def ask(
     make: Make, pipeline: Versions, *colours: str, requests: int = 1, config: Any = NO_PATIENCE, **more: Any
-) -> tuple[list[list[RequestOutput]], Trace]:
-    async def main() -> tuple[list[list[RequestOutput]], Trace]:
+) -> tuple[list[list[RequestOutput]], Request]:
+    async def main() -> tuple[list[list[RequestOutput]], Request]:
         client: EPDClient = make(pipeline.stages, **config)
         client._version = FRONT
         answers = []
         for _ in range(requests):
-            trace.current.set(record := Trace("req"))
+            current.set(request := Request("req"))
             answers.append(await run(client, *colours, **{"ignore_eos": True} | more))
         await background(client)
-        return answers, record
+        return answers, request
 
     return asyncio.run(main())
 

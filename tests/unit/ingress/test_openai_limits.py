@@ -12,11 +12,12 @@ from fastapi.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from serve_app.handoff.errors import ConfigError
-from serve_app.ingress.server import SERVER_ARGS, PipelineMiddleware, check_api_args
-from serve_app.observe import trace
+from serve_app.ingress.middleware import PipelineMiddleware
+from serve_app.ingress.request import current
+from serve_app.ingress.server import SERVER_ARGS, check_api_args
 from serve_app.observe.ingress_metrics import IngressMetrics
 from serve_app.observe.tracing import Tracing
-from tests.unit.asgi import JSON, LIMIT, Client, app_of, body, start, the_trace
+from tests.unit.asgi import JSON, LIMIT, Client, app_of, body, start, the_request
 
 
 async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +80,7 @@ def test_request_that_reached_a_stage_is_one_line_in_the_log(
     caplog: pytest.LogCaptureFixture, rendered: float | None, logged: int
 ) -> None:
     async def steps(send: Send) -> None:
-        the_trace().rendered = rendered
+        the_request().trace.rendered = rendered
         await send(start(JSON, 418))
         await send(body(b"", more=False))
 
@@ -94,13 +95,13 @@ def test_client_that_leaves_or_an_app_that_fails_is_logged_and_passed_on(
     caplog: pytest.LogCaptureFixture, error: BaseException, status: str
 ) -> None:
     async def steps(send: Send) -> None:
-        the_trace().rendered = 1.0
+        the_request().trace.rendered = 1.0
         raise error
 
     async def main() -> None:
         with pytest.raises(type(error)):
             await Client().ask(app_of(steps))
-        assert trace.current.get() is None
+        assert current.get() is None
 
     with caplog.at_level(logging.INFO, "ray.serve"):
         asyncio.run(main())

@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 from serve_app.config import EPDConfig
 from serve_app.handoff.errors import BadRequest, StageUnavailable
 from serve_app.ingress.door import Door
-from serve_app.ingress.server import NOT_HERE, _add_routes, make_app, server_args
+from serve_app.ingress.routes import NOT_HERE, add_routes
+from serve_app.ingress.server import make_app, server_args
 from serve_app.stage import Stage
 from tests.fakes import FakePipeline, FakeStage, fake_status
 
@@ -22,7 +23,7 @@ class Ingress:
         self.stages = {Stage(name): FakeStage(Stage(name), **self._methods(each)) for name, each in replies.items()}
         self.states = dict.fromkeys(replies, "healthy")
         app = FastAPI()
-        _add_routes(app, self, fake_status(self.stages, self.states))  # type: ignore[arg-type]
+        add_routes(app, self.stages, fake_status(self.stages, self.states))
         self.http = TestClient(app, raise_server_exceptions=False)
 
     def _methods(self, replies: list[Any] | Exception) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def test_routes_that_reach_past_the_stages_are_refused_with_the_reason(path: str
     ],
 )
 def test_key_comes_from_the_config_or_from_the_environment(
-    make_client: Any,
+    make_parts: Any,
     demo_folder: Any,
     monkeypatch: pytest.MonkeyPatch,
     environment: str | None,
@@ -132,9 +133,7 @@ def test_key_comes_from_the_config_or_from_the_environment(
 
     config = EPDConfig(api=api)
     http = TestClient(
-        asyncio.run(
-            make_app(config, server_args(config, {"model": str(demo_folder)}), make_client({}), fake_status({}))
-        )
+        asyncio.run(make_app(config, server_args(config, {"model": str(demo_folder)}), make_parts({}), fake_status({})))
     )
     for key in ("from-a-secret", "configured", "another", ""):
         headers = {"authorization": f"Bearer {key}"} if key else {}

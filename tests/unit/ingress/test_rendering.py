@@ -54,7 +54,7 @@ class Bench:
         self.client = make(self.pipeline.stages | {Stage.ENCODER: encoder}, **config)
         self.encoder = encoder
         self.processor = ItemProcessor(self.client.renderer, MediaConfig())
-        for stage in self.client.stages.values():
+        for stage in self.client.pipeline.stages.values():
             self._count(stage)
 
     def _count(self, stage: Any) -> None:
@@ -86,7 +86,7 @@ class Bench:
         return [token async for output in outputs for choice in output.outputs for token in choice.token_ids]
 
     def sent(self, stage: Stage, method: str) -> list[Prompt]:
-        return [request.prompt for request in self.client.stages[stage].requests(method)]
+        return [request.prompt for request in self.client.pipeline.stages[stage].requests(method)]
 
 
 def like_vllm(prompt: Any, fields: Callable[[str], frozenset[str]]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def test_item_that_no_encoder_takes_goes_to_prefill_with_its_pixels_under_the_sa
         assert bench.pipeline.log == ["encode_media", "encode_media", "prefill", "decode"]
         (prompt,) = bench.sent(Stage.PREFILL, "prefill")
         assert "pixel_values" in prompt.items[0].data
-        bench.client._encoders.state.down = False
+        bench.client.pipeline.encoders.state.down = False
         again = await bench.render(IMAGE, {"image": [image(1)]})
         assert bench.pipeline.log[-1] == "encode_media"
         assert again["mm_hashes"] == first["mm_hashes"]
@@ -387,7 +387,7 @@ def test_key_names_content_and_all_that_its_processing_depends_on() -> None:
 def test_cost_is_guessed_from_what_encoders_told(make_client: Make) -> None:
     async def main() -> None:
         bench = Bench(make_client)
-        costs = bench.client._encoders.costs
+        costs = bench.client.pipeline.encoders.costs
         assert costs.of(image(1, (280, 280))) == 100
         for seed in range(20):
             await bench.render(VIDEO, {"video": [video(100 + seed)]})

@@ -63,7 +63,7 @@ Check = Callable[..., Awaitable[None]]
 
 
 @pytest.fixture
-def with_replicas(make_client: Any, demo_folder: Path) -> Callable[..., None]:
+def with_replicas(make_parts: Any, demo_folder: Path) -> Callable[..., None]:
     """Run a check with two ingress replicas in front of one pipeline."""
 
     def run(check: Check, pipeline: FakePipeline | None = None, peers: list[Peers] | None = None, **more: Any) -> None:
@@ -75,7 +75,7 @@ def with_replicas(make_client: Any, demo_folder: Path) -> Callable[..., None]:
                 await make_app(
                     config,
                     server_args(config, ingress_args(config, str(demo_folder))),
-                    make_client(stages, **more),
+                    make_parts(stages, **more),
                     fake_status(stages),
                     each,
                 )

@@ -10,8 +10,8 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
-from serve_app.ingress.server import ITEMS_TOLD
-from tests.unit.asgi import JSON, Client, app_of, body, start, the_trace
+from serve_app.ingress.held_reply import ITEMS_TOLD
+from tests.unit.asgi import JSON, Client, app_of, body, start, the_request
 
 
 def test_start_of_a_stream_waits_for_the_first_token() -> None:
@@ -21,7 +21,7 @@ def test_start_of_a_stream_waits_for_the_first_token() -> None:
         await send(start())
         await send(body(b"role;"))
         assert client.sent == []
-        the_trace().token(1)
+        the_request().token(1)
         await send(body(b"one;"))
         assert client.body == b"role;one;"
         await send(body(b"two", more=False))
@@ -44,7 +44,7 @@ def test_start_of_a_stream_waits_for_the_first_token() -> None:
 def test_failure_before_the_first_token_replaces_the_stream(error: Exception, status: int, kind: str) -> None:
     async def steps(send: Send) -> None:
         await send(start())
-        the_trace().fail(error)
+        the_request().fail(error)
         await send(body(b"data: an error event"))
         await send(body(b"data: [DONE]", more=False))
 
@@ -61,9 +61,9 @@ def test_failure_before_the_first_token_replaces_the_stream(error: Exception, st
 def test_failure_after_the_first_token_passes_through() -> None:
     async def steps(send: Send) -> None:
         await send(start())
-        the_trace().token(1)
+        the_request().token(1)
         await send(body(b"one;"))
-        the_trace().fail(KeyError("late"))
+        the_request().fail(KeyError("late"))
         await send(body(b"error event", more=False))
 
     client = asyncio.run(Client().ask(app_of(steps)))
@@ -72,7 +72,7 @@ def test_failure_after_the_first_token_passes_through() -> None:
 
 def test_failure_before_the_stream_starts_replaces_it_too() -> None:
     async def steps(send: Send) -> None:
-        the_trace().fail(KeyError("early"))
+        the_request().fail(KeyError("early"))
         await send(start())
         await send(body(b"error event", more=False))
 
@@ -85,7 +85,7 @@ def test_stream_that_its_app_gives_up_ends_with_the_failure(sent: bool) -> None:
         await send(start())
         await send(body(b"begun;"))
         if sent:
-            the_trace().token(1)
+            the_request().token(1)
         raise RuntimeError("response already started") from VLLMValidationError("too odd")
 
     client = asyncio.run(Client().ask(app_of(steps)))
@@ -123,7 +123,7 @@ def test_answer_that_is_not_a_stream_is_never_held(failed: bool) -> None:
 
     async def steps(send: Send) -> None:
         if failed:
-            the_trace().fail(KeyError("x"))
+            the_request().fail(KeyError("x"))
         await send(start(JSON, 418))
         assert client.status == 418
         await send(body(b"{}", more=False))
@@ -135,7 +135,7 @@ def test_answer_that_is_not_a_stream_is_never_held(failed: bool) -> None:
 def test_replaced_stream_of_the_messages_api_is_anthropics_error() -> None:
     async def steps(send: Send) -> None:
         await send(start())
-        the_trace().fail(GracefulHTTPError("The decode stage is gone", HTTPStatus(503)))
+        the_request().fail(GracefulHTTPError("The decode stage is gone", HTTPStatus(503)))
         await send(body(b"", more=False))
 
     client = asyncio.run(Client(path="/v1/messages").ask(app_of(steps)))
@@ -147,7 +147,7 @@ def test_replaced_stream_of_the_messages_api_is_anthropics_error() -> None:
 
 async def echo_id(scope: Scope, receive: Receive, send: Send) -> None:
     seen = Headers(scope=scope)["x-request-id"]
-    assert seen == the_trace().request_id
+    assert seen == the_request().id
     await send(start(JSON))
     await send(body(seen.encode(), more=False))
 
@@ -176,8 +176,8 @@ def test_request_without_an_id_gets_one_of_its_own() -> None:
 def test_several_items_are_told_one_by_one_beside_the_steps(items: int, told: list[tuple[str, str, str]]) -> None:
     async def steps(send: Send) -> None:
         for index in range(items):
-            the_trace().encoded(index, (index + 1) / 100, f"e{index}")
-        the_trace().took("encode", 0.03)
+            the_request().trace.encoded(index, (index + 1) / 100, f"e{index}")
+        the_request().trace.took("encode", 0.03)
         await send(start(JSON))
         await send(body(b"{}", more=False))
 
@@ -189,8 +189,8 @@ def test_several_items_are_told_one_by_one_beside_the_steps(items: int, told: li
 def test_header_of_many_items_is_one_that_clients_take() -> None:
     async def steps(send: Send) -> None:
         for index in range(1000):
-            the_trace().encoded(index, 100.0, "replica0")
-        the_trace().took("encode", 100.0)
+            the_request().trace.encoded(index, 100.0, "replica0")
+        the_request().trace.took("encode", 100.0)
         await send(start(JSON))
         await send(body(b"{}", more=False))
 

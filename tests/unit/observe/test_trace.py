@@ -5,58 +5,47 @@ from collections import Counter
 
 import pytest
 
-from serve_app.observe.trace import Trace, current
+from serve_app.handoff.types import Prompt
+from serve_app.observe.trace import Trace
 
 
-def test_first_token_decides_and_is_kept() -> None:
-    record = Trace("r")
-    assert not record.decided.is_set()
-    record.token(1)
-    first = record.first_token
-    record.token(4)
-    assert record.decided.is_set()
-    assert (record.first_token, record.output_tokens) == (first, 5)
-    assert first is not None and first >= record.began
-
-
-def test_first_failure_decides_and_is_kept() -> None:
-    record = Trace("r")
-    first = ValueError("first")
-    record.fail(first)
-    record.fail(ValueError("second"))
-    assert record.decided.is_set()
-    assert record.error is first
-    assert record.first_token is None
+def test_first_token_is_kept() -> None:
+    trace = Trace("r")
+    trace.token(1)
+    first = trace.first_token
+    trace.token(4)
+    assert (trace.first_token, trace.output_tokens) == (first, 5)
+    assert first is not None and first >= trace.began
 
 
 def test_replica_is_listed_once_in_the_order_of_its_work() -> None:
-    record = Trace("r")
+    trace = Trace("r")
     for replica in ("b", "a", "b"):
-        record.saw("encoder", replica)
-    record.saw("decode", "d")
-    assert record.replicas == {"encoder": ["b", "a"], "decode": ["d"]}
+        trace.saw("encoder", replica)
+    trace.saw("decode", "d")
+    assert trace.replicas == {"encoder": ["b", "a"], "decode": ["d"]}
 
 
 def test_stage_times_are_steps_whose_sum_is_the_time_to_the_first_token() -> None:
-    record = Trace("r", began=100.0, rendered=101.0, first_token=112.0)
-    record.took("encode", 2.5)
-    record.called("encoder", 2.5, 2.0)
-    record.took("prefill", 4.0)
-    record.called("prefill", 4.0, 3.0)
-    record.called("decode", 1.0, 0.75)
-    times = record.stage_times()
+    trace = Trace("r", began=100.0, rendered=101.0, first_token=112.0)
+    trace.took("encode", 2.5)
+    trace.called("encoder", 2.5, 2.0)
+    trace.took("prefill", 4.0)
+    trace.called("prefill", 4.0, 3.0)
+    trace.called("decode", 1.0, 0.75)
+    times = trace.stage_times()
     assert times == {"render": 1, "queue": 1.75, "encode": 2, "prefill": 3, "first_token": 4.25}
     assert sum(times.values()) == 12
 
 
 def test_transfers_are_steps_of_their_own_within_the_same_sum() -> None:
-    record = Trace("r", began=100.0, rendered=101.0, first_token=112.0)
-    record.took("prefill", 4.0)
-    record.called("prefill", 4.0, 3.0)
-    record.moved("ec_transfer", 0.5)
-    record.called("decode", 3.0, 1.5)  # vLLM counts the pull as waiting
-    record.moved("kv_transfer", 1.25)
-    times = record.stage_times()
+    trace = Trace("r", began=100.0, rendered=101.0, first_token=112.0)
+    trace.took("prefill", 4.0)
+    trace.called("prefill", 4.0, 3.0)
+    trace.moved("ec_transfer", 0.5)
+    trace.called("decode", 3.0, 1.5)  # vLLM counts the pull as waiting
+    trace.moved("kv_transfer", 1.25)
+    times = trace.stage_times()
     assert times == {
         "render": 1,
         "queue": 1.25,
@@ -71,40 +60,40 @@ def test_transfers_are_steps_of_their_own_within_the_same_sum() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, None])
 def test_transfer_that_was_none_is_no_step(seconds: float | None) -> None:
-    record = Trace("r", began=100.0, rendered=101.0, first_token=110.0)
-    record.moved("kv_transfer", seconds)
-    assert "kv_transfer" not in record.stage_times()
+    trace = Trace("r", began=100.0, rendered=101.0, first_token=110.0)
+    trace.moved("kv_transfer", seconds)
+    assert "kv_transfer" not in trace.stage_times()
 
 
 def test_of_what_runs_at_the_same_time_the_longest_counts() -> None:
-    record = Trace("r", began=0.0, rendered=1.0)
+    trace = Trace("r", began=0.0, rendered=1.0)
     for seconds in (2.0, 5.0, 3.0):
-        record.took("prefill", seconds)
-    assert record.stage_times()["prefill"] == 5
+        trace.took("prefill", seconds)
+    assert trace.stage_times()["prefill"] == 5
 
 
 def test_encoding_within_rendering_counts_once() -> None:
-    record = Trace("r", began=time.perf_counter() - 3.0)
-    record.took("encode", 2.0)
-    record.begin()
-    times = record.stage_times()
+    trace = Trace("r", began=time.perf_counter() - 3.0)
+    trace.took("encode", 2.0)
+    trace.generates(Prompt([1]), 1)
+    times = trace.stage_times()
     assert times["encode"] == 2
     assert times["render"] == pytest.approx(1.0, abs=0.5)
-    assert record.encoded_in_render == 2
+    assert trace.encoded_in_render == 2
 
 
 def test_time_of_a_stage_that_there_is_not_goes_to_the_next() -> None:
-    record = Trace("r", began=100.0, rendered=101.0, first_token=110.0)
-    assert record.stage_times() == {"render": 1, "first_token": 9}
+    trace = Trace("r", began=100.0, rendered=101.0, first_token=110.0)
+    assert trace.stage_times() == {"render": 1, "first_token": 9}
     assert Trace("r").stage_times() == {}
 
 
 def test_line_has_everything_that_is_known() -> None:
-    record = Trace("r", rendered=0.25, items=Counter(image=1, audio=1), prompt_tokens=9, output_tokens=4, began=0.0)
-    record.took("encode", 0.5)
-    record.saw("encoder", "e1")
-    record.saw("encoder", "e2")
-    line = record.line(200)
+    trace = Trace("r", rendered=0.25, items=Counter(image=1, audio=1), prompt_tokens=9, output_tokens=4, began=0.0)
+    trace.took("encode", 0.5)
+    trace.saw("encoder", "e1")
+    trace.saw("encoder", "e2")
+    line = trace.line(200)
     assert line.startswith("request=r status=200 items=2 prompt_tokens=9 output_tokens=4 render=250.0ms encode=500.0ms")
     assert line.endswith("encoder=e1,e2")
     assert " total=" in line
@@ -118,22 +107,18 @@ def test_line_of_a_request_that_reached_no_stage_ends_cleanly(status: int | str)
 
 
 def test_line_of_a_failure_says_which() -> None:
-    record = Trace("r")
-    assert "error" not in record.line(200)
-    record.fail(ValueError("the decode stage is gone"))
-    assert record.line(503).endswith(' error="the decode stage is gone"')
+    trace = Trace("r")
+    assert "error" not in trace.line(200)
+    trace.error = ValueError("the decode stage is gone")
+    assert trace.line(503).endswith(' error="the decode stage is gone"')
 
 
 def test_rungs_are_in_the_line_in_the_order_in_which_they_ran() -> None:
-    record = Trace("r")
-    assert "rungs" not in record.line(200)
-    record.saw("prefill", "p1")
+    trace = Trace("r")
+    assert "rungs" not in trace.line(200)
+    trace.saw("prefill", "p1")
     for rung in ("encode-again", "prefill-again", "prefill-again"):
-        record.rung(rung)
-    assert record.line(200).endswith(" prefill=p1 rungs=encode-again,prefill-again*2")
-    record.fail(ValueError("gone"))
-    assert record.line(503).endswith(' rungs=encode-again,prefill-again*2 error="gone"')
-
-
-def test_outside_a_request_there_is_no_trace() -> None:
-    assert current.get() is None
+        trace.rung(rung)
+    assert trace.line(200).endswith(" prefill=p1 rungs=encode-again,prefill-again*2")
+    trace.error = ValueError("gone")
+    assert trace.line(503).endswith(' rungs=encode-again,prefill-again*2 error="gone"')

@@ -190,8 +190,8 @@ def test_item_that_two_requests_want_is_below_the_one_that_asked(make_client: Ma
             exchange.tracing = spans.tracing
             await exchange.ask(app_of(steps))
 
-        assert client._encoders is not None
-        flights = client._encoders._flights
+        assert client.pipeline.encoders is not None
+        flights = client.pipeline.encoders._flights
         async with asyncio.TaskGroup() as group:
             for path in ("/a", "/b"):
                 group.create_task(one(path))

@@ -1,0 +1,75 @@
+"""The parts of an ingress replica, put together: vLLM's renderer, encoders, pipeline, client."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.renderers import renderer_from_config
+from vllm.v1.engine.output_processor import OutputProcessor
+
+from serve_app.config import EPDConfig
+from serve_app.handoff.types import ANY, Version
+from serve_app.ingress.admission import Admission
+from serve_app.ingress.client import EPDClient
+from serve_app.ingress.encoding import EncodeStage
+from serve_app.ingress.guard import guard_renderer
+from serve_app.ingress.pipeline import Pipeline
+from serve_app.ingress.rendering import FromMedia, ItemProcessor, declared_fields
+from serve_app.observe.ingress_metrics import IngressMetrics
+from serve_app.routing.handles import StageHandle
+from serve_app.stage import Stage
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one ingress replica is made of. Any request can be served by any."""
+
+    client: EPDClient
+    """What vLLM's app takes for its engine."""
+    metrics: IngressMetrics
+    from_media: frozenset[str]
+    """Modalities whose items go to encoders as media."""
+
+
+def assemble(
+    config: EPDConfig, vllm_config: VllmConfig, stages: Mapping[Stage, StageHandle], version: Version = ANY
+) -> Parts:
+    """``version``: of this ingress replica."""
+    renderer = renderer_from_config(vllm_config)
+    guard_renderer(renderer)
+    metrics = IngressMetrics()
+    admission = Admission(config.admission, embed_size_bytes(vllm_config.model_config), metrics.outstanding)
+    encoders = encode_stage(config, stages, renderer, version)
+    processor = OutputProcessor(
+        renderer.tokenizer, log_stats=False, stream_interval=vllm_config.scheduler_config.stream_interval
+    )
+    pipeline = Pipeline(config, stages, encoders, admission, processor, engines_resume(config, vllm_config))
+    from_media: frozenset[str] = frozenset()
+    if encoders is not None and config.encode.from_media:
+        items = ItemProcessor(renderer, config.media)
+        encoders.features, from_media = items.features, items.modalities
+        FromMedia(items, pipeline.encode_media, config.ec.salt_by_tenant)
+    return Parts(EPDClient(config, vllm_config, renderer, pipeline, version), metrics, from_media)
+
+
+def encode_stage(
+    config: EPDConfig, stages: Mapping[Stage, StageHandle], renderer: Any, version: Version
+) -> EncodeStage | None:
+    """The encoders, where the topology has any. Answers are only remembered where a folder keeps the embeddings."""
+    if Stage.ENCODER not in stages:
+        return None
+    encode = config.encode if config.ec.uses_folder else config.encode.model_copy(update={"remember_s": 0})
+    return EncodeStage(stages[Stage.ENCODER], encode, config.ec.shareable, declared_fields(renderer), version=version)
+
+
+def engines_resume(config: EPDConfig, vllm_config: VllmConfig) -> bool:
+    """Whether an engine makes the rest of an answer from its prompt and output tokens alone. Watermarks and the logits
+    processors of users may look at the answer by itself."""
+    processors = vllm_config.model_config.logits_processors or config.decode.engine_args.get("logits_processors")
+    return vllm_config.watermark_config is None and not processors
+
+
+def embed_size_bytes(model_config: Any) -> int:
+    """Bytes of one embedding (visual or audio token) of a model."""
+    return int(model_config.get_inputs_embeds_size() * model_config.dtype.itemsize)

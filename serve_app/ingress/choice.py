@@ -1,0 +1,67 @@
+"""One choice of a request in vLLM's ``OutputProcessor``, which makes its text, logprobs and outputs."""
+
+import copy
+from typing import Any
+
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
+
+from serve_app.handoff import shaping
+
+
+class Choice:
+    """It outlives a decode replica: output tokens of the next one go on from there."""
+
+    def __init__(
+        self,
+        processor: OutputProcessor,
+        core: EngineCoreRequest,
+        text: str | None,
+        parent: ParentRequest | None,
+        index: int,
+        queue: RequestOutputCollector,
+    ) -> None:
+        self.id = core.request_id
+        self.index = index
+        self.params: Any = core.sampling_params
+        self.counts_cached = index == 0
+        """Until it is known what of the prompt was in a cache: of the first choice, once."""
+        self._processor = processor
+        self._args = core, text, parent, index, queue
+        processor.add_request(*self._args)
+
+    @property
+    def streamed(self) -> bool:
+        return shaping.is_streamed(self.params)
+
+    @property
+    def finished(self) -> bool:
+        return self.id not in self._processor.request_states
+
+    @property
+    def output_tokens(self) -> list[int]:
+        """The tokens so far of one that has not finished."""
+        detokenizer = self._processor.request_states[self.id].detokenizer
+        assert detokenizer is not None
+        return list(detokenizer.output_token_ids)
+
+    def restart(self) -> None:
+        """Drop the output tokens, of which the client has seen none."""
+        self._processor._finish_request(self._processor.request_states[self.id])
+        self._processor.add_request(*self._args)
+
+
+def choices_of(
+    processor: OutputProcessor, core: EngineCoreRequest, text: str | None, queue: RequestOutputCollector
+) -> list[Choice]:
+    """All that vLLM's ``OutputProcessor`` gathers into the outputs of one request."""
+    if core.params.n == 1:
+        return [Choice(processor, core, text, None, 0, queue)]
+    parent = ParentRequest(core)
+    choices = []
+    for index in range(core.params.n):
+        child = copy.copy(core)
+        child.request_id, child.sampling_params = parent.get_child_info(index)
+        choices.append(Choice(processor, child, text, parent, index, queue))
+    return choices

@@ -1,0 +1,107 @@
+"""What a request is to its ingress replica: who sent it, by when it wants a token, what it holds, and how it went.
+
+The middleware makes one for each HTTP request, and whatever works on the request finds it in the context. What was
+measured on the way is its ``Trace``, which is only written to: nothing is decided by it.
+"""
+
+import asyncio
+import contextvars
+import time
+from collections.abc import Awaitable
+from contextlib import ExitStack
+from dataclasses import InitVar, dataclass, field
+from typing import TypeVar
+
+from serve_app.handoff.errors import OtherVersion, StageTimeout
+from serve_app.ingress.admission import Intake
+from serve_app.observe.trace import Trace
+from serve_app.observe.tracing import OFF, Span
+from serve_app.stage import Stage
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """By when a request has its first token: a time of the event loop, and the seconds it had from the start."""
+
+    at: float
+    seconds: float
+
+    @classmethod
+    def after(cls, seconds: float, spent: float = 0.0) -> "Deadline":
+        """In so many seconds, of which some are spent."""
+        return cls(asyncio.get_running_loop().time() + seconds - spent, seconds)
+
+    @property
+    def is_over(self) -> bool:
+        return asyncio.get_running_loop().time() > self.at
+
+    async def within(self, stage: Stage, work: Awaitable[T]) -> T:
+        """The result of a stage's work. Raises ``StageTimeout`` where there is none by then."""
+        try:
+            async with asyncio.timeout_at(self.at):
+                return await work
+        except TimeoutError:
+            raise StageTimeout(stage, f"did not answer within {self.seconds:g} s") from None
+
+    def anew(self) -> "Deadline":
+        return Deadline.after(self.seconds)
+
+
+@dataclass
+class Request:
+    id: str
+    span: InitVar[Span] = OFF
+    """Of the whole request; its children are made at each call of a stage."""
+    trace: Trace = field(init=False)
+    began: float = field(default_factory=time.perf_counter)
+    timeout_s: float | None = None
+    """From its beginning to its first token, where the client set a bound."""
+    credentials: str = field(default="", repr=False)
+    """The header `Authorization` that it came with: whose names of media are meant."""
+    choices: int = 0
+    """That its prompts asked for so far."""
+    weights: str = ""
+    """Of the engine whose tokens are in the answer: all of them have to come from engines with the same."""
+    holds: ExitStack = field(default_factory=ExitStack)
+    """What is given back when it has ended."""
+    intake: Intake | None = None
+    """Of its media, once some arrive."""
+    answered: bool = False
+    """Whether it has a token."""
+    error: Exception | None = None
+    """The first failure of the pipeline; it decides the HTTP status where nothing was sent yet."""
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set with the first token or the first failure: from then on the status line is known."""
+
+    def __post_init__(self, span: Span) -> None:
+        self.trace = Trace(self.id, span, self.began)
+
+    def deadline(self, limit_s: float) -> Deadline:
+        """Counted from the beginning; from now where it has tokens already, as beam search does, which calls ``generate``
+        for each beam of each step."""
+        seconds = min(self.timeout_s or limit_s, limit_s)
+        return Deadline.after(seconds, 0.0 if self.answered else time.perf_counter() - self.began)
+
+    def token(self, count: int) -> None:
+        """So many more output tokens came."""
+        self.trace.token(count)
+        if not self.answered:
+            self.answered = True
+            self.decided.set()
+
+    def fail(self, error: Exception) -> None:
+        if self.error is None:
+            self.error = self.trace.error = error
+        self.decided.set()
+
+    def goes_on_with(self, weights: str) -> None:
+        """More of the answer was made with these. Raises ``OtherVersion`` where another choice has tokens of others."""
+        if self.weights and weights and self.weights != weights:
+            raise OtherVersion(Stage.DECODE, "has other weights than what answered the rest of the request")
+        self.weights = self.weights or weights
+
+
+current: contextvars.ContextVar[Request | None] = contextvars.ContextVar("epd_request", default=None)
+"""The request that is worked on."""
