@@ -1,4 +1,4 @@
-"""``python -m tests.screenshots [URL]``: the pictures of the page in the README, of a server that runs."""
+"""``python -m tests.screenshots [URL]``: the pictures of the page in docs/, of a server that runs."""
 
 import io
 import sys

@@ -71,7 +71,7 @@ def test_read_does_not_free_what_an_encoder_keeps() -> None:
 def test_lost_embedding_costs_a_minute_at_most() -> None:
     from vllm.distributed.ec_transfer.ec_connector.cpu import scheduler
 
-    assert scheduler._ADMIT_DEFER_TIMEOUT_S == 60.0, "README.md: how long a request waits for an encoder that is gone"
+    assert scheduler._ADMIT_DEFER_TIMEOUT_S == 60.0, "docs/operations.md: the wait for an encoder that is gone"
 
 
 def test_workers_are_made_before_the_scheduler() -> None:

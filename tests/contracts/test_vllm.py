@@ -195,7 +195,7 @@ def test_serve_awaits_the_end_of_a_replica_and_asks_it_for_signals() -> None:
     assert "async def __del__(self)" in source, "serve_app/stages/replica.py __del__"
     assert '"record_autoscaling_stats"' in source, "serve_app/stages/replica.py record_autoscaling_stats"
     pusher = inspect.getsource(replica.ReplicaMetricsManager.start_metrics_pusher)
-    assert "metrics_interval_s" in pusher, "README.md, Operations: how often replicas report"
+    assert "metrics_interval_s" in pusher, "docs/operations.md, Metrics: how often replicas report"
 
 
 def test_the_last_output_of_a_request_has_what_we_read_of_it() -> None:

@@ -220,4 +220,4 @@ def test_ray_counts_what_we_take_from_it(name: str) -> None:
         root / "dashboard" / "modules" / "reporter" if name.startswith("ray_node_") else root / "serve" / "_private"
     )
     text = "\n".join(path.read_text() for path in folder.glob("*.py"))
-    assert f'"{name.removeprefix("ray_")}"' in text, f"dashboards/grafana.json, README.md: {name}"
+    assert f'"{name.removeprefix("ray_")}"' in text, f"dashboards/grafana.json, docs/operations.md: {name}"

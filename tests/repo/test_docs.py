@@ -1,4 +1,4 @@
-"""README.md is true of the code: its keys, modules, commands, files and examples exist, and nothing is left out."""
+"""README.md and docs/*.md are true of the code: keys, names, commands, files and links exist, and nothing is left out."""
 
 import json
 import re
@@ -20,6 +20,14 @@ from tools.harness.servers import RAY_ENV
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in sorted(ROOT.glob("docs/*.md"))}
+SOURCE = "\n".join(
+    path.read_text() for folder in ("serve_app", "deployments") for path in ROOT.glob(f"{folder}/**/*.py")
+)
+
+README_LINES = 200
+COMING = {"docs/configuration.md"}
+"""Linked, and not there yet."""
 
 _VARIABLES = """
     MODEL LOG_PATH ENCODE_PORT PREFILL_PORT DECODE_PORT PREFILL_DECODE_PORT PROXY_PORT ENDPOINT_PORT
@@ -36,23 +44,50 @@ _FLAGS = """
     --allowed-local-media-path --ec-transfer-config --kv-transfer-config
 """
 
-NOT_OURS = {"examples/online_serving/disaggregated_encoder"}
-"""Names that look like files of this project, and are the reference's."""
+NOT_HERE = {"examples/online_serving/disaggregated_encoder", "benchmarks/gpu/RESULTS.md"}
+"""Names that look like files of this project: the reference's, and what `make gpu` writes."""
 
 
-def section(title: str) -> str:
+def page(name: str) -> str:
+    return PAGES[f"docs/{name}.md"]
+
+
+def section(title: str, of: str = README) -> str:
     """The text under a heading, up to the next one of the same level."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
-    assert found, f"README.md has no section {title!r}"
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", of, re.MULTILINE | re.DOTALL)
+    assert found, f"there is no section {title!r}"
     return found[1]
 
 
 def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    """Of all pages."""
+    found = (re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL) for text in PAGES.values())
+    return [block for blocks in found for block in blocks]
 
 
-PROSE = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
-INLINE_CODE = re.findall(r"`([^`\n]+)`", PROSE)
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def inline_code(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(text))
+
+
+INLINE_CODE = [code for text in PAGES.values() for code in inline_code(text)]
+
+
+# ---- the door and the manual
+
+
+def test_readme_is_short() -> None:
+    """The table of keys does not count while it stands there."""
+    assert len(README.replace(section("Configuration"), "").splitlines()) <= README_LINES
+
+
+def test_readme_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)", README))
+
+    assert PAGES.keys() - linked == {"README.md"}
 
 
 # ---- configuration
@@ -121,7 +156,7 @@ def test_yaml_in_the_text_is_a_config(block: str) -> None:
 
 
 def test_the_table_of_targets_has_every_key_with_its_default() -> None:
-    table = re.search(r"^\| Key of `policy_kwargs`.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    table = re.search(r"^\| Key of `policy_kwargs`.*?\n\n", page("operations"), re.MULTILINE | re.DOTALL)
     assert table
     rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| (`DecodePolicy` only)?", table[0], re.MULTILINE)
 
@@ -129,7 +164,7 @@ def test_the_table_of_targets_has_every_key_with_its_default() -> None:
     assert [key for key, _, only_decode in rows if not only_decode] == list(config_keys(Targets))
 
 
-@pytest.mark.parametrize("name", ["Makefile", "k8s/Dockerfile", "README.md"])
+@pytest.mark.parametrize("name", ["Makefile", "k8s/Dockerfile", "docs/operations.md"])
 def test_rays_variables_are_those_that_the_tests_run_with(name: str) -> None:
     text = (ROOT / name).read_text()
     assert [f"{key}={value}" for key, value in RAY_ENV.items() if f"{key}={value}" not in text] == []
@@ -140,56 +175,86 @@ def test_rays_variables_are_those_that_the_tests_run_with(name: str) -> None:
 
 @pytest.mark.parametrize("name", _VARIABLES.split() + _FLAGS.split())
 def test_what_the_reference_reads_has_an_answer(name: str) -> None:
-    cells = re.findall(r"^\| (.*?) \| .*? \|$", section("Coming from the reference"), re.MULTILINE)
-    everywhere = section("Coming from the reference") if name in ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK") else ""
+    cells = re.findall(r"^\| (.*?) \| .*? \|$", page("migration"), re.MULTILINE)
+    everywhere = page("migration") if name in ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK") else ""
 
     assert re.search(rf"`{re.escape(name)}[` ]", " ".join(cells) + everywhere)
 
 
-# ---- files, modules, commands
+# ---- names of the code
 
 
-def modules() -> set[str]:
-    files = [*ROOT.glob("serve_app/**/*.py"), *ROOT.glob("deployments/**/*.py")]
-    return {str(file.relative_to(ROOT)) for file in files if file.name != "__init__.py"}
+def test_architecture_names_every_package() -> None:
+    packages = {f"serve_app/{path.parent.name}" for path in ROOT.glob("serve_app/*/__init__.py")}
+
+    assert packages - set(inline_code(page("architecture"))) == set()
 
 
-def test_the_map_of_the_code_is_complete() -> None:
-    table = "\n".join(line for line in section("The code").splitlines() if line.startswith("|"))
-    named = re.findall(r"`((?:serve_app|deployments)/[^`]*)`", table)
-    covered = {module for module in modules() if module in named or any(module.startswith(n) for n in folders(named))}
-
-    assert sorted(modules() - covered) == []
-    assert len(named) == len(set(named))
+@pytest.mark.parametrize("code", inline_code(page("architecture")))
+def test_names_of_classes_and_functions_exist(code: str) -> None:
+    if re.fullmatch(r"[A-Z]\w*[a-z]\w*(\.\w+)?|[a-z]\w*_\w+", code):
+        for name in code.split("."):
+            assert re.search(rf"\b{name}\b", SOURCE), code
 
 
-def folders(names: list[str]) -> list[str]:
-    return [name for name in names if name.endswith("/")]
+def test_headers_exist() -> None:
+    named = {code for code in INLINE_CODE if re.fullmatch(r"(x|server|retry)-[a-z-]+", code)}
+
+    assert {"x-epd-rungs", "server-timing"} <= named
+    assert {name for name in named if f'"{name}"' not in SOURCE} == set()
+
+
+def test_metrics_exist() -> None:
+    def names(text: str) -> set[str]:
+        return {name.replace(":", "_") for name in re.findall(r"\bepd[:_][a-z_]+", text.replace("ray_epd", "epd"))}
+
+    made = names(SOURCE)
+    for name in names("\n".join(PAGES.values())):
+        assert name.removesuffix("_total") in made or any(each.startswith(name) for each in made), name
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([a-z]+-(?:again|at-[a-z]+\([^`]+\)))`", page("failures")))))
+def test_names_of_fallbacks_exist(name: str) -> None:
+    kind, _, reason = name.rstrip(")").partition("(")
+    assert re.search(rf"\b{kind}\b" if reason else "-again", SOURCE), name
+    assert re.search(rf'["(]{reason}[)"]', SOURCE), name
+
+
+# ---- files, links, commands
 
 
 def test_files_named_in_the_text_exist() -> None:
     top = {path.name for path in ROOT.iterdir()}
-    for code in set(INLINE_CODE) - NOT_OURS:
+    for code in set(INLINE_CODE) - NOT_HERE:
         is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", code) and code.partition("/")[0] in top
-        is_file = re.fullmatch(r"[\w-]+\.(py|yaml|toml|sh|md)", code)
+        is_file = re.fullmatch(r"[\w-]+\.(py|yaml|toml|sh|md|patch)", code)
         if (is_path or is_file) and not code.startswith(".venv"):
-            assert (ROOT / code).exists(), code
+            places = [ROOT / code, ROOT / f"{code}.py", ROOT / "k8s" / code]
+            assert any(place.exists() for place in places), code
 
 
 def test_files_in_commands_exist() -> None:
     blocks = "\n".join(code_blocks("bash")) + "\n".join(code_blocks("python"))
-    for name in re.findall(r"(?<![\w/])(?:examples|tests|scripts)/[\w./]+|\b\w+\.yaml\b", blocks):
-        assert (ROOT / name).exists() or (ROOT / "examples" / name).exists(), name
+    for name in re.findall(r"(?<![\w/])(?:examples|tests|scripts|k8s)/[\w./-]+|\b[\w-]+\.yaml\b", blocks):
+        assert any((ROOT / folder / name).exists() for folder in ("", "examples", "k8s")), name
 
 
-def test_links_lead_somewhere() -> None:
-    headings = re.findall(r"^#+ (.+)$", PROSE, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", PROSE):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        else:
-            assert (ROOT / target).exists(), target
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    text = re.sub(r"<!-- config:.*?<!-- /config -->", "", prose(PAGES[name]), flags=re.DOTALL)  # until the table moves
+    for target in re.findall(r"\]\(([^)]+)\)|<img src=\"([^\"]+)\"", text):
+        link = "".join(target)
+        path, _, anchor = link.partition("#")
+        if link.startswith("https:") or link in COMING:
+            continue
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file.read_text()), link
 
 
 def test_make_targets_exist() -> None:
@@ -220,7 +285,7 @@ def test_the_log_line_is_the_one_that_is_written() -> None:
     for stage in Stage:
         record.saw(stage, "a-replica")
     record.token(1)
-    (line,) = re.findall(r"^request=.*$", README, re.MULTILINE)
+    (line,) = re.findall(r"^request=.*$", page("operations"), re.MULTILINE)
 
     def shape(text: str) -> list[str]:
         return [re.sub(r"=(-?[\d.]+)(ms)?$", r"=0\2", word) for word in text.split()]
@@ -229,6 +294,9 @@ def test_the_log_line_is_the_one_that_is_written() -> None:
         return [(word.partition("=")[0], word.endswith("ms")) for word in shape(text)]
 
     assert names(line) == names(record.line(200))
+    record.rung("a-rung")
+    keys = re.findall(r"^\| (`.*?`) \|", section("Logs", page("operations")), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(keys))) <= {name for name, _ in names(record.line(200))}
 
 
 def test_the_line_of_the_start_is_the_one_that_is_written() -> None:
@@ -249,12 +317,14 @@ def test_the_table_of_gpus_has_the_shares() -> None:
     for gpus in (1, 2):
         stages = resolve(EPDConfig(), Cluster(gpus=gpus, cpus=16)).config.stages
         shares = {stage: config.gpus_per_replica for stage, config in stages.items() if config.gpus_per_replica != 1}
-        (row,) = re.findall(rf"^\| {['one GPU', 'two GPUs'][gpus - 1]} \|.*$", section("GPUs"), re.MULTILINE)
+        (row,) = re.findall(
+            rf"^\| {['one GPU', 'two GPUs'][gpus - 1]} \|.*$", section("Start", page("gpus")), re.MULTILINE
+        )
         for stage, share in shares.items():
             assert f"{stage} {share:g}" in row
     of_40_gb = resolve(EPDConfig(), Cluster(1, 16, card_gib=39.4)).config.stages.values()
-    assert "of 40 GB " + ", ".join(f"{config.gpus_per_replica:g}" for config in of_40_gb) in section("GPUs")
+    assert "of 40 GB " + ", ".join(f"{config.gpus_per_replica:g}" for config in of_40_gb) in page("gpus")
 
 
 def test_no_path_of_one_machine() -> None:
-    assert not re.search(r"(?<![\w.~])/(home|root|work|Users)/", README)
+    assert not re.search(r"(?<![\w.~])/(home|root|work|Users)/", "\n".join(PAGES.values()))

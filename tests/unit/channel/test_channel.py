@@ -789,7 +789,7 @@ def test_telling_a_replica_that_is_gone_to_end_calls_does_nothing(run: Run) -> N
 
 
 def test_kernel_tells_both_ends_of_a_node_that_is_silent(run: Run) -> None:
-    """README: within 20 s."""
+    """Within ``SILENT_S``."""
 
     async def main() -> None:
         async with bench() as made:
