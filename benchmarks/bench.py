@@ -7,25 +7,20 @@ targets are set for, and text. A full run takes hours; ``--add`` adds rounds to 
 
 import argparse
 import json
-import os
-import platform
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu, load, report
 from benchmarks.systems import SYSTEMS, System
 from serve_app.demo import ensure_demo_model
+from tools.harness import record
 from tools.harness.servers import Server
 
 RESULT = Path(__file__).parent / "results" / "bench.json"
 IDLE_S = 10.0
-PACKAGES = ("vllm", "ray", "nixl", "torch", "transformers")
 
 
 def order(names: list[str], round_: int) -> list[str]:
@@ -79,7 +74,7 @@ def visit_all(
     for round_ in rounds:
         for name in order(list(systems), round_):
             document["visits"].append(found := visit(name, systems[name], round_, cells, tokenizer))
-            result.write_text(json.dumps(document, indent=1) + "\n")
+            record.write(document, result)
             print(f"round {round_ + 1}, {name}: {found.get('error') or summary(found)}", flush=True)
 
 
@@ -88,23 +83,12 @@ def seeds_of(round_: int) -> Iterator[int]:
     return iter(range(1000 * round_ + 1, 1000 * (round_ + 1)))
 
 
-def head(module: str, cells: list[load.Cell], hardware: str, model: str) -> dict[str, Any]:
-    """What a report says of its runs before them. ``hardware``: besides the CPU's cores."""
+def loads(cells: list[load.Cell]) -> dict[str, Any]:
+    """What a report says of its requests."""
     return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "hardware": hardware, "model": model},
-        "versions": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
         "workload": {"image_size": load.IMAGE_SIZE, "text_tokens": load.TEXT_TOKENS, "cells": len(cells)},
         "seeds": "1000 × round + number of the run, the same for every system",
-        "visits": [],
     }
-
-
-def version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # vllm has another name for the CPU
-        return version(f"{package}-cpu")
 
 
 def main() -> None:
@@ -117,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.report:
         cells = load.QUICK if options.quick else load.ALL
-        document = head("benchmarks.bench", cells, "without a GPU", "demo-random")
+        document = record.about("benchmarks.bench") | loads(cells) | {"visits": []}
         begun = 0
         if options.add:
             last = json.loads(RESULT.read_text())

@@ -11,10 +11,12 @@ from tools.harness.servers import marked_processes
 
 ENGINES = "engines"
 KINDS = {
-    ENGINES: r"VLLM::",
+    ENGINES: r"VLLM::|multiprocessing\.spawn",
     "HTTP proxy": r"ProxyActor|benchmarks\.baselines\.proxy",
     "API servers": r"vllm\.entrypoints\.openai",
 }
+"""By title. An engine may have none: setproctitle gives up in a process whose first environment variable has been changed.
+Its command line then says that it was spawned, as nothing else of a server is."""
 REPLICA = re.compile(r"ServeReplica:epd:(\w+)")
 OTHERS = "others"
 """With Ray: its own processes."""

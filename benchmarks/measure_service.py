@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import re
 import tempfile
@@ -19,7 +18,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,8 @@ import aiohttp
 import numpy as np
 import psutil
 
+from benchmarks import cpu
+from tools.harness import record
 from tools.harness.cases import Case, chat, image, text
 from tools.harness.servers import Server, serve_run
 from tools.sim.fit import Group, Run, check, fit
@@ -143,20 +143,14 @@ def cpu_s(groups: dict[Group, list[psutil.Process]]) -> dict[Group, float]:
     return spent
 
 
-def machine_s() -> float:
-    """CPU time of all programs of this machine."""
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
-
-
 def measure(server: Server, config: Config, seconds: float, rate: float | None) -> Run:
     asyncio.run(Client(server, config).run(WARM_UP_S, rate))
     groups, client = processes(server), Client(server, config, _number=iter(range(10**6, 10**9)))
-    before, counted, machine, began = cpu_s(groups), counts(server), machine_s(), time.perf_counter()
+    before, counted, machine, began = cpu_s(groups), counts(server), cpu.machine_s(), time.perf_counter()
     asyncio.run(client.run(seconds, rate))
     took = time.perf_counter() - began
     spent = {group: after - before[group] for group, after in cpu_s(groups).items()}
-    others = max(machine_s() - machine - sum(spent.values()), 0.0) / took
+    others = max(cpu.machine_s() - machine - sum(spent.values()), 0.0) / took
     more = {name: value - counted[name] for name, value in counts(server).items()}
     ttft = sorted(first - start for start, first, _ in client.times)
     requests = len(client.times)
@@ -217,12 +211,8 @@ def main() -> None:
         runs = [Run.of(run) for run in document["runs"]]
     else:
         runs = measure_all(options.seconds)
-        document = {
-            "command": "python -m benchmarks.measure_service",
-            "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo-random"},
-            "versions": {name: version(name) for name in ("ray", "nixl")} | {"python": platform.python_version()},
-            "seed": "requests are numbered; the gaps of the Poisson process come from seed 1",
-        }
+        seeds = "requests are numbered; the gaps of the Poisson process come from seed 1"
+        document = record.about("benchmarks.measure_service") | {"seed": seeds}
     fitted = [run for run in runs if run.name in {config.name for config in FIT}]
     service, idle_cores = fit(fitted, os.cpu_count() or 1)
     checked = [check(run, service, idle_cores, document["machine"]["cpus"]) for run in runs if run not in fitted]
@@ -232,8 +222,7 @@ def main() -> None:
         "held_out": [asdict(each) for each in checked],
         "runs": [asdict(run) for run in runs],
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    record.write(document, RESULT)
     for each in checked:
         print(f"{each.name}: requests/s {each.per_s_error:+.0%}, TTFT p50 {each.ttft_error:+.0%}")
 

@@ -18,6 +18,7 @@ import aiohttp
 
 from benchmarks import cpu, load, null_engine
 from benchmarks.systems import ours
+from tools.harness import record
 from tools.harness.media import image_url
 from tools.harness.servers import Server
 
@@ -133,7 +134,7 @@ def main() -> None:
         for topology in list(TOPOLOGIES)[1:]:
             runs += visit(topology, HOPS, options.requests)
     command = "python -m benchmarks.orchestration" + " --quick" * options.quick
-    RESULT.write_text(json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
+    record.write({"command": command, "runs": runs}, RESULT)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ other programs on the machine disturb less than the clock; rates are by the cloc
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import tempfile
@@ -33,6 +32,7 @@ from serve_app.ingress import server
 from serve_app.ingress.rendering import ItemProcessor
 from serve_app.launch.engine_args import ingress_args
 from serve_app.launch.placement import Cluster, resolve
+from tools.harness import record
 
 RESULT = Path(__file__).parent / "results" / "prepare.json"
 SIZE = (1920, 1080)
@@ -181,7 +181,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="prepare-") as name:
         write_qwen_3b(Path(name))
         found = measure(Path(name), images)
-    RESULT.write_text(json.dumps(about | found, indent=1) + "\n")
+    record.write(about | found, RESULT)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ writes ``benchmarks/results/startup.json``.
 """
 
 import argparse
-import json
 import re
 import statistics
 import tempfile
@@ -17,6 +16,7 @@ import requests
 
 from benchmarks.orchestration import Cell, body
 from benchmarks.systems import ours
+from tools.harness import record
 from tools.harness.servers import Server
 
 RESULT = Path(__file__).parent / "results" / "startup.json"
@@ -57,7 +57,7 @@ def main() -> None:
     starts = []
     for number in range(parser.parse_args().starts):
         starts.append(found := start(number))
-        RESULT.write_text(json.dumps({"command": "python -m benchmarks.startup", "starts": starts}, indent=1) + "\n")
+        record.write({"command": "python -m benchmarks.startup", "starts": starts}, RESULT)
         first, tenth = found["first_token_s"][0], found["first_token_s"][-1]
         print(
             f"up after {found['up_s']:.0f} s; first token of the first {first:.3f} s, of the tenth {tenth:.3f} s",

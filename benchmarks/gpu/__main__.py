@@ -7,7 +7,6 @@ engine against its share of the card, and how embeddings and KV blocks moved. It
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -18,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import load
-from benchmarks.bench import head
+from benchmarks.bench import loads
 from benchmarks.gpu import card as cards
 from benchmarks.gpu import systems
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.page import page, summary
 from benchmarks.gpu.prerequisites import Machine, lacks_of_card, lacks_of_machine, what_fits
 from benchmarks.gpu.visit import Visit
+from tools.harness import record
 
 RESULT = Path(__file__).parents[1] / "results" / "gpu.json"
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -46,21 +46,24 @@ def checked() -> cards.Card:
 
 
 def document_of(platform: systems.Platform, card: cards.Card | None, minutes: float) -> dict[str, Any]:
-    document = head("benchmarks.gpu", load.QUICK, f"with one {card.name}" if card else "without a card", platform.model)
-    del document["visits"]
+    hardware = f"with one {card.name}" if card else "without a card"
     fits = what_fits(card) if card else None
-    return document | {
-        "card": asdict(card) if card else None,
-        "engine_args": platform.engine_args,
-        "notes": [fits] if fits else [],
-        "budget": minutes,
-        "minutes": 0.0,
-        "systems": [],
-    }
+    return (
+        record.about("benchmarks.gpu", hardware, platform.model)
+        | loads(load.QUICK)
+        | {
+            "card": asdict(card) if card else None,
+            "engine_args": platform.engine_args,
+            "notes": [fits] if fits else [],
+            "budget": minutes,
+            "minutes": 0.0,
+            "systems": [],
+        }
+    )
 
 
 def write(document: dict[str, Any], result: Path, told: Path) -> None:
-    result.write_text(json.dumps(document, indent=1) + "\n")
+    record.write(document, result)
     told.write_text(page(document))
 
 

@@ -89,6 +89,11 @@ def test_cpu_is_counted_by_kind_from_the_first_look_to_the_second() -> None:
     ("title", "kind"),
     [
         ("VLLM::EngineCore", "engines"),
+        (
+            "python -c from multiprocessing.spawn import spawn_main; spawn_main() --multiprocessing-fork",
+            "engines",
+        ),
+        ("python -c from multiprocessing.resource_tracker import main;main(8)", "others"),
         ("ray::ServeReplica:epd:Encoder.handle_request", "Encoder replica"),
         ("ray::ProxyActor", "HTTP proxy"),
         ("python -m benchmarks.baselines.proxy --port 1", "HTTP proxy"),

@@ -1,19 +1,32 @@
 """benchmarks.tokens: which system gets which waves, and what its figures say of the targets."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import tokens
 from benchmarks.report import Spread
 from benchmarks.streams import Wave
-from benchmarks.tokens import CARD, DECODE, LONG, NULL_E_PD, ONE, REAL_E_P_D, ROWS, SYSTEMS, TARGETS
+from benchmarks.tokens import figures
+from benchmarks.tokens.figures import DECODE, INGRESS, RATE, TARGETS, ingress_gain, ratio
+from benchmarks.tokens.page import page
+from benchmarks.tokens.rows import (
+    CARD,
+    LONG,
+    NULL_E_P_D,
+    NULL_E_PD,
+    ONE,
+    ONE_INGRESS,
+    REAL_E_P_D,
+    ROWS,
+    SCALED,
+    SYSTEMS,
+    TWO_INGRESSES,
+    plan,
+)
 
 
-def run(system: str, wave: Wave, round_: int = 0, **figures: Any) -> dict[str, Any]:
+def run(system: str, wave: Wave, round_: int = 0, **changes: Any) -> dict[str, Any]:
     plain = dict.fromkeys(
         (
             *("took_s", "requests_per_s", "tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms"),
@@ -21,7 +34,7 @@ def run(system: str, wave: Wave, round_: int = 0, **figures: Any) -> dict[str, A
         ),
         1.0,
     ) | {"speed_ms": 1.7}
-    return {"system": system, "round": round_, "wave": asdict(wave), "failed": 0, "cpu_s": {}} | plain | figures
+    return {"system": system, "round": round_, "wave": asdict(wave), "failed": 0, "cpu_s": {}} | plain | changes
 
 
 def document(*runs: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +52,7 @@ def test_every_row_names_systems_and_every_target_a_row() -> None:
 
 
 def test_a_system_starts_once_for_all_rows_that_need_it() -> None:
-    waves = tokens.plan([ROWS["e"], ROWS["f"]])
+    waves = plan([ROWS["e"], ROWS["f"]])
     assert set(waves) == {*ROWS["e"].systems, *ROWS["f"].systems}
     assert waves[ONE] == [LONG]
     assert waves[REAL_E_P_D].count(LONG) == 1 and set(waves[REAL_E_P_D]) == set(ROWS["f"].waves)
@@ -74,7 +87,7 @@ def test_a_ratio_is_taken_within_a_round() -> None:
         run(ONE, LONG, 1, tokens_per_s=10.0),
         run(REAL_E_P_D, LONG, 1, tokens_per_s=8.0),
     )
-    found = tokens.ratio(made, LONG, tokens.RATE, REAL_E_P_D, ONE)
+    found = ratio(made, LONG, RATE, REAL_E_P_D, ONE)
     assert found is not None
     assert (found.least, found.most) == (0.8, 0.9)
 
@@ -86,7 +99,7 @@ def test_only_like_speeds_are_compared() -> None:
         run(ONE, LONG, 1, tokens_per_s=1000.0, speed_ms=1.7),
         run(REAL_E_P_D, LONG, 1, tokens_per_s=500.0, speed_ms=2.5),
     )
-    found = tokens.ratio(made, LONG, tokens.RATE, REAL_E_P_D, ONE)
+    found = ratio(made, LONG, RATE, REAL_E_P_D, ONE)
     assert found is not None and (found.least, found.most) == (0.9, 0.9)
 
 
@@ -97,16 +110,16 @@ def test_cpu_time_of_a_slow_moment_is_held_against_its_target_as_at_the_machines
 
 def test_a_second_ingress_gains_what_its_tokens_do_not_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
     def visits(us: float) -> dict[str, float]:
-        return {tokens.INGRESS: us * 1e-6 * tokens.SCALED.requests * tokens.SCALED.tokens}
+        return {INGRESS: us * 1e-6 * SCALED.requests * SCALED.tokens}
 
     made = document(
-        run(tokens.ONE_INGRESS, tokens.SCALED, cpu_s=visits(90), tokens_per_s=100.0),
-        run(tokens.TWO_INGRESSES, tokens.SCALED, cpu_s=visits(100), tokens_per_s=170.0),
+        run(ONE_INGRESS, SCALED, cpu_s=visits(90), tokens_per_s=100.0),
+        run(TWO_INGRESSES, SCALED, cpu_s=visits(100), tokens_per_s=170.0),
     )
-    monkeypatch.setattr(tokens, "MANY_CORES", False)
-    assert (tokens.ingress_gain(made) or Spread(0, 0, 0)).median == pytest.approx(1.8)
-    monkeypatch.setattr(tokens, "MANY_CORES", True)
-    assert (tokens.ingress_gain(made) or Spread(0, 0, 0)).median == pytest.approx(1.7)
+    monkeypatch.setattr(figures, "MANY_CORES", False)
+    assert (ingress_gain(made) or Spread(0, 0, 0)).median == pytest.approx(1.8)
+    monkeypatch.setattr(figures, "MANY_CORES", True)
+    assert (ingress_gain(made) or Spread(0, 0, 0)).median == pytest.approx(1.7)
 
 
 def test_a_target_of_which_nothing_was_measured_has_no_line() -> None:
@@ -117,18 +130,9 @@ def test_a_target_of_which_nothing_was_measured_has_no_line() -> None:
 def test_page_shows_runs_failures_and_what_did_not_start() -> None:
     made = document(
         run(NULL_E_PD, CARD, failed=3, cpu_s={DECODE: 1.0}),
-        {"system": tokens.NULL_E_P_D, "round": 1, "error": "AssertionError: the server did not start"},
+        {"system": NULL_E_P_D, "round": 1, "error": "AssertionError: the server did not start"},
     )
-    page = tokens.page(made, ROWS)
-    assert "| null E+PD | 128 × 200 |" in page and "| 3 of 128 |" in page
-    assert "- null E+P+D, round 2: AssertionError: the server did not start" in page
-    assert "## e." not in page
-
-
-def test_what_is_written_has_a_run_a_line_and_is_read_again(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.json"
-    made = document(run(ONE, LONG, tokens_per_s=1234.5678), run(ONE, LONG, 1))
-    tokens.write(made | {"runs": [tokens.short(each) for each in made["runs"]]}, path)
-    read = json.loads(path.read_text())
-    assert [each["tokens_per_s"] for each in read["runs"]] == [1235.0, 1.0]
-    assert sum('"system"' in each for each in path.read_text().splitlines()) == 2
+    told = page(made, ROWS)
+    assert "| null E+PD | 128 × 200 |" in told and "| 3 of 128 |" in told
+    assert "- null E+P+D, round 2: AssertionError: the server did not start" in told
+    assert "## e." not in told
