@@ -8,8 +8,6 @@ stage over time. The figures are of a tiny model on the machine at hand; what th
 import argparse
 import itertools
 import json
-import os
-import platform
 import re
 import tempfile
 import threading
@@ -17,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ import requests
 from serve_app.scaling.rules import Load, queue_s
 from serve_app.stage import Stage
 from serve_app.stages import workload
+from tools.harness import record
 from tools.harness.cases import Case, chat, image, text
 from tools.harness.servers import Server, serve_run
 
@@ -190,32 +188,51 @@ def decisions(server: Server) -> list[tuple[str, int, int]]:
     return [(name, int(before), int(after)) for name, before, after in found]
 
 
-def plot(samples: list[Sample], path: Path) -> None:
+def timeline(samples: list[Sample]) -> dict[str, Any]:
+    """What the plot shows, a list a line; ``phases``: when each began."""
+
+    def by_stage(figures: Callable[[Sample], dict[str, Any]]) -> dict[str, list[Any]]:
+        return {stage: [figures(sample)[stage] for sample in samples] for stage in Stage}
+
+    groups = itertools.groupby(samples, lambda sample: sample.phase)
+    return {
+        "phases": [(next(group).seconds, phase) for phase, group in groups],
+        "seconds": [sample.seconds for sample in samples],
+        "completed": [sample.completed for sample in samples],
+        "replicas": by_stage(lambda sample: sample.replicas),
+        "queue_s": by_stage(lambda sample: sample.queue_s),
+    }
+
+
+def plot(told: dict[str, Any], path: Path) -> None:
+    """``told``: a timeline."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (load, queue, replicas) = pyplot.subplots(3, sharex=True, figsize=(10, 7), layout="constrained")
-    seconds = [sample.seconds for sample in samples]
-    window = 5
-    served = [
-        (after.completed - before.completed) / (after.seconds - before.seconds)
-        for before, after in zip(samples, samples[window:], strict=False)
-    ]
-    load.plot(seconds[window:], served, color="black")
+    seconds, window = told["seconds"], 5
+    moments = list(zip(seconds, told["completed"], strict=True))
+    load.plot(
+        seconds[window:],
+        [
+            (more - count) / (end - start)
+            for (start, count), (end, more) in zip(moments, moments[window:], strict=False)
+        ],
+        color="black",
+    )
     load.set_ylabel("answers per second")
     for place, stage in enumerate(Stage):
-        queue.plot(seconds, [sample.queue_s[stage] for sample in samples], label=stage)
+        queue.plot(seconds, told["queue_s"][stage], label=stage)
         beside = (place - 1) * 0.03  # lines that lie on each other would hide each other
-        replicas.step(seconds, [sample.replicas[stage] + beside for sample in samples], where="post", label=stage)
+        replicas.step(seconds, [count + beside for count in told["replicas"][stage]], where="post", label=stage)
     queue.set_ylabel("queue (s)")
     replicas.set_ylabel("replicas")
     replicas.set_xlabel("seconds")
-    replicas.set_yticks(range(max(max(sample.replicas.values()) for sample in samples) + 1))
+    replicas.set_yticks(range(max(map(max, told["replicas"].values())) + 1))
     queue.legend(loc="upper right")
-    for phase, group in itertools.groupby(samples, lambda sample: sample.phase):
-        start = next(group).seconds
+    for start, phase in told["phases"]:
         for axis in (load, queue, replicas):
             axis.axvline(start, color="grey", linewidth=0.6, linestyle=":")
         load.text(start, load.get_ylim()[1], phase, verticalalignment="bottom", color="grey", fontsize=8)
@@ -229,17 +246,13 @@ def main() -> None:
     parser.add_argument("--encoders-at-rest", type=int, default=1, help="min_replicas of the encoder; 0: none for text")
     options = parser.parse_args()
     scaled = deployments(options.encoders_at_rest)
-    record, picture = RESULTS / "autoscale.json", RESULTS / "autoscale.png"
+    result, picture = RESULTS / "autoscale.json", RESULTS / "autoscale.png"
     if not options.replot:
         phases = [replace(phase, seconds=phase.seconds * options.scale) for phase in PHASES]
         with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), {}, scaled) as server:
             samples, failures = run(server, phases)
             wanted = decisions(server)
-        RESULTS.mkdir(exist_ok=True)
-        document = {
-            "command": "python -m benchmarks.autoscale",
-            "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "gpus": 0, "model": "demo-random"},
-            "versions": {name: version(name) for name in ("ray", "nixl")} | {"python": platform.python_version()},
+        document = record.about("benchmarks.autoscale") | {
             "workers": WORKERS,
             "images": {"per request": IMAGES, "size": IMAGE_SIZE},
             "deployments": scaled,
@@ -247,16 +260,15 @@ def main() -> None:
             "failures": failures,
             "decisions": wanted,
             "changes": {stage: changes(samples, stage) for stage in Stage},
-            "samples": [asdict(sample) for sample in samples],
+            "timeline": timeline(samples),
         }
-        record.write_text(json.dumps(document, indent=1) + "\n")
-    document = json.loads(record.read_text())
+        record.write(document, result)
+    document = json.loads(result.read_text())
     for stage, times in document["changes"].items():
         print(f"{stage:8}", ", ".join(f"{count} from {seconds:g} s" for seconds, count in times))
-    if "decisions" in document:  # not in records of before they were kept
-        print("wanted:", ", ".join(f"{name} {before} → {after}" for name, before, after in document["decisions"]))
-    print(f"{document['samples'][-1]['completed']} answers, {len(document['failures'])} failures")
-    plot([Sample(**sample) for sample in document["samples"]], picture)
+    print("wanted:", ", ".join(f"{name} {before} → {after}" for name, before, after in document["decisions"]))
+    print(f"{document['timeline']['completed'][-1]} answers, {len(document['failures'])} failures")
+    plot(document["timeline"], picture)
 
 
 if __name__ == "__main__":

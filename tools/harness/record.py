@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Document = dict[str, Any]
-DIGITS = 5
+DIGITS = 6
 PACKAGES = ("vllm", "ray", "nixl", "torch", "transformers")
 
 

@@ -18,14 +18,14 @@ def test_a_run_is_a_line_of_rounded_figures(tmp_path: Path) -> None:
     assert read == {
         "command": "make",
         "machine": {"cpus": 2},
-        "runs": 2 * [RUN | {"tokens_per_s": 1234.6}],
+        "runs": 2 * [RUN | {"tokens_per_s": 1234.57}],
         "errors": [],
     }
     assert sum('"system"' in line for line in path.read_text().splitlines()) == 2
 
 
 def test_small_figures_keep_their_digits_and_counts_stay_whole() -> None:
-    assert record.short({"s": 0.000123456789, "of": (1_234_567, 2.0)}) == {"s": 0.00012346, "of": [1_234_567, 2.0]}
+    assert record.short({"s": 0.000123456789, "of": (1_234_567, 2.0)}) == {"s": 0.000123457, "of": [1_234_567, 2.0]}
 
 
 def test_the_command_is_the_one_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
