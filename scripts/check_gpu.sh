@@ -9,9 +9,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 covers=(serve_app deployments benchmarks examples k8s serve_config.yaml pyproject.toml scripts tests/conftest.py tests/fakes.py
-    tools/harness/models.py tests/unit tests/gpu/build)
+    tools tests/unit tests/gpu/build)
 passed=tests/gpu/build/passed
-digest=$(git ls-files -z --cached --others --exclude-standard -- "${covers[@]}" ":!$passed" ":!benchmarks/results" ":!*.md" |
+digest=$(git ls-files -z --cached --others --exclude-standard -- "${covers[@]}" ":!$passed" ":!*/results/*" ":!*.md" |
     sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1)
 
 if [[ ${1:-} == --if-changed && -f $passed && $(head -n 1 "$passed") == "$digest" ]]; then

@@ -1,6 +1,6 @@
 """Who encodes an item: an encoder, or prefill itself. The rule of an ingress replica, and what it is decided on.
 
-Without vLLM, so that ``benchmarks/simulate.py`` runs the same.
+Without vLLM, so that the simulation (``tools/sim``) runs the same.
 """
 
 from dataclasses import dataclass, field

@@ -1,260 +1,53 @@
-"""Experiments past this machine: 1 to 1,000 replicas per stage, a burst of images, a day. See ``benchmarks/SIMULATION.md``.
+"""Experiments past this machine: 1 to 1,000 replicas per stage, a burst of images, a day. See ``README.md``.
 
-``python -m tools.sim`` writes ``benchmarks/results/simulation.json`` and its plots. Service times are those of
-``benchmarks/service_times_assumed.json``: assumed, not measured. ``--quick`` is a smaller run of every experiment.
+``python -m tools.sim`` writes ``tools/sim/results/simulation.json`` and its plots. Service times are those of
+``tools/sim/service_times_assumed.json``: assumed, not measured. ``--quick`` is a smaller run of every experiment.
 """
 
 import argparse
 import json
-import logging
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict
 from importlib.metadata import version
-from math import ceil
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-from ray.serve.config import AutoscalingConfig
+from tools.harness import record
+from tools.sim.experiments import EXPERIMENTS, SLOS, jobs, run_all
+from tools.sim.service import load
 
-from serve_app.stage import Stage
-from tools.sim import traffic as traffics
-from tools.sim.app import Shape
-from tools.sim.run import SLO, Result, Strategy, simulate
-from tools.sim.service import ServiceTimes, load
-from tools.sim.traffic import Kind, Traffic
-
-HERE = Path(__file__).parents[2] / "benchmarks"
+HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ASSUMED = HERE / "service_times_assumed.json"
 
-VIDEO = Kind(images=1, embeds=24_000, text_tokens=500, output_tokens=600)
-TEXT = Kind(text_tokens=4_000, output_tokens=1_000)
-IMAGES = Kind(images=4, embeds=2_700, text_tokens=500, output_tokens=300)
 
-SLOS = {"routing": SLO(5.0, 0.05), "scale": SLO(5.0, 0.05), "burst": SLO(3.0, 0.05), "day": SLO(3.0, 0.05)}
-CARDS = 12
-FULL = 0.7
-"""Share of what its cards could do that a stage is loaded with."""
-PLAIN_TARGET = 2.0
-"""Calls per encoder or prefill replica that plain autoscaling aims at: Ray's default."""
-DELAYS = {"upscale_delay_s": 10.0, "downscale_delay_s": 300.0}
-"""Of Ray, for all that scale. To need a replica again that was given up costs a start-up: so no sooner than several."""
-SOON_S = 60.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One simulation of an experiment."""
-
-    experiment: str
-    size: int
-    """Replicas per stage, or cards together."""
-    strategy: str
-    seed: int
-    quick: bool = False
-
-
-def counts(encoder: int, prefill: int, decode: int) -> dict[Stage, int]:
-    return {Stage.ENCODER: encoder, Stage.PREFILL: prefill, Stage.DECODE: decode}
-
-
-def alone(times: ServiceTimes, kind: Kind) -> dict[Stage, float]:
-    return times.alone([kind.embeds] * kind.images, kind.text_tokens, kind.output_tokens)
-
-
-def split(need: Mapping[Stage, float], cards: int) -> dict[Stage, int]:
-    """Cards in proportion to need, at least one for each stage, all of them given."""
-    given = dict.fromkeys(need, 1)
-    for _ in range(cards - len(given)):
-        given[max(given, key=lambda stage: need[stage] / given[stage])] += 1
-    return given
-
-
-def both(one: Mapping[Stage, float], share: float, other: Mapping[Stage, float]) -> dict[Stage, float]:
-    return {stage: (1 - share) * one[stage] + share * other[stage] for stage in one}
-
-
-def by_work(
-    most: int, running: float | None, encoders: int = 1, given_up_s: float = DELAYS["downscale_delay_s"]
-) -> dict[Stage, AutoscalingConfig]:
-    """Production's policies with their defaults; ``running``: sequences per decode replica, by hand."""
-
-    def scaled(policy: str, least: int, **more: Any) -> AutoscalingConfig:
-        named = {"policy_function": f"serve_app.scaling.policies:{policy}", "policy_kwargs": more}
-        delays = DELAYS | {"downscale_delay_s": given_up_s}
-        return AutoscalingConfig(min_replicas=least, max_replicas=most, policy=named, **delays)
-
-    return {
-        Stage.ENCODER: scaled("WorkPolicy", encoders),
-        Stage.PREFILL: scaled("WorkPolicy", 1),
-        Stage.DECODE: scaled("DecodePolicy", 1, target_running=running),
+def play(options: argparse.Namespace, result: Path) -> None:
+    times, began = load(options.times), time.monotonic()
+    todo = [job for job in jobs(options.quick, options.full) if options.only in (None, job.experiment)]
+    rows = run_all(todo, options.processes or 1, times)
+    command = " ".join(["python -m tools.sim", *sys.argv[1:]])
+    if options.only:
+        last = json.loads(result.read_text())
+        rows = [row for row in last["rows"] if row["experiment"] != options.only] + rows
+        command = f"{last['command']}; {command}"
+    document = {
+        "command": command,
+        "service_times": times.model_dump(mode="json"),
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "load": os.getloadavg()[0]},
+        "versions": {name: version(name) for name in ("ray", "numpy")} | {"python": platform.python_version()},
+        "took_s": round(time.monotonic() - began),
+        "slo": {name: asdict(slo) for name, slo in SLOS.items()},
+        "rows": rows,
     }
+    record.write(document, result)
 
 
-def by_requests(most: int, running: float, encoders: int = 1) -> dict[Stage, AutoscalingConfig]:
-    """Ray's own policy; ``running``: sequences per decode replica, set by hand for the traffic."""
-
-    def scaled(target: float, least: int) -> AutoscalingConfig:
-        return AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=target, **DELAYS)
-
-    return {
-        Stage.ENCODER: scaled(PLAIN_TARGET, encoders),
-        Stage.PREFILL: scaled(PLAIN_TARGET, 1),
-        Stage.DECODE: scaled(running, 1),
-    }
-
-
-def fitting(times: ServiceTimes, kind: Kind) -> float:
-    """Sequences that a decode replica should run: a quarter of those that its slots and its KV cache hold.
-
-    Fewer sequences are decoded faster, so those that are there when there are many replicas say too little of how many
-    replicas are needed.
-    """
-    held = kind.text_tokens + kind.images * kind.embeds + kind.output_tokens / 2
-    return max(0.25 * min(times.slots, times.kv_tokens / held), 1.0)
-
-
-# ---- the experiments
-
-
-def routing(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, float]:
-    """Fixed replicas, 70 % busy: does the way of a request scale? Encoders by production's rule and by Ray's."""
-    rate = FULL * job.size / max(alone(times, VIDEO).values())
-    seconds = 30.0 if job.quick or job.size >= 1000 else 120.0
-    shape = Shape(ingresses=ceil(job.size / 2), two_choices_for_encoders=job.strategy == "two choices")
-    if job.strategy == "rank, few ingress replicas":
-        shape = replace(shape, ingresses=ceil(job.size / 8), admission=UNBOUND, encode=NO_LIMIT)
-    strategy = Strategy(job.strategy, dict.fromkeys(Stage, job.size))
-    return traffics.steady("routing", rate, seconds, VIDEO), strategy, shape, 15.0
-
-
-UNBOUND = Shape().admission.model_copy(update={"max_embed_bytes": 2**60, "max_requests": 10**9, "max_items": 10**9})
-NO_LIMIT = Shape().encode.model_copy(update={"max_outstanding_embeds": 0})
-
-
-def scale(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, float]:
-    """Load doubles within 100 seconds, to 70 % of what ``size`` replicas per stage can do."""
-    need = alone(times, VIDEO)
-    seconds, top = (120.0 if job.quick else 240.0), FULL * job.size / max(need.values())
-
-    def rate(now: float) -> float:
-        return top * (0.5 + 0.5 * min(max((now - seconds / 4) / 100.0, 0.0), 1.0))
-
-    traffic = Traffic("scale", seconds, rate, top, (VIDEO,))
-    cards, few, running = 3 * job.size, ceil(0.6 * job.size), fitting(times, VIDEO)
-    strategy = {
-        "static, equal": Strategy("", dict.fromkeys(Stage, job.size)),
-        "static, split for this traffic": Strategy("", split(need, cards)),
-        "static, split for text": Strategy("", split(both(alone(times, TEXT), 0.1, need), cards)),
-        "by work (ours)": Strategy("", dict.fromkeys(Stage, few), by_work(cards, None), float(cards)),
-        "by work, decode by hand": Strategy("", dict.fromkeys(Stage, few), by_work(cards, running), float(cards)),
-        "by requests (Ray's)": Strategy("", dict.fromkeys(Stage, few), by_requests(cards, running)),
-    }[job.strategy]
-    return traffic, strategy, Shape(ingresses=ceil(job.size / 2), cards=cards, two_choices_for_encoders=True), 0.0
-
-
-def burst(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, float]:
-    """Text that keeps a third of the cards busy; for five minutes, images that need as much again.
-
-    They come when everybody has had time to give up what text does not need, and not at the very moment of it.
-    """
-    text, images = alone(times, TEXT), alone(times, IMAGES)
-    share = job.size / 3
-    begins, ends, seconds = (100.0, 200.0, 300.0) if job.quick else (420.0, 720.0, 1020.0)
-    rates = share / sum(text.values()), share / sum(images.values())
-    traffic = traffics.burst(*rates, (TEXT, IMAGES), begins, ends, seconds)
-    mixed = {stage: rates[0] * text[stage] + rates[1] * images[stage] for stage in text}
-    return traffic, mixed_strategy(job, times, text, mixed, TEXT), Shape(ingresses=4, cards=job.size), 30.0
-
-
-def day(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, float]:
-    """A day within 30 minutes; no images in its first and last quarter."""
-    text, images = alone(times, TEXT), alone(times, IMAGES)
-    mixed = both(text, 0.6, images)
-    traffic = traffics.day(FULL * job.size / sum(mixed.values()), (TEXT, IMAGES), 300.0 if job.quick else 1800.0)
-    strategy = mixed_strategy(job, times, text, mixed, TEXT, encoders=0)
-    return traffic, strategy, Shape(ingresses=4, cards=job.size), 0.0
-
-
-def mixed_strategy(
-    job: Job,
-    times: ServiceTimes,
-    text: Mapping[Stage, float],
-    mixed: Mapping[Stage, float],
-    kind: Kind,
-    encoders: int = 1,
-) -> Strategy:
-    cards, running = job.size, fitting(times, kind)
-    start = split(text, cards) if encoders else counts(0, cards // 4, cards // 4)
-    return {
-        "static, equal": Strategy("", dict.fromkeys(Stage, cards // 3)),
-        "static, split for the images": Strategy("", split(mixed, cards)),
-        "static, split for text": Strategy("", split(text, cards)),
-        "by work (ours)": Strategy("", start, by_work(cards, None, encoders), float(cards)),
-        "by work, decode by hand": Strategy("", start, by_work(cards, running, encoders), float(cards)),
-        "by work, given up after 60 s": Strategy("", start, by_work(cards, None, encoders, SOON_S), float(cards)),
-        "by requests (Ray's)": Strategy("", start, by_requests(cards, running, encoders)),
-    }[job.strategy]
-
-
-EXPERIMENTS = {"routing": routing, "scale": scale, "burst": burst, "day": day}
-STATIC = ("static, equal", "static, split for text")
-SCALED = ("by work (ours)", "by work, decode by hand", "by requests (Ray's)")
-STRATEGIES = {
-    "routing": ("rank", "rank, few ingress replicas", "two choices"),
-    "scale": (*STATIC, "static, split for this traffic", *SCALED),
-    "burst": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
-    "day": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
-}
-
-
-def jobs(quick: bool, full: bool) -> Iterator[Job]:
-    sizes = {
-        "burst": [CARDS],
-        "day": [CARDS],
-        "scale": [10, 1] if quick else [1000, 300, 100, 10, 1] if full else [100, 10, 1],
-        "routing": [10, 1] if quick else [1000, 100, 10, 1],
-    }
-    for experiment, of_it in sizes.items():
-        for size in of_it:
-            for strategy in STRATEGIES[experiment]:
-                for seed in range(1 if quick or size >= 300 else 3 if full else 2):
-                    yield Job(experiment, size, strategy, seed, quick)
-
-
-def do(job: Job, times: ServiceTimes) -> tuple[Job, Result, float]:
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    began = time.process_time()
-    traffic, strategy, shape, warm_s = EXPERIMENTS[job.experiment](job, times)
-    result = simulate(times, traffic, strategy, shape, SLOS[job.experiment], job.seed, warm_s)
-    return job, result, time.process_time() - began
-
-
-def run_all(todo: list[Job], processes: int, times: ServiceTimes) -> list[dict[str, Any]]:
-    rows = []
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for job, result, cpu_s in pool.map(partial(do, times=times), todo):
-            row = asdict(job) | asdict(result) | {"cpu_s": round(cpu_s, 1)}
-            if job.seed or job.experiment not in ("burst", "day"):
-                del row["timeline"]  # plots show those of seed 0
-            rows.append(row)
-            print(
-                f"{job.experiment:8} {job.size:5} {job.strategy:33} seed {job.seed}: good {result.good:.1%}, "
-                f"TTFT p99 {result.ttft_p99_s:.2f} s, {result.gpu_s_per_good:.2f} GPU-s per good one ({cpu_s:.0f} s)",
-                flush=True,
-            )
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.sim", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="shorter, one seed, at most 10 replicas per stage")
     parser.add_argument(
         "--full", action="store_true", help="autoscaling with up to 1,000 replicas per stage too, three seeds"
@@ -264,35 +57,20 @@ def main() -> None:
     parser.add_argument("--times", type=Path, default=ASSUMED, help="service times (JSON)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--replot", action="store_true", help="draw the plots of the last run again")
-    options = parser.parse_args()
-    record = options.out / "simulation.json"
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    result = options.out / "simulation.json"
     if not options.replot:
-        times = load(options.times)
-        began = time.monotonic()
-        todo = [job for job in jobs(options.quick, options.full) if options.only in (None, job.experiment)]
-        rows = run_all(todo, options.processes or 1, times)
-        command = " ".join(["python -m tools.sim", *sys.argv[1:]])
-        if options.only:
-            last = json.loads(record.read_text())
-            rows = [row for row in last["rows"] if row["experiment"] != options.only] + rows
-            command = f"{last['command']}; {command}"
-        document = {
-            "command": command,
-            "service_times": times.model_dump(mode="json"),
-            "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "load": os.getloadavg()[0]},
-            "versions": {name: version(name) for name in ("ray", "numpy")} | {"python": platform.python_version()},
-            "took_s": round(time.monotonic() - began),
-            "slo": {name: asdict(slo) for name, slo in SLOS.items()},
-            "rows": rows,
-        }
-        options.out.mkdir(exist_ok=True, parents=True)
-        record.write_text(json.dumps(document, indent=None, separators=(",", ":")) + "\n")
+        play(options, result)
     try:
         from tools.sim.plots import draw
     except ModuleNotFoundError as missing:
         print(f"no plots: {missing} (`make simulate` installs it)")
         return
-    draw(json.loads(record.read_text()), options.out)
+    draw(json.loads(result.read_text()), options.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The way of a request: ingress → encoders → prefill → decode, as ``client.py`` and ``encoding.py`` of production go it.
 
 Production's code decides here too: ``Admission`` what an ingress takes on, ``encode_at_prefill`` who encodes an item,
-``balance.rank`` which encoder gets it. What is not modelled stands in ``benchmarks/SIMULATION.md``.
+``rank`` which encoder gets it. What is not modelled stands in ``tools/sim/README.md``.
 """
 
 import random

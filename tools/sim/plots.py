@@ -1,4 +1,4 @@
-"""Plots of ``benchmarks/results/simulation.json``. Every one says where its service times are from."""
+"""Plots of ``tools/sim/results/simulation.json``. Every one says where its service times are from."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +23,8 @@ MEASURES = {
 
 def draw(document: dict[str, Any], folder: Path) -> None:
     rows, note = document["rows"], "service times " + document["service_times"]["note"]
-    for experiment in ("routing", "scale"):
-        lines(
-            [row for row in rows if row["experiment"] == experiment], experiment, note, folder / f"sim_{experiment}.png"
-        )
-    for experiment in ("burst", "day"):
-        over_time(
-            [row for row in rows if row["experiment"] == experiment], experiment, note, folder / f"sim_{experiment}.png"
-        )
+    for experiment, plot in {"routing": lines, "scale": lines, "burst": over_time, "day": over_time}.items():
+        plot([row for row in rows if row["experiment"] == experiment], experiment, note, folder / f"{experiment}.png")
 
 
 def by_strategy(rows: Rows) -> dict[str, Rows]:
@@ -67,8 +61,8 @@ def spread(
 
 
 def over_time(rows: Rows, title: str, note: str, path: Path) -> None:
-    """Load, and the replicas of the two that scale, of seed 0; what it came to, of all seeds."""
-    scaled = [row for row in rows if row["seed"] == 0 and row["strategy"] in ("by work (ours)", "by requests (Ray's)")]
+    """Load, and the replicas of those whose timeline was kept; what it came to, of all seeds."""
+    scaled = [row for row in rows if "timeline" in row]
     figure = pyplot.figure(figsize=(12, 8), layout="constrained")
     grid = figure.add_gridspec(3, 2, width_ratios=(3, 2))
     load = figure.add_subplot(grid[0, 0])

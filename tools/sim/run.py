@@ -98,7 +98,6 @@ def sample(app: App, traffic: Traffic, timeline: dict[str, list[float]]) -> None
     timeline["per_s"].append(traffic.rate(app.loop.now))
     for stage, pool in app.pools.items():
         timeline.setdefault(stage, []).append(len(pool.running))
-        timeline.setdefault(f"{stage} calls", []).append(pool.ongoing)
 
 
 def summary(
