@@ -5,10 +5,7 @@ added are the CPU seconds that the server's processes spend from the first reque
 answers did not have all their tokens.
 """
 
-import argparse
 import asyncio
-import json
-import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu
+from benchmarks.job import answer
 from benchmarks.job import run as run_job
 
 IMAGE_SIZE = 224
@@ -142,14 +140,9 @@ def run(cell: Cell, seed: int, job: dict[str, Any]) -> dict[str, Any]:
     return {"cell": asdict(cell), "seed": seed, "requests": cell.requests} | found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path)
-    options = parser.parse_args()
-    job = json.load(sys.stdin)
-    results = [run(Cell(**cell), seed, job) for cell, seed in job["cells"]]
-    options.result.write_text(json.dumps(results))
+def work(job: dict[str, Any]) -> list[dict[str, Any]]:
+    return [run(Cell(**cell), seed, job) for cell, seed in job["cells"]]
 
 
 if __name__ == "__main__":
-    main()
+    answer(work)

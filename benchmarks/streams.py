@@ -5,14 +5,12 @@ them, the CPU seconds of the server's processes from the first request to the la
 process. On a machine of two cores it competes with the server for them.
 """
 
-import argparse
 import asyncio
 import json
 import math
 import random
 import re
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,11 +20,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks import cpu
+from benchmarks.job import answer
 from benchmarks.job import run as run_job
 
 IMAGE = 224, 224
 TEXT_WORDS = 64
-WORDS = (
+WORDS = [
     "a",
     "the",
     "cat",
@@ -43,7 +42,7 @@ WORDS = (
     "are",
     "not",
     "in",
-)
+]
 RUN_LIMIT_S = 180.0
 SPEED_EVERY_S = 0.25
 QUIET_CORES = 0.2
@@ -289,18 +288,14 @@ def drive(
     return run_job("benchmarks.streams", job, log, limit_s, {"PYTHONUNBUFFERED": "1"})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path)
-    options = parser.parse_args()
-    job = json.load(sys.stdin)
+def work(job: dict[str, Any]) -> list[dict[str, Any]]:
     first, results = job["first"], []
     for wave in (Wave(**each) for each in job["waves"]):
         wait_for_quiet(job["mark"], job["patience_s"])
         results.append(run(wave, first, job["url"], job["mark"]))
         first += wave.requests
-    options.result.write_text(json.dumps(results))
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    answer(work)

@@ -1,1 +1,1 @@
-"""What is built and measured with, outside of the wheel."""
+"""What stays out of the wheel: the training of the demo model, the simulator, and what tests and benchmarks share."""

@@ -1,1 +1,1 @@
-"""Training of the demo model."""
+"""The demo model: its training, and how often it is right."""

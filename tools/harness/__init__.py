@@ -1,1 +1,1 @@
-"""What tests and benchmarks share: servers, media, cases."""
+"""What tests and benchmarks share: servers, media, cases, results."""
