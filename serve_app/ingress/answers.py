@@ -1,4 +1,4 @@
-"""The answers of decode, as they come over the channels, on their way into vLLM's ``OutputProcessor``."""
+"""Answers of decode replicas come over the channels and go into vLLM's ``OutputProcessor``."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -17,32 +17,32 @@ from serve_app.handoff.types import DecodeReply, PrefillReply
 from serve_app.stage import Stage
 
 JOIN_S = 5.0
-"""The last tokens and the end of a call come by two ways: how much later than the call they may come."""
+"""The last tokens come by the channel, the end of the call by its handle: so much later than the call they may come."""
 
 
 @dataclass(eq=False)
 class Answer:
-    """Of one decode call: part of a choice, or the whole of it."""
+    """What one decode call answers: a choice, or the rest of one that resumed."""
 
     key: str
-    """The call's id, by which its outputs come."""
+    """The id of the call. Its outputs bear it."""
     choice_id: str
-    """By which vLLM's OutputProcessor knows the choice."""
+    """The id by which vLLM's ``OutputProcessor`` knows the choice."""
     prefilled: PrefillReply | None
     accept: Callable[[First], None]
-    """Called before the first tokens are taken; they are not where it raises a ``StageError``."""
+    """It is called before the first tokens are taken. They are not taken where it raises a ``StageError``."""
     came: Callable[[EngineCoreOutput], None]
-    """Called with each output that was taken."""
+    """It is called with each output that was taken."""
     heard: bool = False
-    """Whether its decode has begun, and so has pulled the blocks of its prefill."""
+    """Whether decode has begun. It has pulled the blocks of the prefill then."""
     link: Link | None = None
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
         self.first: asyncio.Future[First] = loop.create_future()
         self.whole: asyncio.Future[None] = loop.create_future()
-        """All of it has come."""
-        for future in (self.first, self.whole):  # a failure is told once, by whichever is waited for
+        """It is done when all tokens have come."""
+        for future in (self.first, self.whole):  # a failure is raised once, by the one that is awaited
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     @property
@@ -50,7 +50,7 @@ class Answer:
         return self.whole.done() and not self.whole.cancelled() and self.whole.exception() is None
 
     def begin(self, link: Link, first: First) -> None:
-        """Raises ``StageError`` where it cannot be taken."""
+        """The first token has come. Raises ``StageError`` where the answer cannot be taken."""
         self.heard = True
         self.accept(first)
         self.link = link
@@ -63,20 +63,20 @@ class Answer:
                 future.set_exception(error)
 
     def ended(self, call: "asyncio.Task[DecodeReply]") -> None:
-        """Its call has. Where that failed, so did the answer, unless it was whole."""
+        """The call has ended. Where it failed, the answer failed too, unless it was whole."""
         if call.cancelled() or self.whole.done():
             return
         if (error := call.exception()) is not None:
             return self.fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         reply = call.result()
         if self.link is not None and self.link.replica != reply.replica:
-            return  # Ray Serve sent the call twice, and this is the end of the other one
+            return  # Ray Serve sent the call twice, and the other one has ended
         missing = StageUnavailable(Stage.DECODE, f"sent {reply.tokens} tokens of an answer, and not all of them came")
         asyncio.get_running_loop().call_later(JOIN_S, self.fail, missing)
 
 
 class Answers:
-    """All that are under way at one ingress replica."""
+    """The answers that are under way at one ingress replica."""
 
     def __init__(self, processor: OutputProcessor) -> None:
         decoder: Any = MsgpackDecoder(Frame[EngineCoreOutput])
@@ -89,7 +89,7 @@ class Answers:
         self._by_key[answer.key] = self._by_choice[answer.choice_id] = answer
 
     def forget(self, answer: Answer) -> None:
-        """What may still come of it is dropped, and decode is told to make no more."""
+        """Drop what may still come of it, and tell decode to make no more."""
         del self._by_key[answer.key]
         if self._by_choice.get(answer.choice_id) is answer:
             del self._by_choice[answer.choice_id]
@@ -97,7 +97,7 @@ class Answers:
             answer.link.abort([answer.key])
 
     def received(self, link: Link, frame: Frame[EngineCoreOutput]) -> None:
-        """From one decode replica, in the order in which it made them."""
+        """Take the outputs of one decode replica, which come in the order in which it made them."""
         unwanted = [first.key for first in frame.firsts if not self._begins(link, first)]
         for step in steps(frame.outputs):
             outputs = [output for output in step if self._taken(link, output)]
@@ -119,8 +119,8 @@ class Answers:
                 answer.fail(StageUnavailable(Stage.DECODE, "lost the replica that worked on the request"))
 
     def _begins(self, link: Link, first: First) -> bool:
-        """Whether somebody wants the tokens of this call from this replica. Ray Serve may send a call twice: then the one
-        counts that was heard first."""
+        """Whether somebody wants the tokens of this call from this replica. Where Ray Serve sent the call twice, the replica
+        that was heard first counts."""
         answer = self._by_key.get(first.key)
         if answer is None or answer.link is not None:
             return False
@@ -132,7 +132,7 @@ class Answers:
         return True
 
     def _taken(self, link: Link, output: EngineCoreOutput) -> bool:
-        """Whether an output is awaited; then it bears the name of its choice, and what only prefill knows of it."""
+        """Whether an output is awaited. Then it gets the id of its choice, and what only prefill knows of it."""
         answer = self._by_key.get(output.request_id)
         if answer is None or answer.link is not link or answer.whole.done():
             return False
@@ -146,7 +146,7 @@ class Answers:
 
 
 def steps(outputs: list[EngineCoreOutput]) -> Iterator[list[EngineCoreOutput]]:
-    """One after another, as an engine makes them: at most one output of each request. Nearly always there is one step."""
+    """The steps of the engine one after another, each with at most one output of a request. Nearly always there is one."""
     while outputs:
         step = {output.request_id: output for output in reversed(outputs)}
         more = (
