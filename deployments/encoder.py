@@ -53,7 +53,7 @@ class Encoder(EngineReplica):
         return time.monotonic() < self._answered_at + self._lease_s
 
     async def _encode(self, request: StageRequest, began: float, features: Features | None = None) -> EncodeReply:
-        from serve_app.stages.engine import queue_s
+        from serve_app.stages.tap import queue_s
 
         output = await self.engine.run(request)
         self._answered_at = time.monotonic()

@@ -20,7 +20,7 @@ class Prefill(EngineReplica):
 
     async def prefill(self, request: StageRequest) -> PrefillReply:
         """Run the prompt; its blocks stay until decode has pulled them or the lease ends."""
-        from serve_app.stages.engine import queue_s
+        from serve_app.stages.tap import queue_s
 
         self.refuse_other(request.version)
         began, prompt_logprobs = time.perf_counter(), None

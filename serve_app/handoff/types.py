@@ -26,8 +26,13 @@ READ_S = "read_s"
 """In the ``ec_transfer_params`` that a consumer's engine answers with: seconds to read the embeddings of the request."""
 
 
+VERSION_KEY = "epd_version"
+"""In the extra config of a connector of ours: the version of its engine, as text."""
+
+
 class Version(NamedTuple):
-    """What an engine or an ingress was started from, in digests (``fingerprint.py``), or what a call asks its engine for.
+    """What an engine or an ingress was started from, in digests (``launch.fingerprint``), or what a call asks its engine
+    for.
 
     Empty is what one does not know, or does not ask for.
     """
@@ -123,11 +128,11 @@ class Item(msgspec.Struct, frozen=True):
     def num_embeds(self) -> int:
         return self.length if self.is_embed is None else int(self.is_embed.sum())
 
-
-def size_of(item: Item) -> int:
-    """Bytes of an item as the ingress holds it: its tensors (of vLLM's MultiModalKwargsItem) and the media it came from."""
-    tensors = 0 if item.data is None else sum(int(getattr(field.data, "nbytes", 0)) for field in item.data.values())
-    return tensors + (len(item.source.media.data) if item.source is not None else 0)
+    @property
+    def size_bytes(self) -> int:
+        """In memory: its tensors, and the media it came from."""
+        tensors = 0 if self.data is None else sum(int(getattr(each.data, "nbytes", 0)) for each in self.data.values())
+        return tensors + (len(self.source.media.data) if self.source is not None else 0)
 
 
 class Prompt(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 Between prefill and the first token a request waits twice: at the ingress, which has its hand-off, for a place at decode;
 then at decode, until its engine has the blocks. ``HandOffs`` looks after such waits every now and then, and ends those that
-are in vain. What the engines do for it is in ``kv_lease.py``.
+are in vain. The ingress' are made in ``ingress.leases``; what the engines do for both is in ``transfer.kv_lease``.
 """
 
 import asyncio
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from serve_app.handoff.errors import EPDError, HandoffLost
-from serve_app.routing.handles import StageHandle
 from serve_app.stage import Stage
 
 T = TypeVar("T")
@@ -72,16 +71,6 @@ class HandOffs(Generic[HandOff]):
                     for hand_off in await self.lost(long):
                         if hand_off in self._waits:
                             self._waits[hand_off][1].reschedule(0)
-
-
-def leases(prefill: StageHandle, lease_s: float) -> HandOffs[str]:
-    """Of an ingress: prefill renews the leases of what waits for decode. Hand-offs go by prefill's ids of the requests."""
-
-    async def lost(waiting: list[str]) -> set[str]:
-        replies = await prefill.broadcast("renew", waiting, timeout_s=lease_s / 3)
-        return {request for ended in replies if not isinstance(ended, Exception) for request in ended}
-
-    return HandOffs(lease_s / 6, lease_s / 3, lost, "waited for a place until the lease of its KV blocks was over")
 
 
 def pulls(overdue: Callable[[float], Awaitable[Collection[str]]], lease_s: float) -> HandOffs[str]:

@@ -36,7 +36,7 @@ _watching = False
 def register() -> None:
     if REPLICA_ENV not in os.environ:
         return
-    from serve_app.launch.start_failure import tell_replica  # only in a replica of ours
+    from serve_app.hooks.start_failure import tell_replica  # only in a replica of ours
 
     tell_replica()
     _die_with_parent()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from serve_app.config import AdmissionConfig
 from serve_app.handoff.errors import BadRequest, Overloaded
-from serve_app.handoff.types import Item, Media, size_of
+from serve_app.handoff.types import Item, Media
 
 
 class Admission:
@@ -43,7 +43,7 @@ class Admission:
         self.check_request()
         self.requests += 1
         try:
-            media_bytes = sum(size_of(item) for item in items)
+            media_bytes = sum(item.size_bytes for item in items)
             embed_bytes = self._embed_bytes * sum(item.num_embeds for item in items)
             with self._hold(len(items), media_bytes, embed_bytes):
                 yield

@@ -10,9 +10,7 @@ asks for it before it tells a client that nobody has it. The question goes over 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
-
-from ray.serve.handle import DeploymentHandle
+from typing import Any, Protocol
 
 logger = logging.getLogger("ray.serve")
 
@@ -24,6 +22,12 @@ Answer = Callable[..., Awaitable[Any]]
 ask on."""
 
 
+class Handle(Protocol):
+    """Of the ingress: Ray Serve's ``DeploymentHandle``."""
+
+    def broadcast(self, method: str, *args: Any) -> Any: ...
+
+
 class Peers:
     """The other ingress replicas, as one of them sees them.
 
@@ -31,7 +35,7 @@ class Peers:
     others.
     """
 
-    def __init__(self, replica: str = "", handle: DeploymentHandle[Any] | None = None) -> None:
+    def __init__(self, replica: str = "", handle: Handle | None = None) -> None:
         self._replica = replica
         self._handle = handle
         self._offers: dict[str, Answer] = {}

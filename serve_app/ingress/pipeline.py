@@ -21,12 +21,12 @@ from serve_app.config import EPDConfig
 from serve_app.handoff import shaping
 from serve_app.handoff.errors import BadRequest, EPDError, HandoffLost, OtherVersion, StageError
 from serve_app.handoff.types import Media, PrefillReply, StageRequest, Version
-from serve_app.handoff.waits import leases
 from serve_app.ingress.admission import Admission
 from serve_app.ingress.answers import JOIN_S, Answer, Answers
 from serve_app.ingress.choice import Choice, choices_of
 from serve_app.ingress.decisions import UNSTRUCTURABLE, Attempts, Next
 from serve_app.ingress.encoding import Encoded, EncodeStage, Replies
+from serve_app.ingress.leases import leases
 from serve_app.ingress.request import Deadline, Request, current
 from serve_app.ingress.retry import Retries
 from serve_app.ingress.vllm_errors import fails_as_vllm

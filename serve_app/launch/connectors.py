@@ -14,6 +14,7 @@ from typing import Any
 
 from serve_app.config import Accelerator, EPDConfig
 from serve_app.handoff.errors import ConfigError
+from serve_app.handoff.types import VERSION_KEY, Version
 from serve_app.launch.ec_folder import folder_of
 from serve_app.stage import Stage
 
@@ -27,9 +28,6 @@ KV_MODULES = dict.fromkeys(
     ("NixlConnector", "NixlPullConnector", "NixlPushConnector"), "serve_app.transfer.kv_transport"
 )
 """Connectors in the config that are classes of ours, of vLLM's names."""
-
-VERSION_KEY = "epd_version"
-"""In the extra config of a connector of ours: what its engine was started from (``fingerprint.py``)."""
 
 PORTS = range(20_000, 30_000)
 """Of the side channels. An engine binds its port seconds after its replica chose it: from here neither the kernel (32768 on)
@@ -99,6 +97,19 @@ def kv_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
     if (module := kv.module_path or KV_MODULES.get(kv.connector)) is not None:
         settings["kv_connector_module_path"] = module
     return settings
+
+
+def tell_version(config: EPDConfig, vllm_config: Any, version: Version) -> None:
+    """Have the connectors of an engine that is about to start keep embeddings and KV blocks of versions apart."""
+    name = f"{version.front}-{version.weights}"
+    ec, kv = vllm_config.ec_transfer_config, vllm_config.kv_transfer_config
+    if ec is not None and ec.ec_connector == "SharedFolderECConnector":
+        ec.ec_connector_extra_config = ec.ec_connector_extra_config | {VERSION_KEY: name}
+    elif ec is not None and ec.ec_connector == "ECExampleConnector":  # it names its files by the item alone
+        folder = Path(ec.ec_connector_extra_config["shared_storage_path"])
+        ec.ec_connector_extra_config = ec.ec_connector_extra_config | {"shared_storage_path": str(folder / name)}
+    if kv is not None and config.kv.has_leases:
+        kv.kv_connector_extra_config = kv.kv_connector_extra_config | {VERSION_KEY: name}
 
 
 def side_channel_env(host: str) -> dict[str, str]:

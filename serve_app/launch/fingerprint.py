@@ -23,11 +23,10 @@ from vllm.transformers_utils.repo_utils import try_get_local_file
 
 from serve_app.config import SHARED_ARGS, EPDConfig
 from serve_app.handoff.types import Version
-from serve_app.launch.connectors import KV_MODULES, VERSION_KEY
 from serve_app.launch.engine_args import engine_args
 
 PROTOCOL = 1
-"""Of what crosses our handles. To be raised with what another release of ours would misread in ``handoff.py``."""
+"""Of what crosses our handles. To be raised with what another release of ours would misread in ``handoff``."""
 
 VERSION_ARGS = (SHARED_ARGS - {"model", "served_model_name"}) | {"quantization", "load_format"}
 """Engine arguments that change token ids, item hashes, embeddings or KV blocks. The model is known by its files."""
@@ -74,19 +73,6 @@ def front_of(config: EPDConfig, model_config: Any) -> Version:
 def version_of(config: EPDConfig, vllm_config: Any) -> Version:
     """What an engine tells, from what lies there now. How it lays out KV blocks is known once it runs."""
     return front_of(config, vllm_config.model_config)._replace(weights=weights_of(vllm_config))
-
-
-def tell_connectors(vllm_config: Any, version: Version) -> None:
-    """Have the connectors of an engine that is about to start keep embeddings and KV blocks of versions apart."""
-    name = f"{version.front}-{version.weights}"
-    ec, kv = vllm_config.ec_transfer_config, vllm_config.kv_transfer_config
-    if ec is not None and ec.ec_connector == "SharedFolderECConnector":
-        ec.ec_connector_extra_config = ec.ec_connector_extra_config | {VERSION_KEY: name}
-    elif ec is not None and ec.ec_connector == "ECExampleConnector":  # it names its files by the item alone
-        folder = Path(ec.ec_connector_extra_config["shared_storage_path"])
-        ec.ec_connector_extra_config = ec.ec_connector_extra_config | {"shared_storage_path": str(folder / name)}
-    if kv is not None and kv.kv_connector in KV_MODULES:
-        kv.kv_connector_extra_config = kv.kv_connector_extra_config | {VERSION_KEY: name}
 
 
 def template_of(named: str | None) -> str:

@@ -1,9 +1,9 @@
-"""An engine's failure to start as one sentence, with what to do if that is known: pure functions of exceptions and texts."""
+"""An engine's failure to start as one sentence, with what to do if that is known: pure functions of texts."""
 
 import re
 from collections.abc import Sequence
 
-from pydantic import ValidationError
+from serve_app.handoff.errors import CannotStart
 
 SHARE = (
     "give the stage more memory (`gpus_per_replica`, `gpu_memory_utilization`, `kv_cache_memory_bytes` if it is set)"
@@ -66,26 +66,6 @@ KNOWN: list[tuple[str, str]] = [
 """Pattern, and what it means; the first that matches counts. ``{1}``: the pattern's first group."""
 
 
-def causes(error: BaseException | None) -> list[str]:
-    """An exception and its causes, outermost first, as ``Type: message``."""
-    found: list[str] = []
-    while error is not None and len(found) < 8:
-        found.append(f"{type(error).__name__}: {message(error)}")
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return found
-
-
-def message(error: BaseException) -> str:
-    """Of pydantic's long ones what is wrong with which key."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    mistake = error.errors(include_url=False)[0]  # the others are mostly the other types that a value might have had
-    text = mistake["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if not mistake["loc"]:
-        return text
-    return f"`{mistake['loc'][0]}: {str(mistake['input'])[:80]}`: {text[:1].lower()}{text[1:]}"
-
-
 def reason(errors: Sequence[str], model: str) -> str:
     """One sentence, or two where the second says what to do, without the full stop. ``errors``: as of ``causes``."""
     text = "\n".join(errors)
@@ -100,7 +80,6 @@ def reason(errors: Sequence[str], model: str) -> str:
 
 def sentence(status: str) -> str | None:
     """Ours in what Ray Serve says of an application or a deployment: a traceback that ends with it."""
-    found = re.findall(
-        r"^serve_app\.handoff\.errors\.(?:CannotStart|ConfigError): (.*(?:\n  .*)*)", status, re.MULTILINE
-    )
+    errors = re.escape(CannotStart.__module__)
+    found = re.findall(rf"^{errors}\.(?:CannotStart|ConfigError): (.*(?:\n  .*)*)", status, re.MULTILINE)
     return found[-1].rstrip() if found else None

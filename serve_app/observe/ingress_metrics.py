@@ -4,13 +4,23 @@ Fed from a request's ``Trace`` when it ends, so nothing is counted per token. Sa
 ``deployment`` (here: the ingress) and ``replica``. What engines count reaches Ray through ``observe/engine_metrics.py``.
 """
 
+from typing import Protocol
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from serve_app.ingress.admission import Admission
 from serve_app.observe.ray_metrics import Teller, serve_labels
 from serve_app.observe.trace import Trace
 
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0]
+
+
+class Outstanding(Protocol):
+    """What admission has under way."""
+
+    requests: int
+    items: int
+    media_bytes: int
+    embed_bytes: int
 
 
 class IngressMetrics:
@@ -73,6 +83,6 @@ class IngressMetrics:
         if (per_token := record.per_output_token()) is not None:
             self._per_token.observe(per_token)
 
-    def outstanding(self, admission: Admission) -> None:
+    def outstanding(self, admission: Outstanding) -> None:
         for name, gauge in self._outstanding.items():
             gauge.set(getattr(admission, name))

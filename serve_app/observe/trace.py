@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from serve_app.handoff.types import Prompt, size_of
+from serve_app.handoff.types import Prompt
 from serve_app.observe import tracing
 
 
@@ -73,7 +73,7 @@ class Trace:
     def generates(self, prompt: Prompt, choices: int) -> None:
         """A prompt is rendered, and ``choices`` of its answer are begun. A request may have several prompts."""
         self.items.update(item.modality for item in prompt.items)
-        self.media_bytes += sum(map(size_of, prompt.items))
+        self.media_bytes += sum(item.size_bytes for item in prompt.items)
         self.prompt_tokens += len(prompt.token_ids)
         self.choices += choices
         if self.rendered is None:

@@ -1,6 +1,6 @@
 """Calls of a stage over its Ray Serve handle: cancelled with their caller, and failing only with errors of ours.
 
-Which replica takes a call is the matter of ``balance.py``.
+Which replica takes a call is the matter of ``routing.routers``.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import RequestRouter, RunningReplica
 
 from serve_app.handoff.errors import EngineDead, EPDError, HandoffLost, OtherVersion, StageUnavailable
-from serve_app.handoff.types import ANY, MediaRequest, StageRequest, Version, size_of
+from serve_app.handoff.types import ANY, MediaRequest, StageRequest, Version
 from serve_app.stage import Stage
 
 routers: WeakValueDictionary[tuple[str, str], RequestRouter] = WeakValueDictionary()
@@ -43,7 +43,7 @@ def is_light(argument: Any) -> bool:
         case StageRequest(prompt=prompt, params=params):
             if params.prompt_logprobs is not None:
                 return False
-            size = 8 * len(prompt.token_ids) + sum(map(size_of, prompt.items))
+            size = 8 * len(prompt.token_ids) + sum(item.size_bytes for item in prompt.items)
             return size <= LIGHT_BYTES and size + len(pickle.dumps(params)) <= LIGHT_BYTES
         case MediaRequest(media=media):
             return len(media.data) <= LIGHT_BYTES
@@ -63,7 +63,7 @@ class Call:
     seen: float = field(default_factory=time.monotonic)
     """When it last gave a sign of life."""
     replica: str = ""
-    """Where it was sent, as Ray names its actor: told by its router (``balance.py``)."""
+    """Where it was sent, as Ray names its actor: told by its router (``routing.routers``)."""
     response: Any = None
     lost: Exception | None = None
 

@@ -241,9 +241,3 @@ class StageEngine:
     def shutdown(self) -> None:
         """End the engine process and wait until it is gone."""
         self._llm.shutdown(timeout=5.0)
-
-
-def queue_s(output: RequestOutput) -> float:
-    """Seconds that the request of an output waited in its engine's queue."""
-    stats = output.metrics
-    return max(stats.scheduled_ts - stats.queued_ts, 0.0) if stats is not None and stats.scheduled_ts else 0.0

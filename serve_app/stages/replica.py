@@ -22,14 +22,14 @@ from serve_app.config import Accelerator, EPDConfig
 from serve_app.handoff.errors import CannotStart, OtherVersion
 from serve_app.handoff.types import ANY, Version
 from serve_app.hooks.vllm_plugin import REPLICA_ENV, SCRATCH_ENV
-from serve_app.launch import fit
 from serve_app.launch.card_memory import visible_card_gib
-from serve_app.launch.connectors import check_shared_memory, side_channel_env
+from serve_app.launch.connectors import check_shared_memory, side_channel_env, tell_version
 from serve_app.launch.ec_folder import make_folder, remove_folder
 from serve_app.launch.engine_args import engine_args, model_path, replica_env
 from serve_app.launch.placement import check_claims, shared_cards, xpu_affinity
 from serve_app.launch.start_failure import EngineFailed, hears_engine, says_why
 from serve_app.stage import Stage
+from serve_app.stages import fit
 from serve_app.stages.workload import Meter, page
 from serve_app.transfer.kv_layout import KVLayout
 
@@ -147,7 +147,8 @@ class EngineReplica:
                 config.hang_timeout_s,
                 self._check,
             )
-        self._stays_the_same()
+        self._check_unchanged()
+        self._tell_layout()
         engine_s = time.perf_counter() - imported
         logger.info(f"start-up {self.stage}: import={imported - began:.1f}s engine={engine_s:.1f}s")
         self.work = Meter()
@@ -155,21 +156,24 @@ class EngineReplica:
 
     def _check(self, vllm_config: Any) -> None:
         """Of an engine that is about to load."""
-        from serve_app.launch.fingerprint import tell_connectors, version_of
+        from serve_app.launch.fingerprint import version_of
 
         fit.check(self._config, self.stage, vllm_config)
         self.version = version_of(self._config, vllm_config)
-        tell_connectors(vllm_config, self.version)
+        tell_version(self._config, vllm_config, self.version)
 
-    def _stays_the_same(self) -> None:
+    def _check_unchanged(self) -> None:
         """Raises ``CannotStart`` where files were replaced while the engine loaded: nobody knows what it has of which."""
         from serve_app.launch.fingerprint import version_of
 
         if others := version_of(self._config, self.engine.vllm_config).other_than(self.version):
             self.engine.shutdown()
             raise CannotStart(f"the model's files ({', '.join(others)}) were replaced while it loaded: start it again")
+
+    def _tell_layout(self) -> None:
+        """Set how this engine lays out KV blocks, where it hands such over or takes them."""
         hands_over = self.stage is not Stage.ENCODER and self._config.prefill is not None
-        if hands_over and self._config.kv.connector.startswith("Nixl"):
+        if hands_over and self._config.kv.has_leases:
             self.layout = self.engine.kv_layout
             self.version = self.version._replace(layout=self.layout.digest[:12])
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm.outputs import RequestOutput
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
 
@@ -54,11 +55,15 @@ class Tap:
         return processed
 
 
-def queue_s(output: EngineCoreOutput) -> float:
-    """Seconds that a request waited in its engine's queue, from its first output."""
-    at = {event.type: event.timestamp for event in reversed(output.events or ())}  # the first of each kind
-    queued, scheduled = at.get(EngineCoreEventType.QUEUED), at.get(EngineCoreEventType.SCHEDULED)
-    return max(scheduled - queued, 0.0) if queued is not None and scheduled is not None else 0.0
+def queue_s(output: EngineCoreOutput | RequestOutput) -> float:
+    """Seconds that a request waited in its engine's queue. Of the core's outputs its first one tells."""
+    if isinstance(output, EngineCoreOutput):
+        at = {event.type: event.timestamp for event in reversed(output.events or ())}  # the first of each kind
+        queued, scheduled = (at.get(each, 0.0) for each in (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED))
+    else:
+        stats = output.metrics
+        queued, scheduled = (stats.queued_ts, stats.scheduled_ts) if stats is not None else (0.0, 0.0)
+    return float(max(scheduled - queued, 0.0)) if queued and scheduled else 0.0
 
 
 ARRAYS = (

@@ -39,8 +39,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECCo
 from vllm.distributed.ec_transfer.ec_connector.utils import PlaceholderMetadataResolver, collect_ec_item_metadata
 from vllm.logger import init_logger
 
-from serve_app.handoff.types import READ_S
-from serve_app.launch.connectors import VERSION_KEY
+from serve_app.handoff.types import READ_S, VERSION_KEY
 from serve_app.transfer.ec_metrics import BYTES, FOLDER_BYTES, SharedFolderPromMetrics, SharedFolderStats
 from serve_app.transfer.ec_store import BrokenItem, Evictor, FolderStore, OpenItem, Shape
 from serve_app.transfer.ec_users import Users

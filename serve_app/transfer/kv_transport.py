@@ -25,7 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlPromMetr
 from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-from serve_app.launch.connectors import VERSION_KEY
+from serve_app.handoff.types import VERSION_KEY
 from serve_app.transfer.kv_lease import LeasePullConnector, LeasePushConnector
 
 logger = init_logger("vllm." + __name__)

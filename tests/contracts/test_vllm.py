@@ -60,11 +60,11 @@ IMPORTS = [
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.from_vllm_config"),
     ("serve_app/stages/engine.py", "vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER"),
     ("serve_app/launch/card_memory.py", "ray._private.thirdparty.pynvml:nvmlDeviceGetMemoryInfo"),
-    ("serve_app/launch/fit.py", "vllm.model_executor.model_loader:get_model_cls"),
-    ("serve_app/launch/fit.py", "vllm.model_executor.models.interfaces:supports_encoder_cudagraph"),
+    ("serve_app/stages/fit.py", "vllm.model_executor.model_loader:get_model_cls"),
+    ("serve_app/stages/fit.py", "vllm.model_executor.models.interfaces:supports_encoder_cudagraph"),
     ("serve_app/transfer/kv_layout.py", "vllm.distributed.kv_transfer.kv_connector.utils:get_current_attn_backends"),
-    ("serve_app/launch/model_size.py", "vllm.multimodal.encoder_budget:MultiModalBudget"),
-    ("serve_app/launch/model_size.py", "vllm.config:VllmConfig.is_mm_encoder_only"),
+    ("serve_app/stages/model_size.py", "vllm.multimodal.encoder_budget:MultiModalBudget"),
+    ("serve_app/stages/model_size.py", "vllm.config:VllmConfig.is_mm_encoder_only"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.notify_kv_transfer_request_rejected"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.check_health"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.is_sleeping"),
@@ -723,4 +723,4 @@ def test_only_an_engine_with_a_kv_cache_measures_what_it_may_take() -> None:
     """``card_memory``: an encoder is bounded by nothing of vLLM's, and others by a KV cache of their share."""
     core = inspect.getsource(find("vllm.v1.engine.core:EngineCore._initialize_kv_caches"))
     assert core.index("has_kv_cache") < core.index("determine_available_memory")
-    assert find("vllm.config:CacheConfig").gpu_memory_utilization == find("serve_app.launch.fit:WHOLE")
+    assert find("vllm.config:CacheConfig").gpu_memory_utilization == find("serve_app.stages.fit:WHOLE")

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from serve_app.routing import routers
+from serve_app.routing import rules
 from serve_app.stage import Stage
 from tools.sim.loop import Loop
 from tools.sim.replicas import Call, Replica
@@ -52,14 +52,14 @@ class LeastCost:
 
     def __init__(self, loop: Loop, headroom: float) -> None:
         self._loop, self._headroom = loop, headroom
-        self._loads = routers.Loads()
+        self._loads = rules.Loads()
 
     def choose(self, call: Call, pool: "Pool") -> Replica | None:
         if not pool.running:
             return None
         now = self._loop.now
         loads = self._loads.of(pool.names, now)
-        for tier in routers.tiers(routers.rank(call.key, call.work, loads, self._headroom), loads):
+        for tier in rules.tiers(rules.rank(call.key, call.work, loads, self._headroom), loads):
             open_ = [name for name in tier if pool.by_name[name].ongoing < pool.max_ongoing]
             if open_:
                 name = min(open_, key=lambda name: pool.by_name[name].ongoing)

@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from serve_app.launch import fit
-from serve_app.launch.card_memory import GIB, share_of
+from serve_app.stages import fit
+from serve_app.launch.card_memory import GIB
 from serve_app.config import EPDConfig
 from serve_app.stage import Stage
-from serve_app.launch.model_size import demand_of
+from serve_app.stages.model_size import demand_of
 from serve_app.launch.placement import Cluster, resolve
 from serve_app.launch.engine_args import engine_args, replica_env
 from serve_app.stages.engine import engine_config
@@ -79,9 +79,8 @@ def _plan(config: EPDConfig, stage: Stage, of: Card, models: dict[str, str]) -> 
 
 def room_gib(planned: Planned, of: Card) -> float:
     """What an engine may use of its card."""
-    if planned.stage is Stage.ENCODER and 0 < planned.claimed < 1:
-        return share_of(planned.stage, planned.claimed, of.gib).cap * of.gib
-    return planned.vllm_config.cache_config.gpu_memory_utilization * of.gib
+    utilization = planned.vllm_config.cache_config.gpu_memory_utilization
+    return fit.room_gib(planned.stage, planned.claimed or 1.0, of.gib, utilization)
 
 
 def demand_gib(planned: Planned, of: Card) -> float:

@@ -55,7 +55,7 @@ def test_encoders_on_their_way_from_or_to_none_keep_nothing_from_being_served(
 
 def test_stage_that_cannot_start_says_why() -> None:
     message = (
-        "A replica failed to start with exception. Retrying. Error:\nserve_app.errors.CannotStart: decode cannot: no.\n"
+        "A replica failed to start with exception. Error:\nserve_app.handoff.errors.CannotStart: decode cannot: no.\n"
     )
     state = asyncio.run(made()._state(Stage.DECODE, deployment("UNHEALTHY", message)))
     assert state == "no replica (UNHEALTHY): decode cannot: no."

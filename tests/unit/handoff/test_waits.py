@@ -1,4 +1,4 @@
-"""Waits for hand-offs end when these are lost, and the leases of those that wait are renewed."""
+"""Waits for hand-offs end when these are lost."""
 
 import asyncio
 from asyncio import run
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.handoff.errors import EngineDead, HandoffLost, StageUnavailable
-from serve_app.handoff.waits import HandOffs, leases, pulls
+from serve_app.handoff.errors import HandoffLost, StageUnavailable
+from serve_app.handoff.waits import HandOffs, pulls
 from serve_app.stage import Stage
 
 SOON_S = 0.01
@@ -101,32 +101,6 @@ def test_errors_and_cancellations_of_the_work_are_its_own() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert not waits._waits
-
-    run(scenario())
-
-
-class FakePrefill:
-    """Two replicas, one of which does not answer."""
-
-    def __init__(self) -> None:
-        self.renewed: list[str] = []
-
-    async def broadcast(self, method: str, request_ids: list[str], timeout_s: float) -> list[Any]:
-        assert method == "renew"
-        self.renewed = request_ids
-        return [{"c", "of another ingress"}, EngineDead(Stage.PREFILL, "is dead")]
-
-
-def test_leases_of_what_waits_are_renewed_and_what_has_none_any_more_is_lost() -> None:
-    async def scenario() -> None:
-        prefill: Any = FakePrefill()
-        waits = leases(prefill, 6 * SOON_S)
-        held = asyncio.create_task(waits.wait("a", forever()))
-        with pytest.raises(HandoffLost, match="lease"):
-            await waits.wait("c", forever())
-        assert sorted(prefill.renewed) == ["a", "c"]
-        assert not held.done()
-        held.cancel()
 
     run(scenario())
 

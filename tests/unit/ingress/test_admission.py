@@ -3,13 +3,12 @@
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 
 from serve_app.config import AdmissionConfig
 from serve_app.handoff.errors import BadRequest, Overloaded
-from serve_app.handoff.types import Item, Media, Source
-from serve_app.ingress.admission import Admission, Intake, size_of
+from serve_app.handoff.types import Item, Media
+from serve_app.ingress.admission import Admission, Intake
 
 
 def item(size_bytes: int = 0) -> Item:
@@ -84,12 +83,6 @@ def test_places_are_given_back_when_a_request_fails() -> None:
     with pytest.raises(KeyError), gate.admit((item(7),)):
         raise KeyError
     assert held(gate) == (0, 0, 0, 0)
-
-
-def test_size_counts_tensors_and_the_media_that_they_came_from() -> None:
-    assert size_of(item(12)) == 12
-    assert size_of(msgspec.structs.replace(item(12), source=Source(media(5), None))) == 17
-    assert size_of(msgspec.structs.replace(item(), data=None)) == 0
 
 
 def test_media_that_arrives_is_counted_until_it_leaves() -> None:

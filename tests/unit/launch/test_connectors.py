@@ -3,12 +3,15 @@
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import ECTransferConfig, KVTransferConfig
 
 from serve_app.config import SIDE_CHANNEL_ENV, Accelerator, EPDConfig
 from serve_app.handoff.errors import ConfigError
+from serve_app.handoff.types import Version
 from serve_app.launch import ec_folder
 from serve_app.launch.connectors import (
     check_shared_memory,
@@ -16,6 +19,7 @@ from serve_app.launch.connectors import (
     free_ports,
     kv_transfer_config,
     side_channel_env,
+    tell_version,
 )
 from serve_app.launch.ec_folder import folder_of
 from serve_app.stage import Stage
@@ -196,3 +200,37 @@ def test_ports_that_are_taken_are_left_out() -> None:
         with pytest.raises(OSError, match="no 1 free TCP ports"):
             free_ports(1, range(port, port + 1))
     assert free_ports(1, range(port, port + 1)) == [port]
+
+
+def told(**args: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The extra config of both connectors that are told a version, and what that of KV blocks was before."""
+    epd = EPDConfig.model_validate({"accelerator": "cpu"} | args)
+    ec, kv = ec_transfer_config(epd, Stage.DECODE), kv_transfer_config(epd, Stage.DECODE)
+    assert ec and kv
+    made = SimpleNamespace(ec_transfer_config=ECTransferConfig(**ec), kv_transfer_config=KVTransferConfig(**kv))
+    before = dict(made.kv_transfer_config.kv_connector_extra_config)
+    tell_version(epd, made, Version("f", "t", "w"))
+    return (
+        made.ec_transfer_config.ec_connector_extra_config,
+        made.kv_transfer_config.kv_connector_extra_config,
+        before,
+    )
+
+
+def test_connectors_of_ours_are_told_the_version() -> None:
+    ec, kv, before = told()
+    assert kv == before | {"epd_version": "f-w"}
+    assert ec["epd_version"] == "f-w"
+
+
+def test_vllms_folder_connector_gets_a_folder_for_each_version(tmp_path: Path) -> None:
+    ec, _, _ = told(ec={"connector": "ECExampleConnector", "storage_path": str(tmp_path)})
+    assert ec == {"shared_storage_path": str(tmp_path / "f-w")}
+
+
+def test_connectors_of_others_are_told_nothing_and_engines_without_any_are_fine() -> None:
+    ec, kv, before = told(
+        ec={"connector": "Mine", "module_path": "mine"}, kv={"connector": "Mine", "module_path": "mine"}
+    )
+    assert (ec, kv) == ({}, before)
+    tell_version(EPDConfig(), SimpleNamespace(ec_transfer_config=None, kv_transfer_config=None), Version("f"))

@@ -1,6 +1,5 @@
 """Engines tell each other apart by what they were started from, and by nothing else."""
 
-import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -11,15 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from vllm.config import ECTransferConfig, KVTransferConfig
 
 from serve_app.config import EPDConfig
 from serve_app.handoff.types import ANY, Version
 from serve_app.launch import fingerprint
-from serve_app.launch.connectors import ec_transfer_config, kv_transfer_config
-from serve_app.launch.fingerprint import content_of, front_of, tell_connectors, version_of, weights_of
+from serve_app.launch.fingerprint import content_of, front_of, version_of, weights_of
 from serve_app.launch.placement import Cluster, resolve
-from serve_app.stage import Stage
 
 
 def config(**args: Any) -> EPDConfig:
@@ -192,33 +188,3 @@ def test_what_is_not_known_or_not_asked_for_fits() -> None:
     assert mine.fits(ANY) and ANY.fits(mine) and mine.fits(mine)
     assert mine.fits(Version("f", weights="w"))
     assert mine.other_than(Version("g", "t", "v")) == ["front", "weights"]
-
-
-def transfers(**args: Any) -> Any:
-    epd = config(**args)
-    ec, kv = ec_transfer_config(epd, Stage.DECODE), kv_transfer_config(epd, Stage.DECODE)
-    assert ec and kv
-    return SimpleNamespace(ec_transfer_config=ECTransferConfig(**ec), kv_transfer_config=KVTransferConfig(**kv))
-
-
-def test_connectors_of_ours_are_told_the_version() -> None:
-    made = transfers()
-    before = copy.deepcopy(made.kv_transfer_config.kv_connector_extra_config)
-    tell_connectors(made, Version("f", "t", "w"))
-    assert made.kv_transfer_config.kv_connector_extra_config == before | {"epd_version": "f-w"}
-    assert made.ec_transfer_config.ec_connector_extra_config["epd_version"] == "f-w"
-
-
-def test_vllms_folder_connector_gets_a_folder_for_each_version(tmp_path: Path) -> None:
-    made = transfers(ec={"connector": "ECExampleConnector", "storage_path": str(tmp_path)})
-    tell_connectors(made, Version("f", "t", "w"))
-    assert made.ec_transfer_config.ec_connector_extra_config == {"shared_storage_path": str(tmp_path / "f-w")}
-
-
-def test_connectors_of_others_are_told_nothing_and_engines_without_any_are_fine() -> None:
-    made = transfers(ec={"connector": "Mine", "module_path": "mine"}, kv={"connector": "Mine", "module_path": "mine"})
-    before = copy.deepcopy(made)
-    tell_connectors(made, Version("f", "t", "w"))
-    tell_connectors(SimpleNamespace(ec_transfer_config=None, kv_transfer_config=None), Version("f"))
-    assert made.kv_transfer_config.kv_connector_extra_config == before.kv_transfer_config.kv_connector_extra_config
-    assert made.ec_transfer_config.ec_connector_extra_config == before.ec_transfer_config.ec_connector_extra_config

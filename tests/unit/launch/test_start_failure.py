@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from serve_app.handoff.errors import CannotStart, ConfigError
-from serve_app.launch.start_failure import REASON_ENV, STARTING, EngineFailed, hears_engine, says_why, tell_replica
+from serve_app.hooks.start_failure import REASON_ENV, STARTING, tell_replica
+from serve_app.launch.start_failure import EngineFailed, hears_engine, says_why
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -97,7 +98,7 @@ def test_only_a_port_that_was_taken_is_worth_another_try() -> None:
 
 
 def test_vllm_logs_the_end_of_a_start_in_these_words() -> None:
-    """serve_app/launch/start_failure.py STARTING."""
+    """serve_app/hooks/start_failure.py STARTING."""
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.executor.multiproc_executor import WorkerProc
 

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
-from serve_app.launch.start_reason import KNOWN, SHARE, causes, reason, sentence
+from serve_app.hooks.start_failure import causes
+from serve_app.launch.start_reason import KNOWN, SHARE, reason, sentence
 
 CORE = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): "
 
@@ -82,21 +83,6 @@ def test_unknown_failure_is_its_first_sentence_and_its_type_where_that_says_more
 def test_cause_that_is_known_counts_and_else_what_was_raised_last() -> None:
     assert reason(["RuntimeError: no", "OutOfMemoryError: CUDA out of memory"], "m").startswith("the card's memory")
     assert reason(["ValueError: outer", "KeyError: inner"], "m") == "outer"
-
-
-def test_causes_are_those_that_a_traceback_shows() -> None:
-    def raised(suppressed: bool) -> BaseException:
-        try:
-            try:
-                raise KeyError("inner")
-            except KeyError:
-                raise ValueError("outer") from (None if suppressed else OSError("cause"))
-        except ValueError as error:
-            return error
-
-    assert causes(raised(suppressed=False)) == ["ValueError: outer", "OSError: cause"]
-    assert causes(raised(suppressed=True)) == ["ValueError: outer"]
-    assert causes(None) == []
 
 
 class Config(BaseModel):

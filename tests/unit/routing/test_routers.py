@@ -14,7 +14,8 @@ from ray.serve.config import RequestRouterConfig
 from serve_app.handoff.types import ANY, Item, Prompt, StageRequest, Version
 from serve_app.routing import handles
 from serve_app.routing.handles import Call, StageHandle, routers, sending
-from serve_app.routing.routers import FORGET_UNROUTED_S, LeastCostRouter, Loads, TwoChoicesRouter, rank, tiers
+from serve_app.routing.routers import LeastCostRouter, TwoChoicesRouter
+from serve_app.routing.rules import FORGET_UNROUTED_S, Loads, rank, tiers
 from serve_app.stage import Stage
 
 REPLICAS = ["a", "b", "c", "d"]

@@ -20,7 +20,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from serve_app.handoff.errors import BadRequest, EngineDead, EPDError, HandoffLost, StageUnavailable
 from serve_app.handoff.types import Prompt, StageRequest
 from serve_app.stage import Stage
-from serve_app.stages.engine import StageEngine, queue_s
+from serve_app.stages.engine import StageEngine
 from tests.unit.stages.llm import FakeLLM
 
 Output = EngineCoreOutput
@@ -252,16 +252,6 @@ def test_what_this_engine_alone_cannot_do_is_the_clients_error(
         assert llm.core.come.empty()
 
     scenario(main)
-
-
-def test_time_in_the_engines_queue_is_told_where_there_are_statistics() -> None:
-    def output(stats: Any) -> Any:
-        return SimpleNamespace(metrics=stats)
-
-    assert queue_s(output(SimpleNamespace(queued_ts=1.0, scheduled_ts=1.25))) == 0.25
-    assert queue_s(output(SimpleNamespace(queued_ts=1.25, scheduled_ts=1.0))) == 0.0
-    assert queue_s(output(SimpleNamespace(queued_ts=1.0, scheduled_ts=0.0))) == 0.0, "never scheduled"
-    assert queue_s(output(None)) == 0.0
 
 
 # ---- health

@@ -29,10 +29,10 @@ from serve_app.config import EPDConfig
 from serve_app.handoff.errors import CannotStart, ConfigError, HandoffLost, OtherVersion, StageUnavailable
 from serve_app.handoff.types import ANY, READ_S, DecodeReply, Media, MediaRequest, Prompt, StageRequest, Version
 from serve_app.handoff.waits import pulls
-from serve_app.launch import fingerprint, fit
+from serve_app.launch import fingerprint
 from serve_app.launch.connectors import side_channel_env
 from serve_app.launch.start_failure import EngineFailed
-from serve_app.stages import engine
+from serve_app.stages import engine, fit
 from serve_app.stages.replica import PORT_TRIES, EngineReplica, alone_on, started
 from serve_app.stages.workload import HELP, Meter
 from serve_app.transfer.kv_layout import KVLayout
@@ -148,6 +148,7 @@ def test_replica_that_does_not_start_raises_its_reason(monkeypatch: pytest.Monke
 
 STARTS = """
 import threading
+from serve_app.stages import fit
 from serve_app.stages.replica import ends_unless_done_in
 with ends_unless_done_in(60, "decode does not start"):
     pass
@@ -445,7 +446,8 @@ def starting(name: str, monkeypatch: pytest.MonkeyPatch, before: Version, after:
     engine.kv_layout = KVLayout("l" * 64, "FLASH_ATTN", "H100")
     made = replica(name, engine, _config=EPDConfig())
     made._check(engine.vllm_config)
-    made._stays_the_same()
+    made._check_unchanged()
+    made._tell_layout()
     return made
 
 

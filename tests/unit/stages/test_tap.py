@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,16 @@ def at(*events: tuple[EngineCoreEventType, float]) -> Output:
 )
 def test_time_in_the_queue_is_up_to_when_the_request_was_first_scheduled(output: Output, seconds: float) -> None:
     assert queue_s(output) == seconds
+
+
+def test_time_in_the_engines_queue_is_told_where_there_are_statistics() -> None:
+    def output(stats: Any) -> Any:
+        return SimpleNamespace(metrics=stats)
+
+    assert queue_s(output(SimpleNamespace(queued_ts=1.0, scheduled_ts=1.25))) == 0.25
+    assert queue_s(output(SimpleNamespace(queued_ts=1.25, scheduled_ts=1.0))) == 0.0
+    assert queue_s(output(SimpleNamespace(queued_ts=1.0, scheduled_ts=0.0))) == 0.0, "never scheduled"
+    assert queue_s(output(None)) == 0.0
 
 
 # ---- adding up

@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlHandshakePayload
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
 
-from serve_app.launch.connectors import VERSION_KEY
+from serve_app.handoff.types import VERSION_KEY
 from serve_app.transfer import kv_transport
 from serve_app.transfer.kv_transport import ENOUGH_BYTES, PLENTY_BYTES, NixlConnector, NixlPushConnector, Pace, Watch
 

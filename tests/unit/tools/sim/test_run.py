@@ -7,7 +7,7 @@ import pytest
 
 from serve_app.config import EncodeConfig
 from serve_app.ingress import encode_rule
-from serve_app.routing import routers
+from serve_app.routing import rules
 from serve_app.stage import Stage
 from serve_app.stages.workload import Meter
 from tests.unit.tools.sim.parts import ONE_IMAGE, TIMES
@@ -52,7 +52,7 @@ def test_decisions_are_productions(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(owner, name, counted)
 
-    counting(routers, "rank")
+    counting(rules, "rank")
     counting(encode_rule, "encode_at_prefill")
     counting(Meter, "call")
     _, result = run()
@@ -62,7 +62,7 @@ def test_decisions_are_productions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_items_that_the_rule_leaves_to_prefill_never_reach_an_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routers, "rank", lambda *_: pytest.fail("no encoder is asked"))
+    monkeypatch.setattr(rules, "rank", lambda *_: pytest.fail("no encoder is asked"))
     _, result = run(rate=8.0, encode=EncodeConfig(min_embeds=10**6))
 
     assert result.at_prefill == 1.0 and result.outcomes == {"ok": result.requests}

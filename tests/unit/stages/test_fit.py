@@ -13,11 +13,11 @@ from serve_app.config import EPDConfig
 from serve_app.handoff.errors import ConfigError
 from serve_app.launch.card_memory import GIB, share_of, shares_of_one
 from serve_app.launch.engine_args import engine_args
-from serve_app.launch.fit import WHOLE, Demand, alternatives, check, check_fit, check_precision, room_of
-from serve_app.launch.model_size import bytes_per_vision_token
 from serve_app.launch.placement import Cluster, resolve
 from serve_app.stage import Stage
 from serve_app.stages.engine import engine_config
+from serve_app.stages.fit import WHOLE, Demand, alternatives, check, check_fit, check_precision, room_gib
+from serve_app.stages.model_size import bytes_per_vision_token
 
 QWEN_3B = Demand(
     weights=int(6.99 * GIB),
@@ -112,9 +112,9 @@ def test_alternatives_are_only_those_that_fit() -> None:
 
 
 def test_an_encoder_is_bounded_by_its_cap_and_not_by_what_vllm_asks_to_be_free() -> None:
-    assert room_of(Stage.ENCODER, 0.25, 80.0, 0.01) == share_of(Stage.ENCODER, 0.25, 80.0).cap
-    assert room_of(Stage.ENCODER, 1.0, 80.0, 0.01) == WHOLE
-    assert room_of(Stage.PREFILL, 0.75, 80.0, 0.7) == 0.7
+    assert room_gib(Stage.ENCODER, 0.25, 80.0, 0.01) == 80 * share_of(Stage.ENCODER, 0.25, 80.0).cap
+    assert room_gib(Stage.ENCODER, 1.0, 80.0, 0.01) == 80 * WHOLE
+    assert room_gib(Stage.PREFILL, 0.75, 80.0, 0.7) == 80 * 0.7
 
 
 def test_bytes_of_a_vision_token_are_known_of_towers_that_merge_patches() -> None:

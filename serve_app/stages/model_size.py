@@ -3,10 +3,52 @@
 Sizes that cannot be told without the weights count as nothing.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve_app.launch.fit import Demand
+from serve_app.launch.card_memory import GIB
+
+GRAPHS_GIB = 0.4
+"""CUDA graphs, the sampler's buffers and workspaces of an engine that has a language model: an estimate."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one engine wants of each of its cards, in bytes; item sizes in tokens of the language model."""
+
+    weights: int
+    tokens_per_item: Mapping[str, int]
+    """The largest item of each modality that takes part, whatever the context."""
+    max_model_len: int
+    batch_tokens: int
+    """The least that vLLM makes of the vision batch and of the encoder cache (``max_num_batched_tokens``)."""
+    bytes_per_vision_token: int
+    """Activations of the tower; 0: unknown."""
+    bytes_per_embedding: int
+    bytes_per_kv_token: int
+    """0: an encoder."""
+
+    @property
+    def largest_item(self) -> int:
+        return min(max(self.tokens_per_item.values(), default=0), self.max_model_len)
+
+    @property
+    def bytes(self) -> int:
+        cache = max(self.largest_item, self.batch_tokens) if self.tokens_per_item else 0
+        # An encoder's batch is as large as its budget; others are profiled with one largest item, or as many as fill it.
+        need = self.weights + cache * (self.bytes_per_vision_token + self.bytes_per_embedding)
+        if self.bytes_per_kv_token:
+            need += self.max_model_len * self.bytes_per_kv_token + int(GRAPHS_GIB * GIB)
+        return need
+
+    def at(self, max_model_len: int) -> "Demand":
+        return replace(self, max_model_len=min(max_model_len, self.max_model_len))
+
+    def without(self, modality: str) -> "Demand":
+        kept = {name: tokens for name, tokens in self.tokens_per_item.items() if name != modality}
+        return replace(self, tokens_per_item=kept)
 
 
 def demand_of(vllm_config: Any) -> Demand:
