@@ -7,7 +7,7 @@ written there. vLLM's decode pulls what it was told to pull, whenever it gets to
 - decode pulls, uses what it has pulled, and tells prefill to free the blocks only as far as it knows that they are held: by
   prefill's clock the lease has not ended, as nearly always; or prefill says so when it is asked, before the pull and
   again after it. What was not held counts as lost, as if it had never come;
-- a hand-off that waits for decode has its lease renewed (``renew_kv_leases``, called by way of ``kv_waits.py``).
+- a hand-off that waits for decode has its lease renewed (``renew_kv_leases``, called by way of ``ingress.leases``).
 
 So no freeze, queue or clock can make a wrong answer: a lease that is too short costs a second prefill.
 
@@ -45,10 +45,6 @@ HELD = "epd-held"
 
 REMEMBERED = 10_000
 """Leases that have ended. Of an older one decode finds out when it has pulled."""
-
-
-def lease_of(vllm_config: Any) -> float:
-    return float(vllm_config.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30))
 
 
 def says_what_may_be(record: logging.LogRecord) -> bool:
@@ -107,8 +103,10 @@ def is_held(remote: RemoteMeta) -> bool:
 class Leases(NixlBaseConnectorWorker):
     """Prefill's side, of a worker that pulls or pushes: renews leases, and remembers which have ended."""
 
-    _lease_s: float
-    _ended: dict[str, None]
+    def __init__(self, vllm_config: Any, *args: Any) -> None:
+        self._lease_s = float(vllm_config.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30))
+        self._ended: dict[str, None] = {}
+        super().__init__(vllm_config, *args)
 
     def renew(self, request_ids: Iterable[str]) -> list[str]:
         """Begin leases anew. Returns those of these hand-offs whose leases have ended: none that decode has pulled."""
@@ -129,9 +127,9 @@ class Leases(NixlBaseConnectorWorker):
 class PushWorker(Leases, NixlPushConnectorWorker):
     """Where prefill pushes, it alone has to know: what it writes to decode it holds until it is written."""
 
-    def __init__(self, vllm_config: Any, *args: Any) -> None:
-        self._lease_s, self._ended, self._posting = lease_of(vllm_config), {}, threading.Lock()
-        super().__init__(vllm_config, *args)
+    def __init__(self, *args: Any) -> None:
+        self._posting = threading.Lock()
+        super().__init__(*args)
 
     def _xfer_blocks_for_req(self, req_id: str, meta: Any) -> None:
         """In the writer's thread, which hears late of leases that are over."""
@@ -148,9 +146,8 @@ class PushWorker(Leases, NixlPushConnectorWorker):
 class PullWorker(Leases, NixlPullConnectorWorker):
     """Decode's side: what was pulled is there once it is known to have been held."""
 
-    def __init__(self, vllm_config: Any, *args: Any) -> None:
-        super().__init__(vllm_config, *args)
-        self._lease_s, self._ended = lease_of(vllm_config), {}
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._clock_error_s: dict[str, float] = {}
         self._pulling_since: dict[str, float] = {}
         self._may_pull: set[str] = set()
@@ -249,28 +246,27 @@ class PullWorker(Leases, NixlPullConnectorWorker):
         super().shutdown()
 
 
-class LeasePullConnector(nixl.NixlPullConnector):
-    """vLLM's, of these two."""
+class LeaseConnector(nixl.NixlBaseConnector):
+    """vLLM's, of a scheduler and a worker that know of leases."""
+
+    scheduler_class: type[Any]
+    worker_class: type[Leases]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         nixl.NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
-            self.connector_scheduler = LeaseScheduler(vllm_config, self.engine_id, kv_cache_config)
+            self.connector_scheduler = self.scheduler_class(vllm_config, self.engine_id, kv_cache_config)
         else:
             answer_replica()
-            self.connector_worker = PullWorker(vllm_config, self.engine_id, kv_cache_config)
+            self.connector_worker = self.worker_class(vllm_config, self.engine_id, kv_cache_config)
 
 
-class LeasePushConnector(nixl.NixlPushConnector):
-    """vLLM's, with leases that can be renewed."""
+class LeasePullConnector(LeaseConnector, nixl.NixlPullConnector):
+    scheduler_class, worker_class = LeaseScheduler, PullWorker
 
-    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        nixl.NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
-        if role == KVConnectorRole.SCHEDULER:
-            self.connector_scheduler = NixlPushConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
-        else:
-            answer_replica()
-            self.connector_worker = PushWorker(vllm_config, self.engine_id, kv_cache_config)
+
+class LeasePushConnector(LeaseConnector, nixl.NixlPushConnector):
+    scheduler_class, worker_class = NixlPushConnectorScheduler, PushWorker
 
 
 def renew_kv_leases(_: WorkerBase, request_ids: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from serve_app.__main__ import READY
+from serve_app.cli.ready import READY
 from serve_app.config import EPDConfig, StageConfig
 from serve_app.launch.placement import Cluster, resolve
 from serve_app.observe.trace import Trace

@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from serve_app.__main__ import at, main, says_ready, wait_ready
 from serve_app.cli import client
+from serve_app.cli.main import main
+from serve_app.cli.ready import at, says_ready, wait_ready
 
 
 def shown(table: Table) -> list[str]:

@@ -1,170 +1,33 @@
-"""What it tells of the stages, as Serve's controller and the replicas tell it."""
+"""What the ingress deployment hands on: Serve's word of its own application, and the end of what it serves."""
 
 import asyncio
-import math
-import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray import serve
 
-from deployments import ingress
 from deployments.ingress import Ingress
-from serve_app.config import EPDConfig
-from serve_app.handoff.errors import CannotStart, StageUnavailable
-from serve_app.handoff.types import Version
-from serve_app.stage import Stage
-from serve_app.transfer.kv_layout import KVLayout
-from tests.fakes import FakeStage
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:coroutine .* was never awaited"
 )  # Serve awaits an ASGI replica's __del__
 
 
-def made() -> Any:
+def made(**state: Any) -> Any:
     one = object.__new__(Ingress.func_or_class)  # type: ignore[attr-defined]
-    stages = {stage: FakeStage(stage) for stage in Stage}
-    state = {"_stages": stages, "_app_name": "epd", "_health": (-10.0, {}), "_asking": None}
     one.__dict__.update(state)
     return one
 
 
-def deployment(status: str, message: str = "", **replicas: int) -> Any:
-    return SimpleNamespace(status=SimpleNamespace(value=status), message=message, replica_states=replicas)
+def test_it_asks_serve_of_its_own_application_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    applications = {name: SimpleNamespace(deployments={"Decode": name}) for name in ("epd", "other")}
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=applications))
+    assert made(_app_name="epd")._deployments() == {"Decode": "epd"}
 
 
-@pytest.mark.parametrize(
-    ("status", "encoder", "others"),
-    [
-        ("HEALTHY", "healthy", "healthy"),
-        ("UPSCALING", "healthy", "no replica (UPSCALING)"),
-        ("DOWNSCALING", "healthy", "no replica (DOWNSCALING)"),
-        ("UPDATING", "no replica (UPDATING)", "no replica (UPDATING)"),
-        ("UNHEALTHY", "no replica (UNHEALTHY)", "no replica (UNHEALTHY)"),
-    ],
-)
-def test_encoders_on_their_way_from_or_to_none_keep_nothing_from_being_served(
-    status: str, encoder: str, others: str
-) -> None:
-    """A load balancer would take text away from a service whose encoder is loading its model."""
-    states = [asyncio.run(made()._state(stage, deployment(status, STARTING=1))) for stage in Stage]
-    assert states == [encoder, others, others]
-
-
-def test_stage_that_cannot_start_says_why() -> None:
-    message = (
-        "A replica failed to start with exception. Error:\nserve_app.handoff.errors.CannotStart: decode cannot: no.\n"
-    )
-    state = asyncio.run(made()._state(Stage.DECODE, deployment("UNHEALTHY", message)))
-    assert state == "no replica (UNHEALTHY): decode cannot: no."
-
-
-def test_ingress_whose_stages_take_too_long_says_which() -> None:
-    one = made()
-    one._config = EPDConfig(startup_timeout_s=0.01)
-    one._probing, one._health = asyncio.Lock(), (math.inf, {Stage.DECODE: "no replica (UPDATING)"})
-    with pytest.raises(CannotStart, match=r"`startup_timeout_s: 0.01`: decode: no replica \(UPDATING\)"):
-        asyncio.run(one._stages_ready())
-
-
-HOPPER = KVLayout("a", "FLASH_ATTN", "NVIDIA H100")
-BLACKWELL = KVLayout("b", "FLASHINFER", "NVIDIA B200")
-DEAD = StageUnavailable(Stage.PREFILL, "died")
-MINE = Version("front")
-
-
-def telling(stage: Stage, replies: Any) -> FakeStage:
-    """A stage whose replicas tell what they are made of."""
-
-    async def made_of() -> list[Any]:
-        if isinstance(replies, Exception):
-            raise replies
-        return list(replies)
-
-    return FakeStage(stage, made_of=made_of)
-
-
-@pytest.mark.parametrize(
-    ("prefill", "decode", "refused"),
-    [
-        ([HOPPER, HOPPER], [HOPPER], False),
-        ([HOPPER, BLACKWELL], [HOPPER], True),
-        ([DEAD, BLACKWELL], [HOPPER], True),
-        ([DEAD], [HOPPER], False),
-        (DEAD, [HOPPER], False),
-        ([None], [HOPPER], False),
-    ],
-)
-def test_ingress_does_not_start_where_decode_could_not_take_prefills_blocks(
-    prefill: Any, decode: Any, refused: bool
-) -> None:
-    def told(layouts: Any) -> Any:
-        return layouts if layouts is DEAD else [each if each is DEAD else (MINE, each) for each in layouts]
-
-    one = made()
-    one._config = EPDConfig()
-    one._stages = {stage: telling(stage, told(of)) for stage, of in ((Stage.PREFILL, prefill), (Stage.DECODE, decode))}
-    if not refused:
-        return asyncio.run(one._stages_agree(MINE))
-    with pytest.raises(CannotStart, match="NVIDIA B200, FLASHINFER"):
-        asyncio.run(one._stages_agree(MINE))
-
-
-def test_ingress_whose_stages_run_in_another_version_waits_for_one_of_its_own() -> None:
-    one, replies = made(), [(Version("old"), None)]
-    one._config = EPDConfig(startup_timeout_s=5)
-    stages = {Stage.ENCODER: [], Stage.PREFILL: replies, Stage.DECODE: [(MINE, None), (Version("old"), None)]}
-    one._stages = {stage: telling(stage, of) for stage, of in stages.items()}
-
-    async def main() -> None:
-        waiting = asyncio.create_task(one._stages_agree(MINE))
-        done, _ = await asyncio.wait([waiting], timeout=0.2)
-        assert not done
-        replies.append((MINE, None))
-        await waiting
-
-    asyncio.run(main())
-
-
-def test_ingress_that_finds_no_stage_of_its_version_says_in_what_they_differ() -> None:
-    one = made()
-    one._config = EPDConfig(startup_timeout_s=0.1)
-    one._stages = {Stage.DECODE: telling(Stage.DECODE, [(Version("old"), None)])}
-    with pytest.raises(CannotStart, match=r"decode runs in another version \(front\): the model's files"):
-        asyncio.run(one._stages_agree(MINE))
-
-
-def test_layouts_of_versions_that_hand_nothing_to_each_other_may_differ() -> None:
-    one = made()
-    one._config = EPDConfig()
-    old, new = (Version("old"), BLACKWELL), (MINE, HOPPER)
-    one._stages = {stage: telling(stage, [old, new]) for stage in (Stage.PREFILL, Stage.DECODE)}
-    asyncio.run(one._stages_agree(MINE))
-
-
-def test_controller_that_is_away_takes_one_thread_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    back, asked = threading.Event(), []
-
-    def status() -> Any:
-        asked.append(1)
-        back.wait(30)
-        return SimpleNamespace(applications={"epd": SimpleNamespace(deployments={"Decode": deployment("HEALTHY")})})
-
-    monkeypatch.setattr(serve, "status", status)
-    monkeypatch.setattr(ingress, "CONTROLLER_S", 0.05)
-    monkeypatch.setattr(ingress, "HEALTH_CACHE_S", 0.0)
-
-    async def main() -> None:
-        one = made()
-        one._probing = asyncio.Lock()
-        for _ in range(3):
-            assert set((await one._probe()).values()) == {"unknown: Ray Serve's controller does not answer"}
-        assert await one._census() == {}
-        assert len(asked) == 1
-        back.set()
-        monkeypatch.setattr(ingress, "CONTROLLER_S", 10.0)
-        assert (await one._probe())[Stage.DECODE] == "healthy"
-
-    asyncio.run(main())
+def test_close_and_the_requests_inside_are_told_by_what_it_serves() -> None:
+    serving = SimpleNamespace(close=lambda: (2, 30.0), door=SimpleNamespace(inside=2))
+    one = made(_serving=serving)
+    assert asyncio.run(one.close()) == (2, 30.0)
+    assert asyncio.run(one.record_autoscaling_stats()) == {"requests": 2.0}

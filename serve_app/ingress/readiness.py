@@ -1,0 +1,157 @@
+"""Whether the stages behind an ingress replica can serve, as Ray Serve's controller and the replicas themselves tell it."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from serve_app.handoff.errors import CannotStart, EPDError
+from serve_app.handoff.types import Version
+from serve_app.launch.start_reason import sentence
+from serve_app.routing.handles import StageHandle
+from serve_app.stage import Stage
+from serve_app.transfer.kv_layout import KVLayout, check_layouts
+
+logger = logging.getLogger("ray.serve")
+
+PROBE_CACHE_S = 1.0
+READY_POLL_S = 0.2
+AGREE_POLL_S = 0.5
+CONTROLLER_S = 5.0
+"""For Serve's controller to answer."""
+
+SCALED = ("HEALTHY", "UPSCALING", "DOWNSCALING")
+"""States of a deployment whose number of replicas, which may be none, is what its autoscaling wants or on its way there."""
+
+
+class Deployment(Protocol):
+    """What Ray Serve says of one (``DeploymentStatusOverview``)."""
+
+    status: Any
+    message: str
+    replica_states: Mapping[str, int]
+
+
+class Readiness:
+    """Of the stages of one application, as one ingress replica sees them."""
+
+    def __init__(
+        self,
+        stages: Mapping[Stage, StageHandle],
+        deployments: Callable[[], Mapping[str, Deployment]],
+        startup_timeout_s: float,
+    ) -> None:
+        """``deployments`` asks Serve's controller for those of the application, by name, and waits as long as that takes."""
+        self._stages = stages
+        self._ask_controller = deployments
+        self._startup_timeout_s = startup_timeout_s
+        self._told: tuple[float, dict[str, str]] = (-PROBE_CACHE_S, {})
+        self._probing = asyncio.Lock()
+        self._asking: asyncio.Task[Mapping[str, Deployment]] | None = None
+
+    async def wait_ready(self) -> None:
+        """Raises ``CannotStart`` when that takes too long."""
+        try:
+            async with asyncio.timeout(self._startup_timeout_s):
+                # Serve's controller has no event to wait for.
+                while any(state != "healthy" for state in (await self.probe()).values()):  # noqa: ASYNC110
+                    await asyncio.sleep(READY_POLL_S)
+        except TimeoutError:
+            states = ", ".join(f"{stage}: {state}" for stage, state in self._told[1].items())
+            raise CannotStart(f"not ready within `startup_timeout_s: {self._startup_timeout_s:g}`: {states}") from None
+
+    async def wait_agreed(self, version: Version) -> None:
+        """Wait for a replica of this version in each stage that has any: while a deploy goes on, the last may be about to
+        start. Raises ``CannotStart`` when that takes too long, or where decode could not take prefill's KV blocks."""
+        waits_for = ""
+        try:
+            async with asyncio.timeout(self._startup_timeout_s):
+                while others := await self._others(version):
+                    if others != waits_for:
+                        logger.warning(f"waits for stages of its own version: {others}")
+                    waits_for = others
+                    await asyncio.sleep(AGREE_POLL_S)
+        except TimeoutError:
+            raise CannotStart(
+                f"{waits_for}: the model's files, the configuration or the release of vLLM are not the same on all nodes"
+            ) from None
+        prefill, decode = [await self._made_of(stage) for stage in (Stage.PREFILL, Stage.DECODE)]
+        check_layouts(*([layout for of, layout in told if layout and of.fits(version)] for told in (prefill, decode)))
+
+    async def probe(self) -> dict[str, str]:
+        """State per stage; ``healthy`` where it can serve. Asked at most once a second."""
+        async with self._probing:
+            asked, states = self._told
+            if time.monotonic() - asked >= PROBE_CACHE_S:
+                try:
+                    deployments = await self._deployments()
+                    asking = (self._state(stage, deployments.get(stage.capitalize())) for stage in self._stages)
+                    states = dict(zip(self._stages, await asyncio.gather(*asking), strict=True))
+                except TimeoutError:
+                    states = dict.fromkeys(self._stages, "unknown: Ray Serve's controller does not answer")
+                self._told = (time.monotonic(), states)
+            return states
+
+    async def census(self) -> dict[str, dict[str, int]]:
+        """Replicas per stage, and of the ingress, by Serve's state; empty while the controller does not answer."""
+        try:
+            deployments = await self._deployments()
+        except TimeoutError:
+            deployments = {}
+        return {
+            name.lower(): {state: count for state, count in deployment.replica_states.items() if count}
+            for name, deployment in deployments.items()
+        }
+
+    async def _deployments(self) -> Mapping[str, Deployment]:
+        """Raises ``TimeoutError``. One thread asks, for all who want to know: while the controller is away it cannot be
+        ended, and media from URLs need threads too."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(asyncio.to_thread(self._ask_controller))
+        return await asyncio.wait_for(asyncio.shield(self._asking), CONTROLLER_S)
+
+    async def _state(self, stage: Stage, deployment: Deployment | None) -> str:
+        if deployment is None:
+            return "not deployed"
+        if deployment.replica_states.get("RUNNING", 0) == 0:
+            # Items do not wait for an encoder that has yet to start: prefill encodes them.
+            scaled_to_zero = deployment.status.value in (SCALED if stage is Stage.ENCODER else SCALED[:1])
+            why = sentence(deployment.message)
+            none = f"no replica ({deployment.status.value})" + (f": {why}" if why else "")
+            return "healthy" if scaled_to_zero else none
+        return await self._asked(self._stages[stage])
+
+    async def _asked(self, stage: StageHandle) -> str:
+        """Whether one replica of a stage answers for its engine. Where one hangs, a broadcast has no answer at all: then
+        the router, which prefers those that respond, picks one."""
+        try:
+            replies = await stage.broadcast("check_health", timeout_s=2.0)
+            if any(not isinstance(reply, Exception) for reply in replies):
+                return "healthy"
+            return f"unhealthy: {replies[0] if replies else 'no replica'}"
+        except EPDError:
+            pass
+        try:
+            async with asyncio.timeout(5.0):
+                await stage.call("check_health")
+            return "healthy"
+        except (EPDError, TimeoutError) as error:
+            return f"unhealthy: {error or 'no replica answers'}"
+
+    async def _others(self, version: Version) -> str:
+        """Stages whose replicas are all of another version, and in which respects."""
+        others = []
+        for stage in self._stages:
+            differ = [of.other_than(version) for of, _ in await self._made_of(stage)]
+            if differ and all(differ):
+                others.append(f"{stage} runs in another version ({', '.join(differ[0])})")
+        return ", ".join(others)
+
+    async def _made_of(self, stage: Stage) -> list[tuple[Version, KVLayout | None]]:
+        """What the replicas of a stage are made of, as far as they tell."""
+        try:
+            replies = await self._stages[stage].broadcast("made_of") if stage in self._stages else []
+        except EPDError:  # gone since it was ready
+            return []
+        return [reply for reply in replies if not isinstance(reply, Exception)]
