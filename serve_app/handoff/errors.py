@@ -14,7 +14,7 @@
         ├── HandoffLost        embeddings or KV blocks are gone
         └── StageTimeout       → 504
 
-``client.py`` turns them into vLLM's own exceptions, whose HTTP mapping the OpenAI app has already.
+``ingress.vllm_errors`` turns them into vLLM's own exceptions, whose HTTP mapping the OpenAI app has already.
 """
 
 from pydantic import ValidationError

@@ -1,4 +1,4 @@
-"""What crosses a handle between stages, and how a request is shaped for each stage.
+"""What crosses a handle between stages. How a request is shaped for each stage is in ``handoff.shaping``.
 
 Small frozen types; tensors only where a stage has to see pixels. Fields typed ``Any`` hold vLLM's own objects, which this
 module passes on without importing vLLM.

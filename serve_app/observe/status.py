@@ -10,7 +10,7 @@ from serve_app.routing.handles import StageHandle
 from serve_app.stage import Stage
 
 UNITS = {Stage.ENCODER: "media tokens", Stage.PREFILL: "prompt tokens", Stage.DECODE: "sequences"}
-"""What a stage's work is counted in, see ``workload.py``."""
+"""What a stage's work is counted in, see ``stages.workload``."""
 
 CACHE_S = 1.0
 TIMEOUT_S = 2.0

@@ -62,8 +62,8 @@ class TwoChoicesRouter(_Tells, PowerOfTwoChoicesRequestRouter):
 class LeastCostRouter(_Tells):
     """Ray Serve's request router of the Encoder deployment.
 
-    Needs calls with internal request ids of their own (``encoding.py`` makes them in fresh contexts): Serve matches choice
-    and call by that id.
+    Needs calls with internal request ids of their own (``ingress.encoding`` makes them in fresh contexts): Serve matches
+    choice and call by that id.
     """
 
     def initialize_state(self, headroom: float = 1.25) -> None:

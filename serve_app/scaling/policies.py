@@ -10,7 +10,7 @@
       {policy_function: serve_app.autoscaling:SharedGPUs}
 
 Bounds, delays and factors are Ray's, from ``autoscaling_config``; its window (``look_back_period_s``) is the one that
-signals are averaged over. The arithmetic is in ``scaling.py``.
+signals are averaged over. The arithmetic is in ``scaling.rules``.
 
 These run in Serve's controller, for all applications: whatever they raise would stop its control loop. So a mistake in
 ``policy_kwargs`` is an error in the controller's log, again every minute, and Ray's rule for calls decides. Ray pickles this
@@ -117,7 +117,7 @@ class IngressPolicy(WorkPolicy):
 
 
 def signals(ctx: AutoscalingContext) -> dict[str, Any]:
-    """What the replicas of a stage reported (``workload.Meter.stats``), together, as arguments of ``Load``."""
+    """What the replicas of a stage reported (``stages.workload.Meter.stats``), together, as arguments of ``Load``."""
     metrics = ctx.aggregated_metrics or {}
     series = ctx.raw_metrics or {}
     return {

@@ -5,7 +5,7 @@ Two questions, with a gap between their answers, so that the number of replicas 
 - More? If a newcomer would wait longer than ``target_queue_s``: as many as would have done all of it by then.
 - Fewer? Only if those that stay could carry what is being done now at ``max_utilization``, and what waits fits too.
 
-``share`` is for when GPUs are short: which stage gets the next one. ``autoscaling.py`` is their place in Ray Serve.
+``share`` is for when GPUs are short: which stage gets the next one. ``scaling.policies`` is their place in Ray Serve.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ KEEP_REQUESTS = 0.7
 
 @dataclass(frozen=True)
 class Load:
-    """What a stage has to do. Work is in the unit of the stage; see ``workload.py``."""
+    """What a stage has to do. Work is in the unit of the stage; see ``stages.workload``."""
 
     outstanding: float
     """Work of the calls that its replicas have."""

@@ -1,8 +1,7 @@
 """The adapter around vLLM's ``AsyncLLM``: a request in, the outputs of the engine's core out.
 
-What leans on vLLM's internals is here, in ``tap.py``, ``engine_input.py``, ``guard.py``, ``openai_app.py``, ``ingress/`` and
-the modules whose names begin with ``ec_`` and ``media``; ``tests/unit/test_contracts*.py`` say what broke when vLLM 0.32.0
-is replaced.
+What leans on vLLM's internals is here and in the rooms that ``tests/repo/test_rooms.py`` names; ``tests/contracts`` says
+what broke when vLLM 0.32.0 is replaced.
 """
 
 import asyncio

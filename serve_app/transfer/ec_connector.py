@@ -76,7 +76,7 @@ class Held:
 
 def weights_of(model_config: Any, version: str) -> str:
     """What an embedding depends on besides its item's hash, in which vLLM has the model's name: the engine's ``version``, as
-    its replica tells it (``fingerprint.py``), precision and revision. A folder outlives a deployment."""
+    its replica tells it (``launch.fingerprint``), precision and revision. A folder outlives a deployment."""
     commit = getattr(model_config.hf_config, "_commit_hash", None)
     named = repr((version, model_config.revision, commit, model_config.hf_overrides))
     return f"{model_config.dtype}:{hashlib.sha256(named.encode()).hexdigest()[:16]}:"
