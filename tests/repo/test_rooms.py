@@ -69,13 +69,11 @@ PURE = [
     "routing.rules",
     "routing.overlap",
     "scaling.rules",
+    "ingress.decisions",
     "ingress.encode_rule",
     "ingress.retry",
 ]
 """Rules and types that run without vLLM and without Ray: nothing that they load loads either."""
-
-TODAY = {("observe.trace", "ingress.admission")}
-"""Imports that run up, until they are mended."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def test_imports_run_down() -> None:
     for each in of_ours():
         here, there = floor(each.by), floor(each.of)
         assert here is not None and there is not None
-        if room(each.by) != room(each.of) and there >= here and (each.by, each.of) not in TODAY:
+        if room(each.by) != room(each.of) and there >= here:
             direction = "above it" if there > here else "on its floor"
             wrong.append(sentence(each, f"`{room(each.of)}` lies {direction}, see ROOMS"))
     assert not wrong, "\n".join(wrong)
@@ -195,8 +193,6 @@ def test_nobody_is_excused_for_what_is_not_done() -> None:
         by = {each.by for each in imports() if room(each.of) == library}
         idle = [name for name in allowed if not any(is_among(module, [name]) for module in by)]
         assert not idle, f"LIBRARIES: {', '.join(idle)} import {library} no more"
-    mended = TODAY - {(each.by, each.of) for each in imports()}
-    assert not mended, f"TODAY: {mended} are mended"
 
 
 @pytest.mark.parametrize("module", PURE)
