@@ -84,7 +84,7 @@ def processor(folder: Path) -> ItemProcessor:
     asked = {"accelerator": "cpu", "model": str(folder), "engine_args": {"max_model_len": 32768}}
     config = resolve(EPDConfig.model_validate(asked), Cluster(0, 8)).config
     renderer = renderer_from_config(server.ingress_vllm_config(ingress_args(config, str(folder))))
-    return ItemProcessor(renderer, config.media)
+    return ItemProcessor(renderer, config.advanced.media)
 
 
 def decoded(of: ItemProcessor, media: Media) -> Any:

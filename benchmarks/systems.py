@@ -101,7 +101,7 @@ def behind_proxy(folder: Path, behind: list[Engine]) -> Iterator[Server]:
 
 SYSTEMS: dict[str, System] = {
     "ours E+P+D": lambda folder: ours(folder, {}),
-    "ours E+P+D, short at D": lambda folder: ours(folder, {"kv": {"min_prompt_tokens": SHORT}}),
+    "ours E+P+D, short at D": lambda folder: ours(folder, {"advanced": {"kv": {"min_prompt_tokens": SHORT}}}),
     "ours E+PD": lambda folder: ours(folder, {"prefill": None}),
     "proxy": reference,
     "one engine": lambda folder: vllm_server(folder, {}),

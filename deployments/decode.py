@@ -28,9 +28,9 @@ class Decode(EngineReplica):
         super().__init__(config)
         from serve_app.stages.tap import codec
 
-        self.pulls = pulls(self.engine.overdue_pulls, config.kv.lease_s)
+        self.pulls = pulls(self.engine.overdue_pulls, config.advanced.kv.lease_s)
         self.outlets: Outlets[EngineCoreOutput] = Outlets(
-            self.replica, codec(), config.chunk_interval_s, self.engine.abort
+            self.replica, codec(), config.advanced.answers.chunk_interval_s, self.engine.abort
         )
         self.engine.tap.stepped = self.outlets.flush
 

@@ -24,10 +24,10 @@ class Encoder(EngineReplica):
         from serve_app.ingress.rendering import ItemProcessor
         from serve_app.media.check import set_vllm_limits
 
-        set_vllm_limits(config.media)
-        self.items = ItemProcessor(self.engine.renderer, config.media)
+        set_vllm_limits(config.advanced.media)
+        self.items = ItemProcessor(self.engine.renderer, config.advanced.media)
         # From a folder others read when they like; blocks are pulled from this engine, within the lease.
-        self._lease_s = 0.0 if config.ec.uses_folder else config.ec.lease_s
+        self._lease_s = 0.0 if config.ec.uses_folder else config.advanced.ec.lease_s
         self._answered_at = -self._lease_s
 
     async def encode(self, request: StageRequest) -> EncodeReply:

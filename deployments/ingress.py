@@ -53,7 +53,7 @@ class Ingress:
             from serve_app.ingress.start import Place, start
 
             place = Place(self._replica, address, channel_host(), self._deployment.max_ongoing_requests)
-            readiness = Readiness(self._stages, self._deployments, self._config.startup_timeout_s)
+            readiness = Readiness(self._stages, self._deployments, self._config.timeouts.startup_s)
             self._serving = await start(self._config, place, self._stages, readiness, self._peers)
         return self._serving.app
 

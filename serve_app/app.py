@@ -65,7 +65,7 @@ def build_app(args: dict[str, Any]) -> Application:
         max_ongoing_requests=1024,
         # The replica of a new config listens before the old one goes. Behind Serve's proxy requests wait for it.
         max_surge_percent=100 if config.http is Http.REPLICAS else 0,
-        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        graceful_shutdown_timeout_s=config.timeouts.drain_s,
     )
     application: Application = ingress.bind(config, **handles)
     return application
@@ -82,11 +82,11 @@ def start_options(cluster: Cluster) -> dict[str, Any]:
 
 def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
     """Ray Serve's options of a stage, besides what ``deployments:`` sets."""
-    stage_config = config.stages[stage]
+    queue = config.queues[stage]
     if stage is Stage.ENCODER:
         router = RequestRouterConfig(
             request_router_class="serve_app.routing.routers:LeastCostRouter",
-            request_router_kwargs={"headroom": config.encode.affinity_headroom},
+            request_router_kwargs={"headroom": config.advanced.encode.affinity_headroom},
         )
     else:
         router = RequestRouterConfig(
@@ -95,11 +95,11 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
             request_router_kwargs={"waits": stage is Stage.DECODE},
         )
     return {
-        "ray_actor_options": actor_options(stage_config, config.accelerator),
+        "ray_actor_options": actor_options(config.stages[stage], config.accelerator),
         "logging_config": NO_ACCESS_LOG,
-        "max_ongoing_requests": stage_config.max_ongoing_requests,
-        "max_queued_requests": stage_config.max_queued_requests,
-        "graceful_shutdown_timeout_s": config.drain_timeout_s,
+        "max_ongoing_requests": queue.max_ongoing_requests,
+        "max_queued_requests": queue.max_queued_requests,
+        "graceful_shutdown_timeout_s": config.timeouts.drain_s,
         "request_router_config": router,
     }
 

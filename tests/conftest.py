@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.config import EPDConfig, MediaConfig
+from serve_app.config import EPDConfig, MediaLimits
 from serve_app.handoff.types import EncodeReply, MediaRequest
 from serve_app.launch.placement import Cluster, resolve
 from serve_app.stage import Stage
@@ -114,13 +114,13 @@ def make_client(make_parts: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def make_encoder(demo_vllm_config: Any) -> Callable[..., Any]:
-    """Make an encoder stage that decodes and transforms items for real, by the media rules that are passed."""
+    """Make an encoder stage that decodes and transforms items for real, by the limits that are passed."""
     from vllm.renderers import renderer_from_config
 
     from serve_app.ingress.rendering import ItemProcessor
 
-    def make(**rules: Any) -> FakeStage:
-        items = ItemProcessor(renderer_from_config(demo_vllm_config), MediaConfig(**rules))
+    def make(**limits: Any) -> FakeStage:
+        items = ItemProcessor(renderer_from_config(demo_vllm_config), MediaLimits(**limits))
 
         async def encode_media(request: MediaRequest) -> EncodeReply:
             features = await items.features(request.media)

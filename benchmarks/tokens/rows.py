@@ -23,7 +23,7 @@ E_PD: Args = {"prefill": None}
 E_P_D: Args = {}
 CROWD: Args = {"engine_args": {"max_num_seqs": 128}}
 """The demo model's engines would run 32 requests at a time."""
-WIDE: Args = {"engine_args": {"max_num_seqs": 1024}, "decode": {"max_ongoing_requests": 1024}}
+WIDE: Args = {"engine_args": {"max_num_seqs": 1024}, "advanced": {"decode": {"max_ongoing_requests": 1024}}}
 SLOWER_S = 0.05
 INTERVALS_S = (0.0, 0.01, 0.02, SLOWER_S)
 
@@ -39,6 +39,11 @@ def two_ingresses(folder: Path) -> Iterator[Server]:
         yield server
 
 
+def every(interval_s: float) -> Args:
+    """Tokens of an answer go on together that come within this time."""
+    return {"advanced": {"answers": {"chunk_interval_s": interval_s}}}
+
+
 NULL_E_PD, NULL_E_P_D, AT_ONCE = "null E+PD", "null E+P+D", "null E+P+D, no pace"
 NULL_SLOWER = f"null E+PD, {SLOWER_S:g} s"
 ONE_INGRESS, TWO_INGRESSES = "null E+PD, one ingress", "null E+PD, two ingresses"
@@ -49,13 +54,10 @@ SYSTEMS: dict[str, System] = {
     NULL_E_PD: lambda folder: ours(folder, E_PD, APP),
     NULL_E_P_D: lambda folder: ours(folder, E_P_D, APP),
     AT_ONCE: lambda folder: ours(folder, E_P_D | {"null_step_s": 0.0}, APP),
-    NULL_SLOWER: lambda folder: ours(folder, E_PD | {"chunk_interval_s": SLOWER_S}, APP),
+    NULL_SLOWER: lambda folder: ours(folder, E_PD | every(SLOWER_S), APP),
     ONE_INGRESS: lambda folder: ours(folder, E_PD | WIDE, APP),
     TWO_INGRESSES: two_ingresses,
-    **{
-        name: partial(ours, topology=E_PD | CROWD | {"chunk_interval_s": interval_s})
-        for name, interval_s in BY_INTERVAL.items()
-    },
+    **{name: partial(ours, topology=E_PD | CROWD | every(interval_s)) for name, interval_s in BY_INTERVAL.items()},
     ONE: lambda folder: vllm_server(folder, CROWD),
     PROXY: lambda folder: reference(folder, CROWD),
     REAL_E_PD: lambda folder: ours(folder, E_PD | CROWD),

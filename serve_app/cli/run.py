@@ -174,11 +174,13 @@ class Ending:
 
     def _drain(self, asked_by: str) -> None:
         """Have the ingress replicas take no more requests, and wait for those that are under way, as long as
-        ``drain_timeout_s`` lets them."""
+        ``timeouts.drain_s`` lets them."""
         began = time.monotonic()
         under_way, seconds = close_ingresses() or (0, 0.0)
         if under_way:
-            told = f"requests under way: {under_way}. They get {seconds:g} s to end (`drain_timeout_s`), new ones a 503"
+            told = (
+                f"requests under way: {under_way}. They get {seconds:g} s to end (`timeouts.drain_s`), new ones a 503"
+            )
             print(f"\n{asked_by}; {told}. Another {asked_by} ends all at once.", file=sys.stderr, flush=True)
         while under_way and time.monotonic() - began < seconds:
             if self._over.wait(POLL_S):  # after the last one, too: its end has still to reach the client

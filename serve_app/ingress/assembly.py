@@ -46,8 +46,8 @@ def assemble(
     )
     pipeline = Pipeline(config, stages, encoders, admission, processor, engines_resume(config, vllm_config))
     from_media: frozenset[str] = frozenset()
-    if encoders is not None and config.encode.from_media:
-        items = ItemProcessor(renderer, config.media)
+    if encoders is not None and config.advanced.encode.from_media:
+        items = ItemProcessor(renderer, config.advanced.media)
         encoders.features, from_media = items.features, items.modalities
         FromMedia(items, pipeline.encode_media, config.ec.salt_by_tenant)
     return Parts(EPDClient(config, vllm_config, renderer, pipeline, version), metrics, from_media)
@@ -59,8 +59,11 @@ def encode_stage(
     """The encoders, where the topology has any. Answers are only remembered where a folder keeps the embeddings."""
     if Stage.ENCODER not in stages:
         return None
-    encode = config.encode if config.ec.uses_folder else config.encode.model_copy(update={"remember_s": 0})
-    return EncodeStage(stages[Stage.ENCODER], encode, config.ec.shareable, declared_fields(renderer), version=version)
+    encode, timeout_s = config.advanced.encode, config.timeouts.encode_s
+    if not config.ec.uses_folder:
+        encode = encode.model_copy(update={"remember_s": 0})
+    declared = declared_fields(renderer)
+    return EncodeStage(stages[Stage.ENCODER], encode, timeout_s, config.ec.shareable, declared, version=version)
 
 
 def engines_resume(config: EPDConfig, vllm_config: VllmConfig) -> bool:

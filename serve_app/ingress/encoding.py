@@ -80,6 +80,8 @@ class EncodeStage:
 
     handle: StageHandle
     config: EncodeConfig
+    timeout_s: float
+    """For one attempt."""
     shareable: bool
     """Whether an answer serves every request that waits for it: not where an embedding is sent to one consumer."""
     declared: Callable[[str], frozenset[str]]
@@ -160,7 +162,7 @@ class EncodeStage:
             taken += job.cost
             if self.state.down:  # this item is the probe
                 probes = True
-                self.state.probe_at = now + self.config.timeout_s * self.config.attempts
+                self.state.probe_at = now + self.timeout_s * self.config.attempts
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = {
@@ -295,10 +297,10 @@ class EncodeStage:
         call = msgspec.structs.replace(job.call, request_id=shaping.child_id(job.call.request_id, job.index))
         self.state.outstanding += job.cost
         try:
-            async with asyncio.timeout(self.config.timeout_s):
+            async with asyncio.timeout(self.timeout_s):
                 reply: EncodeReply = await self.handle.call(job.method, call)
         except TimeoutError:
-            raise StageTimeout(Stage.ENCODER, f"did not answer within {self.config.timeout_s:g} s") from None
+            raise StageTimeout(Stage.ENCODER, f"did not answer within {self.timeout_s:g} s") from None
         except (BadRequest, OtherVersion):
             self.state.down = False  # it is up, and refuses the item
             raise

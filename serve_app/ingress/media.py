@@ -8,7 +8,7 @@
     bytes ──> image, frames, samples                 vLLM's own MediaIO classes      (see from_media.py)
 
 Registered with vLLM under the name ``epd`` and chosen through ``VLLM_MEDIA_CONNECTOR``; vLLM makes a connector per request.
-The rules are those of the ``MediaConfig`` that it is installed with; what vLLM passes along of them (``roles.shared_args``
+The rules are those of the configuration that it is installed with; what vLLM passes along of them (``roles.shared_args``
 gives it the same folder and domains) is not read.
 """
 
@@ -16,6 +16,7 @@ import asyncio
 import re
 from collections.abc import Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -25,7 +26,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, Medi
 from vllm.multimodal.media.connector import MODALITY_IO_MAP, global_thread_pool
 from vllm.renderers.chat_utils import AsyncMultiModalContentParser
 
-from serve_app.config import MediaConfig
+from serve_app.config import EPDConfig, MediaLimits
 from serve_app.handoff.errors import BadRequest, Overloaded
 from serve_app.handoff.types import Media, digest_of
 from serve_app.ingress.admission import Admission, Intake
@@ -41,22 +42,23 @@ MODALITY_OF: dict[type, str] = {io: modality for modality, io in MODALITY_IO_MAP
 
 
 def install(
-    rules: MediaConfig,
+    config: EPDConfig,
     undecoded: Collection[str] = (),
     admission: Admission | None = None,
     peers: Peers | None = None,
 ) -> Fetcher:
-    """Make vLLM load media by these rules, in this process. The caller closes the fetcher at the end.
+    """Make vLLM load media by the rules of a config, in this process. The caller closes the fetcher at the end.
 
     ``undecoded``: modalities whose items are left as ``Media``, for an encoder to decode. ``admission`` counts what comes.
     ``peers`` may remember media by the names that clients gave it.
     """
-    fetcher = Fetcher(rules)
-    names = MediaNames(rules.remember_uuid_bytes, peers)
-    make = partial(EPDMediaConnector, rules, fetcher, names, frozenset(undecoded), admission)
+    rules, limits = config.media, config.advanced.media
+    fetcher = Fetcher(rules, limits, config.timeouts.media_fetch_s)
+    names = MediaNames(limits.remember_uuid_bytes, peers)
+    make = partial(EPDMediaConnector, rules.allowed_local_path, limits, fetcher, names, frozenset(undecoded), admission)
     MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(make)
     envs.VLLM_MEDIA_CONNECTOR = CONNECTOR
-    set_vllm_limits(rules)
+    set_vllm_limits(limits)
     AsyncMultiModalContentParser.parse_image_pil = _parse_decoded
     for name, parse in _PARSE.items():
         setattr(AsyncMultiModalContentParser, name, naming(parse))
@@ -81,7 +83,8 @@ class EPDMediaConnector(MediaConnector):
 
     def __init__(
         self,
-        rules: MediaConfig,
+        folder: Path | None,
+        limits: MediaLimits,
         fetcher: Fetcher,
         names: MediaNames,
         undecoded: frozenset[str] = frozenset(),
@@ -90,14 +93,15 @@ class EPDMediaConnector(MediaConnector):
         **of_vllm: Any,
     ) -> None:
         super().__init__(media_io_kwargs)
-        self._rules = rules
+        self._folder = folder
+        self._limits = limits
         self._fetcher = fetcher
         self._names = names
         self._undecoded = undecoded
         self._admission = admission
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
-        """The media behind a URL. ``media.fetch_timeout_s`` counts, not vLLM's ``fetch_timeout``."""
+        """The media behind a URL. ``timeouts.media_fetch_s`` counts, not vLLM's ``fetch_timeout``."""
         if not isinstance(url, str):
             raise VLLMValidationError("A media URL must be a text.")
         try:
@@ -128,7 +132,7 @@ class EPDMediaConnector(MediaConnector):
                 content: Content = await in_thread(self._read_data, url, media_io, room)
                 return content
             case "file":
-                return Content(await in_thread(read_file, url, self._rules, room))
+                return Content(await in_thread(read_file, url, self._folder, self._limits, room))
             case "http" | "https":
                 return Content(await self._fetch(url, room))
             case _:
@@ -165,32 +169,32 @@ class EPDMediaConnector(MediaConnector):
         room(len(text) * 3 // 4)
         if media_type == "video/jpeg" and isinstance(media_io, VideoMediaIO):
             return Content(text.encode(errors="replace"), jpegs=True)
-        return Content(decode_base64(text, self._rules))
+        return Content(decode_base64(text, self._limits))
 
     def _decode(self, content: Content, media_io: MediaIO[Any]) -> Any:
         data = content.data
         if content.jpegs:
             return self._decode_jpegs(data.decode(), media_io)
-        if len(data) > self._rules.max_bytes:
-            raise too_large("The media", self._rules)
+        if len(data) > self._limits.max_bytes:
+            raise too_large("The media", self._limits)
         modality = MODALITY_OF.get(type(media_io))
         if modality not in self._undecoded:
-            return decode(data, media_io, self._rules)
-        units = check_image(data, self._rules) if modality == "image" else len(data)
+            return decode(data, media_io, self._limits)
+        units = check_image(data, self._limits) if modality == "image" else len(data)
         return Media(modality, data, media_io, units, digest_of(data))
 
     def _decode_jpegs(self, text: str, media_io: MediaIO[Any]) -> Any:
-        check_jpegs(text, self._rules)
+        check_jpegs(text, self._limits)
         try:
             return media_io.load_base64("video/jpeg", text)
         except Exception as error:
             raise to_client_error(error) from error
 
 
-def decode(data: bytes, media_io: MediaIO[Any], rules: MediaConfig) -> Any:
+def decode(data: bytes, media_io: MediaIO[Any], limits: MediaLimits) -> Any:
     """Raises ``VLLMValidationError`` for media that is broken or over a limit."""
     try:
-        return check(data, media_io, rules).load_bytes(data)
+        return check(data, media_io, limits).load_bytes(data)
     except Exception as error:
         raise to_client_error(error) from error
 
@@ -201,8 +205,8 @@ async def in_thread(function: Any, *args: Any) -> Any:
 
 
 VLLM_LIMITS = {
-    "VLLM_MAX_IMAGE_PIXELS": "`media.max_pixels`",
-    "VLLM_MAX_AUDIO_DECODE_DURATION_S": "`media.max_seconds`",
+    "VLLM_MAX_IMAGE_PIXELS": "`advanced.media.max_pixels`",
+    "VLLM_MAX_AUDIO_DECODE_DURATION_S": "`advanced.media.max_seconds`",
 }
 """vLLM's names for limits of ours."""
 

@@ -68,20 +68,21 @@ class Pipeline:
         self.encoders = encoders
         self.admission = admission
         self.answers = Answers(processor)
-        self.retries = Retries(config.retry)
+        self.retries = Retries(config.advanced.retry)
         self.background: set[asyncio.Task[Any]] = set()
         self._config = config
         self._processor = processor
         self._engines_resume = engines_resume
         prefill = stages.get(Stage.PREFILL)
-        self._leases = leases(prefill, config.kv.lease_s) if prefill is not None and config.kv.has_leases else None
+        leased = prefill if config.kv_has_leases else None
+        self._leases = leases(leased, config.advanced.kv.lease_s) if leased is not None else None
 
     async def encode_media(self, media: list[Media]) -> Replies:
         """Encode items while their prompt is rendered. Raises vLLM's own exceptions."""
         assert self.encoders is not None
         request = current.get() or Request("media")
         with fails_as_vllm(request), self.admission.admit_media(media):
-            deadline = request.deadline(self._config.request_timeout_s)
+            deadline = request.deadline(self._config.timeouts.request_s)
             return await deadline.within(Stage.ENCODER, self.encoders.encode_media(media, request.id, request.trace))
 
     @asynccontextmanager
@@ -99,7 +100,7 @@ class Pipeline:
             request.trace.generates(prompt, number)
             queue = RequestOutputCollector(core.params.output_kind, core.request_id)
             choices = choices_of(self._processor, core, text, queue)
-            deadline = request.deadline(self._config.request_timeout_s)
+            deadline = request.deadline(self._config.timeouts.request_s)
             tasks = [asyncio.create_task(self._into(queue, call, choice, deadline, request)) for choice in choices]
             try:
                 yield queue
@@ -170,7 +171,7 @@ class Pipeline:
         if Stage.PREFILL not in self.stages:
             return Plan(call, encoders, False, None)
         why = None
-        if len(call.prompt.token_ids) < self._config.kv.min_prompt_tokens:
+        if len(call.prompt.token_ids) < self._config.advanced.kv.min_prompt_tokens:
             why = "short"
         elif attempts.without_prefill:
             why = "failed"

@@ -40,12 +40,12 @@ class Readiness:
         self,
         stages: Mapping[Stage, StageHandle],
         deployments: Callable[[], Mapping[str, Deployment]],
-        startup_timeout_s: float,
+        startup_s: float,
     ) -> None:
         """``deployments`` asks Serve's controller for those of the application, by name, and waits as long as that takes."""
         self._stages = stages
         self._ask_controller = deployments
-        self._startup_timeout_s = startup_timeout_s
+        self._startup_s = startup_s
         self._told: tuple[float, dict[str, str]] = (-PROBE_CACHE_S, {})
         self._probing = asyncio.Lock()
         self._asking: asyncio.Task[Mapping[str, Deployment]] | None = None
@@ -53,20 +53,20 @@ class Readiness:
     async def wait_ready(self) -> None:
         """Raises ``CannotStart`` when that takes too long."""
         try:
-            async with asyncio.timeout(self._startup_timeout_s):
+            async with asyncio.timeout(self._startup_s):
                 # Serve's controller has no event to wait for.
                 while any(state != "healthy" for state in (await self.probe()).values()):  # noqa: ASYNC110
                     await asyncio.sleep(READY_POLL_S)
         except TimeoutError:
             states = ", ".join(f"{stage}: {state}" for stage, state in self._told[1].items())
-            raise CannotStart(f"not ready within `startup_timeout_s: {self._startup_timeout_s:g}`: {states}") from None
+            raise CannotStart(f"not ready within `timeouts.startup_s: {self._startup_s:g}`: {states}") from None
 
     async def wait_agreed(self, version: Version) -> None:
         """Wait for a replica of this version in each stage that has any: while a deploy goes on, the last may be about to
         start. Raises ``CannotStart`` when that takes too long, or where decode could not take prefill's KV blocks."""
         waits_for = ""
         try:
-            async with asyncio.timeout(self._startup_timeout_s):
+            async with asyncio.timeout(self._startup_s):
                 while others := await self._others(version):
                     if others != waits_for:
                         logger.warning(f"waits for stages of its own version: {others}")

@@ -30,7 +30,7 @@ from vllm.multimodal.processing.context import TimingContext
 from vllm.renderers.chat_utils import _get_embeds_data
 from vllm.utils.torch_utils import set_default_torch_num_threads
 
-from serve_app.config import MediaConfig
+from serve_app.config import MediaLimits
 from serve_app.handoff import shaping
 from serve_app.handoff.engine_input import SourcedItem, from_engine_input
 from serve_app.handoff.errors import BadRequest
@@ -58,10 +58,10 @@ def declared_fields(renderer: Any) -> Callable[[str], frozenset[str]]:
 class ItemProcessor:
     """vLLM's multimodal processor for items one by one; on an encoder, and on the ingress for those no encoder takes."""
 
-    def __init__(self, renderer: Any, rules: MediaConfig) -> None:
+    def __init__(self, renderer: Any, limits: MediaLimits) -> None:
         self.renderer = renderer
         self.declared = declared_fields(renderer)
-        self._rules = rules
+        self._limits = limits
         self._resolver = PlaceholderMetadataResolver(renderer.model_config)
 
     @property
@@ -80,7 +80,7 @@ class ItemProcessor:
             raise BadRequest(why_not_processed(error)) from error
 
     async def decoded(self, media: Media) -> Any:
-        return await in_thread(decode, media.data, media.io, self._rules)
+        return await in_thread(decode, media.data, media.io, self._limits)
 
     async def in_turn(self, function: Callable[..., Any], *args: Any) -> Any:
         """In the renderer's single thread for multimodal processing: vLLM's processors take one caller at a time.

@@ -223,7 +223,7 @@ class Responses:
         why = (
             "no ingress replica has it. One that is not used makes room for others, and goes with the replica that stored it"
             if self._max_bytes
-            else "this server stores none. `response_store_bytes` in its configuration has it do so"
+            else "this server stores none. `advanced.answers.response_store_bytes` in its configuration has it do so"
         )
         return self._refused(f"Response with id '{response_id}' not found: {why}.", HTTPStatus.NOT_FOUND)
 

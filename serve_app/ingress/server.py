@@ -102,7 +102,7 @@ async def make_app(
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
     client = parts.client
-    fetcher = media.install(config.media, parts.from_media, client.pipeline.admission, peers)
+    fetcher = media.install(config, parts.from_media, client.pipeline.admission, peers)
     app = build_app(args, ("generate",), client.model_config)
     _shape_errors(app)
     app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)
@@ -112,7 +112,7 @@ async def make_app(
         each for each in app.user_middleware if each.cls is not PrometheusInstrumentatorMiddleware
     ]
     app.state.openai_serving_responses = Responses(
-        app.state.openai_serving_responses, peers or Peers(), config.response_store_bytes
+        app.state.openai_serving_responses, peers or Peers(), config.advanced.answers.response_store_bytes
     )
     add_routes(app, client.pipeline.stages, status)
     if config.page:

@@ -47,10 +47,11 @@ class Serving:
     def __init__(self, config: EPDConfig, place: Place, door: Door) -> None:
         self.door = door
         self.front: Front | None = None
-        self._drain_timeout_s = config.drain_timeout_s
+        self._drain_s = config.timeouts.drain_s
         if config.http is Http.REPLICAS:
-            bounds = {"body_s": config.request_timeout_s, "drain_s": config.drain_timeout_s}
-            self.front = Front(door, place.address, **bounds, notice_s=config.drain_notice_s)
+            limits = config.timeouts
+            bounds = {"body_s": limits.request_s, "drain_s": limits.drain_s, "notice_s": limits.drain_notice_s}
+            self.front = Front(door, place.address, **bounds)
             self.front.bind()
 
     @property
@@ -61,7 +62,7 @@ class Serving:
         """Take no more requests, for good. How many are under way, and the seconds that they get to end."""
         if self.front is not None:
             self.front.close()
-        return self.door.close(), self._drain_timeout_s
+        return self.door.close(), self._drain_s
 
 
 async def start(
@@ -86,7 +87,7 @@ async def start(
     encoders = (await readiness.census()).get("encoder", {}).get("RUNNING", 0)  # none: scaled to zero, not to be woken
     key = next(iter(server_args.api_key or ()), os.environ.get("VLLM_API_KEY"))
     with_image = bool(encoders) and "image" in parts.from_media
-    await warm_up(app, config.model_name, key, with_image, config.kv.min_prompt_tokens)
+    await warm_up(app, config.model_name, key, with_image, config.advanced.kv.min_prompt_tokens)
     freeze_gc_heap()  # see `StageEngine`
     times = {"app": built - began, "stages": ready - built, "warm_up": time.perf_counter() - ready}
     logger.info("start-up ingress: " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in times.items()))

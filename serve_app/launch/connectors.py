@@ -43,18 +43,19 @@ def ec_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
     """
     if config.encoder is None:
         return None
-    ec = config.ec
-    extra = dict(ec.extra_config)
+    ec, more = config.ec, config.advanced.ec
+    extra = dict(more.extra_config)
     folder = folder_of(config)
     if ec.uses_folder:
         extra["shared_storage_path"] = str(folder.path)
     if ec.connector == "SharedFolderECConnector":
-        extra = ec.bounds | {"max_bytes": folder.max_bytes} | extra
+        bounds = {"max_bytes": folder.max_bytes, "max_age_s": more.max_age_s, "lease_s": more.lease_s}
+        extra = bounds | extra
         if folder.in_memory:
             extra["in_memory"] = True
     if ec.uses_nixl:
         extra |= {"ec_enable_nixl": True, "ec_cpu_bytes": ec.buffer_bytes}
-    connector, module = EC_CLASSES.get(ec.connector, (ec.connector, ec.module_path))
+    connector, module = EC_CLASSES.get(ec.connector, (ec.connector, more.module_path))
     settings: dict[str, Any] = {
         "ec_connector": connector,
         "ec_role": "ec_producer" if stage is Stage.ENCODER else "ec_consumer",
@@ -85,16 +86,16 @@ def kv_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
     """vLLM's ``kv_transfer_config`` of a stage; None where prefill and decode are one engine."""
     if config.prefill is None or stage is Stage.ENCODER:
         return None
-    kv = config.kv
+    kv, more = config.kv, config.advanced.kv
     settings: dict[str, Any] = {
         "kv_connector": kv.connector,
         "kv_role": KV_ROLE[stage],
-        "kv_connector_extra_config": {"kv_lease_duration": kv.lease_s, **kv.extra_config},
+        "kv_connector_extra_config": {"kv_lease_duration": more.lease_s, **more.extra_config},
     }
-    device = kv.buffer_device or ("cpu" if config.accelerator is Accelerator.CPU else None)
+    device = more.buffer_device or ("cpu" if config.accelerator is Accelerator.CPU else None)
     if device is not None:
         settings["kv_buffer_device"] = device
-    if (module := kv.module_path or KV_MODULES.get(kv.connector)) is not None:
+    if (module := more.module_path or KV_MODULES.get(kv.connector)) is not None:
         settings["kv_connector_module_path"] = module
     return settings
 

@@ -36,8 +36,8 @@ def folder_of(config: EPDConfig) -> Folder:
     Of a connector that removes nothing (``ECExampleConnector``) it is never in memory.
     """
     ec = config.ec
-    max_bytes = int(ec.bounds["max_bytes"])
-    if (named := ec.storage_path or ec.extra_config.get("shared_storage_path")) is not None:
+    max_bytes = ec.folder_bytes
+    if (named := ec.storage_path or config.advanced.ec.extra_config.get("shared_storage_path")) is not None:
         return Folder(Path(named), max_bytes, False)
     name = f"epd-ec-cache-{os.getuid()}"
     room = room_in_memory()

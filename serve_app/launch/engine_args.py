@@ -4,10 +4,9 @@ Order of precedence: what the topology decides, the stage's own ``engine_args:``
 the role, defaults of the device.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from serve_app.config import BUILT_IN_MODELS, Accelerator, EPDConfig
+from serve_app.config import BUILT_IN_MODELS, Accelerator, EPDConfig, captures_encoder
 from serve_app.hooks.vllm_plugin import STILL_NIXL_ENV
 from serve_app.launch import card_memory
 from serve_app.launch.card_memory import share_of
@@ -102,8 +101,7 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str, card_gib: floa
         args["enforce_eager"] = False
     if config.stages[stage].world_size > 1 and config.accelerator is Accelerator.CPU:
         args["distributed_executor_backend"] = "mp"
-    claimed = config.stages[stage].gpus_per_replica or 0.0
-    if 0 < claimed < 1:
+    if (claimed := config.stages[stage].card_share) is not None:
         args.setdefault("gpu_memory_utilization", share_of(stage, claimed, card_gib).utilization)
     # Each engine gets every item of a request once, from the ingress: a cache here would only wait for repeats that
     # vLLM's protocol between front end and engine does not know (it sends None for items it believes cached).
@@ -115,12 +113,6 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str, card_gib: floa
     if config.tracing.endpoint is not None:
         args["otlp_traces_endpoint"] = config.tracing.endpoint
     return args
-
-
-def captures_encoder(args: Mapping[str, Any]) -> bool:
-    """Whether the encoder's CUDA graphs are asked for; there are none in an eager engine, as ours are by default."""
-    compilation = args.get("compilation_config")
-    return isinstance(compilation, Mapping) and bool(compilation.get("cudagraph_mm_encoder"))
 
 
 def ingress_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
@@ -163,8 +155,7 @@ def replica_env(config: EPDConfig, stage: Stage | None, card_gib: float | None =
             env["VLLM_CPU_KVCACHE_SPACE"] = "1"
     if stage is not None and config.accelerator is Accelerator.CUDA:
         env |= CUDA_ENV
-        claimed = config.stages[stage].gpus_per_replica or 0.0
-        if 0 < claimed < 1:
+        if (claimed := config.stages[stage].card_share) is not None:
             utilization = engine_args(config, stage, "", card_gib)["gpu_memory_utilization"]
             cap = max(share_of(stage, claimed, card_gib).cap, utilization)
             env[card_memory.ENV] = f"per_process_memory_fraction:{cap}"

@@ -68,6 +68,7 @@ def resolve(config: EPDConfig, cluster: Cluster) -> Resolved:
 
     Raises ``ConfigError`` where the cluster can never give what the config asks for.
     """
+    check_labels(config)
     wanted = config.accelerator
     names = f" ({', '.join(cluster.gpu_types)})" if cluster.gpu_types else ""
     if wanted is Accelerator.AUTO:
@@ -109,11 +110,24 @@ def resolve(config: EPDConfig, cluster: Cluster) -> Resolved:
         raise ConfigError.of(error) from None
 
 
+def check_labels(config: EPDConfig) -> None:
+    """Raise ``ConfigError`` for labels that Ray would refuse when it starts the first replica."""
+    for stage, stage_config in config.stages.items():
+        if stage_config.label_selector:
+            from ray.serve.schema import RayActorOptionsSchema
+
+            try:
+                RayActorOptionsSchema(label_selector=stage_config.label_selector)
+            except ValidationError as error:
+                why = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ConfigError(f"`{stage}.label_selector`: {why}") from None
+
+
 def by_nixl(config: EPDConfig, accelerator: Accelerator, cluster: Cluster) -> bool:
     """Whether embeddings go from engine to engine, where the config leaves it open: on GPUs of several nodes, or of nodes
     that are still to come. A folder would have to be one that all of them mount."""
     spread = cluster.elastic or cluster.nodes_with_gpus > 1
-    is_open = config.ec.model_fields_set <= {"max_bytes", "salt_by_tenant"}
+    is_open = config.ec.model_fields_set <= {"max_bytes", "salt_by_tenant"} and not config.advanced.ec.model_fields_set
     return config.encoder is not None and accelerator is Accelerator.CUDA and spread and is_open
 
 

@@ -21,7 +21,7 @@ from vllm.multimodal.video_decoders import VideoSourceMetadata
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 from vllm.utils.mem_constants import MiB_bytes
 
-from serve_app.config import MediaConfig
+from serve_app.config import MediaLimits
 from serve_app.media.fetch import decode_base64
 
 PROBE_BYTES = 1 << 20
@@ -32,46 +32,46 @@ MANIFESTS = (b"#extm3u", b"ffconcat version", b"c=in ip", b"dash:profile", b"pro
 then opens itself, past every guard (libavformat's ``*_probe`` functions). In lower case."""
 
 
-def set_vllm_limits(rules: MediaConfig) -> None:
+def set_vllm_limits(limits: MediaLimits) -> None:
     """Make vLLM and Pillow, in this process, keep to the same limits while they decode."""
-    envs.VLLM_MAX_IMAGE_PIXELS = rules.max_pixels
-    envs.VLLM_MAX_AUDIO_DECODE_DURATION_S = rules.max_seconds
-    envs.VLLM_MAX_AUDIO_CLIP_FILESIZE_MB = rules.max_bytes / MiB_bytes
+    envs.VLLM_MAX_IMAGE_PIXELS = limits.max_pixels
+    envs.VLLM_MAX_AUDIO_DECODE_DURATION_S = limits.max_seconds
+    envs.VLLM_MAX_AUDIO_CLIP_FILESIZE_MB = limits.max_bytes / MiB_bytes
     # Pillow refuses from twice this on. It looks inside containers (ICO, ICNS) whose own header can lie; it would warn
     # from half of our limit on.
-    Image.MAX_IMAGE_PIXELS = math.ceil(rules.max_pixels / 2)
+    Image.MAX_IMAGE_PIXELS = math.ceil(limits.max_pixels / 2)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def check(data: bytes, media_io: MediaIO[Any], rules: MediaConfig) -> MediaIO[Any]:
+def check(data: bytes, media_io: MediaIO[Any], limits: MediaLimits) -> MediaIO[Any]:
     """Raise ``VLLMValidationError`` for what is over a limit; else return the IO that may decode it.
 
     Sounds are not opened here: each of vLLM's audio loaders compares the header with its limit first.
     """
     if isinstance(media_io, ImageMediaIO):
-        check_image(data, rules)
+        check_image(data, limits)
         return media_io
     if any(sign in data[:PROBE_BYTES].lower() for sign in MANIFESTS):
         raise VLLMValidationError("Cannot read the media: it is a playlist. Send the file that it points to.")
-    return check_video(data, media_io, rules) if isinstance(media_io, VideoMediaIO) else media_io
+    return check_video(data, media_io, limits) if isinstance(media_io, VideoMediaIO) else media_io
 
 
-def check_image(data: bytes, rules: MediaConfig) -> int:
+def check_image(data: bytes, limits: MediaLimits) -> int:
     """Number of the image's pixels."""
     try:
         with open_image(BytesIO(data)) as image:
             pixels: int = image.width * image.height
-            if pixels > rules.max_pixels:
-                too_much(f"The image has {image.width}×{image.height} pixels", f"{rules.max_pixels} pixels")
-            animated = has_more_frames(image, data, rules.max_frames)
+            if pixels > limits.max_pixels:
+                too_much(f"The image has {image.width}×{image.height} pixels", f"{limits.max_pixels} pixels")
+            animated = has_more_frames(image, data, limits.max_frames)
     except Image.DecompressionBombError:
-        too_much("The image has too many pixels", f"{rules.max_pixels} pixels")
+        too_much("The image has too many pixels", f"{limits.max_pixels} pixels")
     except VLLMValidationError:
         raise
     except Exception as error:  # each of Pillow's plugins has its own
         raise VLLMValidationError("Cannot read the image: it is in no known format, or broken.") from error
     if animated:
-        too_much("The image has too many frames", f"{rules.max_frames} frames")
+        too_much("The image has too many frames", f"{limits.max_frames} frames")
     return pixels
 
 
@@ -122,29 +122,29 @@ MAX_FPS = 240
 record."""
 
 
-def check_video(data: bytes, media_io: VideoMediaIO, rules: MediaConfig) -> VideoMediaIO:
+def check_video(data: bytes, media_io: VideoMediaIO, limits: MediaLimits) -> VideoMediaIO:
     """Opens the video as vLLM's default backend does, which decodes no more frames than the header declares, or are counted
     here."""
     # Never release() a capture of bytes: OpenCV 5.0.0 crashes the process. It closes with its last reference.
     capture = OpenCVVideoBackendMixin.open_video_capture(data)
     width, height = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
     frames, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
-    if width * height > rules.max_pixels:
-        too_much(f"The video has {width}×{height} pixels", f"{rules.max_pixels} pixels")
+    if width * height > limits.max_pixels:
+        too_much(f"The video has {width}×{height} pixels", f"{limits.max_pixels} pixels")
     counted = None
-    if not (0 < frames <= rules.max_frames and 0 < fps < MAX_FPS):
-        counted = counted_frames(data, rules)
+    if not (0 < frames <= limits.max_frames and 0 < fps < MAX_FPS):
+        counted = counted_frames(data, limits)
         frames, fps, _ = counted
-    if frames / fps > rules.max_seconds:
-        too_much(f"The video takes {frames / fps:.1f} s", f"{rules.max_seconds:g} s")
+    if frames / fps > limits.max_seconds:
+        too_much(f"The video takes {frames / fps:.1f} s", f"{limits.max_seconds:g} s")
     limited = copy.copy(media_io)  # one IO can serve several items at once
     limited.video_loader = _limited(
-        type(media_io.video_loader), width * height, rules.max_video_pixels, counted, [capture]
+        type(media_io.video_loader), width * height, limits.max_video_pixels, counted, [capture]
     )()
     return limited
 
 
-def counted_frames(data: bytes, rules: MediaConfig) -> VideoSourceMetadata:
+def counted_frames(data: bytes, limits: MediaLimits) -> VideoSourceMetadata:
     """Of a video whose container does not say, as one that was written to a pipe, or says what cannot be.
 
     All are decoded, once: a recording may break off anywhere. But first its packets, which cost little, say whether they are
@@ -152,16 +152,16 @@ def counted_frames(data: bytes, rules: MediaConfig) -> VideoSourceMetadata:
     """
     packets = OpenCVVideoBackendMixin.open_video_capture(data)
     packets.set(cv2.CAP_PROP_FORMAT, -1)  # undecoded
-    if sum(1 for _ in itertools.islice(iter(packets.grab, False), rules.max_frames + 1)) > rules.max_frames:
-        too_much("The video has too many frames", f"{rules.max_frames} frames")
+    if sum(1 for _ in itertools.islice(iter(packets.grab, False), limits.max_frames + 1)) > limits.max_frames:
+        too_much("The video has too many frames", f"{limits.max_frames} frames")
     capture = OpenCVVideoBackendMixin.open_video_capture(data)
     frames, first_s, last_s = 0, 0.0, 0.0
-    while frames < rules.max_frames and capture.grab():
+    while frames < limits.max_frames and capture.grab():
         last_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
         first_s = first_s if frames else last_s
         frames += 1
-        if last_s - first_s > rules.max_seconds:
-            too_much(f"The video takes {last_s - first_s:.1f} s", f"{rules.max_seconds:g} s")
+        if last_s - first_s > limits.max_seconds:
+            too_much(f"The video takes {last_s - first_s:.1f} s", f"{limits.max_seconds:g} s")
     if not frames:
         raise _not_decodable()
     fps = capture.get(cv2.CAP_PROP_FPS)
@@ -223,15 +223,15 @@ def _not_decodable() -> VLLMValidationError:
     return VLLMValidationError("Cannot read the media: none of the video's frames can be decoded.")
 
 
-def check_jpegs(text: str, rules: MediaConfig) -> None:
+def check_jpegs(text: str, limits: MediaLimits) -> None:
     """A ``data:video/jpeg`` URL: frames as JPEGs, each in base64, with commas in between (vLLM's own format)."""
-    if text.count(",") >= rules.max_frames:
-        too_much(f"The video has {text.count(',') + 1} frames", f"{rules.max_frames} frames")
+    if text.count(",") >= limits.max_frames:
+        too_much(f"The video has {text.count(',') + 1} frames", f"{limits.max_frames} frames")
     pixels = 0
     for frame in text.split(","):
-        pixels += check_image(decode_base64(frame, rules), rules)
-        if pixels > rules.max_video_pixels:
-            too_much("The video's frames have too many pixels", f"{rules.max_video_pixels} pixels per video")
+        pixels += check_image(decode_base64(frame, limits), limits)
+        if pixels > limits.max_video_pixels:
+            too_much("The video's frames have too many pixels", f"{limits.max_video_pixels} pixels per video")
 
 
 def too_much(what: str, limit: str) -> NoReturn:

@@ -21,7 +21,7 @@ from vllm.exceptions import VLLMError, VLLMUnprocessableEntityError, VLLMValidat
 from vllm.version import __version__ as vllm_version
 from yarl import URL
 
-from serve_app.config import MediaConfig
+from serve_app.config import MediaConfig, MediaLimits
 from serve_app.media.address import may_dial
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -44,9 +44,9 @@ def short(url: str) -> str:
     return url if len(url) <= 80 else url[:77] + "…"
 
 
-def too_large(what: str, rules: MediaConfig) -> VLLMValidationError:
+def too_large(what: str, limits: MediaLimits) -> VLLMValidationError:
     return VLLMValidationError(
-        f"{what} is larger than the {rules.max_bytes} bytes that this server takes per item: send a smaller one."
+        f"{what} is larger than the {limits.max_bytes} bytes that this server takes per item: send a smaller one."
     )
 
 
@@ -93,19 +93,23 @@ class Fetcher:
     def __init__(
         self,
         rules: MediaConfig,
+        limits: MediaLimits,
+        timeout_s: float,
         *,
         resolver: AbstractResolver | None = None,
         make_socket: aiohttp.SocketFactoryType = plain_socket,
     ) -> None:
         self._rules = rules
+        self._limits = limits
+        self._timeout_s = timeout_s
         self._resolver = resolver
         self._make_socket = make_socket
         self._session: aiohttp.ClientSession | None = None
 
     async def fetch(self, url: str, room: Room = unlimited) -> bytes:
-        """The body behind an ``http:`` or ``https:`` URL, within the limits of the rules."""
+        """The body behind an ``http:`` or ``https:`` URL, within the rules and the limits."""
         try:
-            async with asyncio.timeout(self._rules.fetch_timeout_s):
+            async with asyncio.timeout(self._timeout_s):
                 return await self._follow(url, room)
         except VLLMError:
             raise
@@ -140,7 +144,7 @@ class Fetcher:
 
     async def _follow(self, url: str, room: Room) -> bytes:
         target = URL(url)
-        for _ in range(self._rules.max_redirects + 1):
+        for _ in range(self._limits.max_redirects + 1):
             self._check(target, url)
             async with self._pool().get(target, allow_redirects=False) as response:
                 location = response.headers.get("Location")
@@ -148,7 +152,7 @@ class Fetcher:
                     return await self._body(response, url, room)
                 target = target.join(URL(location))
         raise VLLMUnprocessableEntityError(
-            f"Could not fetch {short(url)}: it redirects more than {self._rules.max_redirects} times."
+            f"Could not fetch {short(url)}: it redirects more than {self._limits.max_redirects} times."
         )
 
     def _check(self, target: URL, url: str) -> None:
@@ -194,14 +198,14 @@ class Fetcher:
     async def _body(self, response: aiohttp.ClientResponse, url: str, room: Room) -> bytes:
         if not 200 <= response.status < 300:
             raise VLLMUnprocessableEntityError(f"Could not fetch {short(url)}: the server answered {response.status}.")
-        if (response.content_length or 0) > self._rules.max_bytes:
-            raise too_large(short(url), self._rules)
+        if (response.content_length or 0) > self._limits.max_bytes:
+            raise too_large(short(url), self._limits)
         body = bytearray()
         async for chunk in response.content.iter_chunked(CHUNK_BYTES):
             room(len(chunk))
             body += chunk
-            if len(body) > self._rules.max_bytes:
-                raise too_large(short(url), self._rules)
+            if len(body) > self._limits.max_bytes:
+                raise too_large(short(url), self._limits)
         return bytes(body)
 
 
@@ -224,9 +228,9 @@ def split_data_url(url: str) -> tuple[str, str]:
     return media_type.strip().lower(), text
 
 
-def decode_base64(text: str, rules: MediaConfig) -> bytes:
-    if len(text) > (rules.max_bytes + 2) // 3 * 4:
-        raise too_large("The data: URL", rules)
+def decode_base64(text: str, limits: MediaLimits) -> bytes:
+    if len(text) > (limits.max_bytes + 2) // 3 * 4:
+        raise too_large("The data: URL", limits)
     try:
         return pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -236,13 +240,13 @@ def decode_base64(text: str, rules: MediaConfig) -> bytes:
 # ---- file:
 
 
-def read_file(url: str, rules: MediaConfig, room: Room = unlimited) -> bytes:
+def read_file(url: str, allowed: Path | None, limits: MediaLimits, room: Room = unlimited) -> bytes:
     """A regular file below ``media.allowed_local_path``; ``file:///path`` as in RFC 8089.
 
     Links are followed, and where they lead is what counts. The path is checked before it is opened (opening a device can
     act on it), and what was opened is checked again, so a link that changes in between does not help.
     """
-    if rules.allowed_local_path is None:
+    if allowed is None:
         raise VLLMValidationError(
             "This server reads no local files: send the media as a data: URL (its operator can allow a folder with "
             "`media.allowed_local_path`)."
@@ -252,7 +256,7 @@ def read_file(url: str, rules: MediaConfig, room: Room = unlimited) -> bytes:
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
             raise VLLMValidationError(f"{short(url)} names no file: write file:// and an absolute path.")
-        folder = rules.allowed_local_path.resolve()
+        folder = allowed.resolve()
         path = Path(unquote(parts.path)).resolve()
         if folder not in path.parents:
             raise outside
@@ -264,12 +268,12 @@ def read_file(url: str, rules: MediaConfig, room: Room = unlimited) -> bytes:
                 raise FileNotFoundError
             if folder not in Path(f"/proc/self/fd/{descriptor}").resolve().parents:
                 raise outside
-            room(min(status.st_size, rules.max_bytes + 1))
-            data = file.read(rules.max_bytes + 1)
+            room(min(status.st_size, limits.max_bytes + 1))
+            data = file.read(limits.max_bytes + 1)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise VLLMValidationError(
             f"Cannot read {short(url)}: no such file in the folder that this server may read."
         ) from error
-    if len(data) > rules.max_bytes:
-        raise too_large(short(url), rules)
+    if len(data) > limits.max_bytes:
+        raise too_large(short(url), limits)
     return data

@@ -83,12 +83,12 @@ class StageEngine:
         stage: Stage,
         args: dict[str, Any],
         metrics_in_ray: bool = False,
-        hang_timeout_s: float = math.inf,
+        hang_s: float = math.inf,
         check: Callable[[VllmConfig], None] = lambda config: None,
     ) -> None:
         """``check`` refuses a configuration, by raising, before anything is loaded."""
         self._stage = stage
-        self._hang_timeout_s = hang_timeout_s
+        self._hang_s = hang_s
         self._ping: asyncio.Task[bool] | None = None
         self._pinged = 0.0
         self._kv_use = KVUse()
@@ -181,7 +181,7 @@ class StageEngine:
     async def check_health(self) -> None:
         """Raises when the engine is dead or hangs, so that Serve replaces the replica. Does not wait for the engine.
 
-        A question that its core answers between two steps is always under way. A core that does not for ``hang_timeout_s``
+        A question that its core answers between two steps is always under way. A core that does not for ``timeouts.hang_s``
         is killed: what waits for it gets an error, and Serve, which kills the replica, would leave a process that hangs.
         """
         await self._llm.check_health()
@@ -192,10 +192,10 @@ class StageEngine:
             self._ping = asyncio.create_task(self._llm.is_sleeping())
             # What it raises when the engine dies is told above.
             self._ping.add_done_callback(lambda ping: ping.cancelled() or ping.exception())
-        elif time.monotonic() - self._pinged > self._hang_timeout_s:
+        elif time.monotonic() - self._pinged > self._hang_s:
             for core in multiprocessing.active_children():
                 kill_process_tree(core.pid)
-            raise StageUnavailable(self._stage, f"hangs: no answer for {self._hang_timeout_s:g} s (`hang_timeout_s`)")
+            raise StageUnavailable(self._stage, f"hangs: no answer for {self._hang_s:g} s (`timeouts.hang_s`)")
 
     @property
     def kv_use(self) -> float:

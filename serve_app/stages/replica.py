@@ -49,7 +49,7 @@ def ends_unless_done_in(seconds: float, what: str) -> Iterator[None]:
     """End this process if the block takes longer: Serve would wait for ever, and goes on when it is gone."""
 
     def end() -> None:
-        logger.error(f"{what} within {seconds:g} s (`startup_timeout_s`): this replica ends")
+        logger.error(f"{what} within {seconds:g} s (`timeouts.startup_s`): this replica ends")
         os.kill(os.getpid(), signal.SIGKILL)
 
     timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
@@ -138,13 +138,13 @@ class EngineReplica:
         args = engine_args(config, self.stage, model_path(config), card_gib)
         with (
             alone_on(shared_cards(config.stages[self.stage], ray.get_gpu_ids())),
-            ends_unless_done_in(config.startup_timeout_s, f"{self.stage} does not start"),
+            ends_unless_done_in(config.timeouts.startup_s, f"{self.stage} does not start"),
         ):
             self.engine = started(
                 self.stage,
                 args,
                 config.metrics.engines_in_ray,
-                config.hang_timeout_s,
+                config.timeouts.hang_s,
                 self._check,
             )
         self._check_unchanged()

@@ -1,7 +1,7 @@
 """Decode uses KV blocks only if prefill still held them when they had been pulled: vLLM's NIXL pull connector, made sure.
 
-Prefill's engine holds the blocks of a hand-off for a lease (``kv.lease_s``); then it frees them, and another prompt is
-written there. vLLM's decode pulls what it was told to pull, whenever it gets to it, and finds out about nothing. Here
+Prefill's engine holds the blocks of a hand-off for a lease (``advanced.kv.lease_s``); then it frees them, and another prompt
+is written there. vLLM's decode pulls what it was told to pull, whenever it gets to it, and finds out about nothing. Here
 
 - prefill tells with each hand-off when its lease ends, and on NIXL's side channel whether it still holds a hand-off;
 - decode pulls, uses what it has pulled, and tells prefill to free the blocks only as far as it knows that they are held: by

@@ -26,10 +26,15 @@ EC_BYTES = 100_000
 FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
 """oneDNN keeps a kernel for each shape of a batch, up to 1,024: 0.2 MiB with each new picture that prefill has to encode."""
 
-ARGS = {
+ADVANCED = {
     # Else nobody would ask an encoder or read a file once each prompt was seen: an ingress remembers items, prefill has the
     # prompt's blocks, and its encoder cache holds all pictures of the load (now 14).
     "encode": {"remember_s": 3.0},
+    # Less than `ec.max_bytes` may be.
+    "ec": {"lease_s": 1.0, "max_age_s": 50.0, "extra_config": {"max_bytes": EC_BYTES}},
+}
+ARGS = {
+    "advanced": ADVANCED,
     "prefill": {"engine_args": {"enable_prefix_caching": False, "max_num_batched_tokens": 128}, "env": FEW_KERNELS},
     "encoder": {"env": FEW_KERNELS},
     "decode": {"env": FEW_KERNELS},
@@ -42,8 +47,7 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def server(baseline: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("chaos")
-    ec = {"storage_path": str(folder / "ec"), "lease_s": 1.0, "max_age_s": 50.0}
-    ec |= {"extra_config": {"max_bytes": EC_BYTES}}  # less than `ec.max_bytes` may be
+    ec = {"storage_path": str(folder / "ec")}
     with serve_run(folder, ARGS | {"ec": ec}, {name: {"num_replicas": 2} for name in DEPLOYMENTS}) as server:
         yield server
 

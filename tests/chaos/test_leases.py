@@ -24,9 +24,8 @@ FROZEN_S = 10.0
 AT_ONCE = 32
 ARGS: dict[str, Any] = {
     "encoder": None,
-    "kv": {"lease_s": LEASE_S},
     "prefill": {"engine_args": {"kv_cache_memory_bytes": 16 << 20}},  # 11 of the prompts
-    "decode": {"max_ongoing_requests": 4},
+    "advanced": {"kv": {"lease_s": LEASE_S}, "decode": {"max_ongoing_requests": 4}},
 }
 
 pytestmark = pytest.mark.engine

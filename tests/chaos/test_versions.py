@@ -127,7 +127,7 @@ def test_every_answer_is_of_one_version_while_replicas_come_and_go_and_weights_a
             server.wait_until(lambda: len(load.outcomes) >= REQUESTS / 2, f"{REQUESTS // 2} answers", 120)
             application.replace_weights()
             replaced = time.monotonic()
-            changed = {"retry": {"attempts": 4}, "prefill": {"env": slow_start(tmp_path)}}
+            changed = {"advanced": {"retry": {"attempts": 4}}, "prefill": {"env": slow_start(tmp_path)}}
             application.deploy(two | {"Ingress": 2}, changed, lambda: seen.append(versions(server)))
             everywhere = time.monotonic()
             application.deploy(one)

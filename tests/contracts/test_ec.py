@@ -28,7 +28,7 @@ def source(package: str) -> str:
 def test_extra_config_is_what_the_connector_reads(package: str, connector: str) -> None:
     read = re.findall(r"extra_config(?:\.get)?\(\s*\"(\w+)\"", source(package))
     own = EC_OWN_KEYS.keys() if connector == "ECCPUConnector" else set()
-    assert set(read) == EC_EXTRA_KEYS[connector] | own, "serve_app/config.py EC_EXTRA_KEYS, EC_OWN_KEYS"
+    assert set(read) == EC_EXTRA_KEYS[connector] | own, "serve_app/config/handoff.py EC_EXTRA_KEYS, EC_OWN_KEYS"
 
 
 def test_connector_has_the_seams_that_ours_uses() -> None:
@@ -85,7 +85,7 @@ def test_workers_are_made_before_the_scheduler() -> None:
 
 
 def test_mooncake_still_wants_the_consumer_named_before_encoding() -> None:
-    """Why it is refused (serve_app/config.py). Gone: it can be taken again."""
+    """Why it is refused (serve_app/config/handoff.py). Gone: it can be taken again."""
     from vllm.distributed.ec_transfer.ec_connector.mooncake.scheduler import ECMooncakeScheduler
 
     text: Any = inspect.getsource(ECMooncakeScheduler._prepare_push_spec)

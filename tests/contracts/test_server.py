@@ -135,7 +135,7 @@ def test_engine_arguments_that_we_set_exist() -> None:
     for stage in Stage:
         ours |= engine_args(resolve(EPDConfig(), Cluster(0, 2)).config, stage, "m").keys()
     missing = ours - fields(AsyncEngineArgs)
-    assert not missing, f"serve_app/launch/engine_args.py, serve_app/config.py OWN_KEYS and SHARED_ARGS: {missing}"
+    assert not missing, f"serve_app/launch/engine_args.py, serve_app/config OWN_KEYS and SHARED_ARGS: {missing}"
 
 
 @pytest.fixture

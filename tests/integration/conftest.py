@@ -27,7 +27,7 @@ def all_at_once(server: Server) -> list[Any]:
 TOPOLOGIES: dict[str, dict[str, Any]] = {
     # Every item is longer than one step of the encoder, and than the batch that it is asked for.
     "E+P+D": {"encoder": {"engine_args": {"max_num_batched_tokens": 8, "max_num_seqs": 8}}},
-    "E+PD": {"prefill": None, "encode": {"from_media": False}},  # the other way to the encoder
+    "E+PD": {"prefill": None, "advanced": {"encode": {"from_media": False}}},  # the other way to the encoder
     "P+D": {"encoder": None},
     "PD": {"encoder": None, "prefill": None},
 }

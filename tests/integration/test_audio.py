@@ -86,7 +86,10 @@ def server(
     collector: SpanCollector,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    args = args | {"kv": {"connector": "NixlPushConnector", "min_prompt_tokens": LONG}}
+    args = args | {
+        "kv": {"connector": "NixlPushConnector"},
+        "advanced": {"kv": {"min_prompt_tokens": LONG}},
+    }
     args = args | {"tracing": {"endpoint": collector.endpoint}}
     env = collector.env | {"RAY_metrics_report_interval_ms": "1000"}
     with serve_run(tmp_path_factory.mktemp("audio"), args, env=env) as server:

@@ -95,7 +95,13 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(scope="module")
 def engines(runner: asyncio.Runner) -> Iterator[Engines]:
-    args = {"accelerator": "cpu", "model": "demo-random", "encoder": None, "kv": {"lease_s": LEASE_S}, "prefill": CACHE}
+    args = {
+        "accelerator": "cpu",
+        "model": "demo-random",
+        "encoder": None,
+        "advanced": {"kv": {"lease_s": LEASE_S}},
+        "prefill": CACHE,
+    }
     config = resolve(EPDConfig.model_validate(args), Cluster(0, 2)).config
     folder, metrics = model_path(config), set(REGISTRY._collector_to_names)
     made: dict[Stage, StageEngine] = {}

@@ -44,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("lifecycle")
     ec = {"connector": "ECExampleConnector", "storage_path": str(folder / "ec")}
     watched = {"Decode": {"health_check_period_s": 1}}
-    with serve_run(folder, {"prefill": None, "ec": ec, "hang_timeout_s": 15}, watched) as server:
+    with serve_run(folder, {"prefill": None, "ec": ec, "timeouts": {"hang_s": 15}}, watched) as server:
         yield server
 
 

@@ -287,7 +287,7 @@ def test_embeddings_have_room(name: str) -> None:
         where = Path("/dev/shm") if config.ec.uses_nixl else folder_of(config).path
         room = volume_at(group["template"], where)["emptyDir"]
         objects = int(group["rayStartParams"]["object-store-memory"]) if config.ec.uses_nixl else 0
-        each = config.ec.buffer_bytes * len(stages) if config.ec.uses_nixl else config.ec.bounds["max_bytes"]
+        each = config.ec.buffer_bytes * len(stages) if config.ec.uses_nixl else config.ec.folder_bytes
         assert room["medium"] == "Memory"  # on a disk an engine's step waits for it
         assert gib(room["sizeLimit"]) >= objects + each + (1 << 30), group["groupName"]
 
@@ -402,7 +402,7 @@ def test_a_small_card_can_do_without_prefill() -> None:
 @every_file
 def test_a_pod_that_leaves_has_the_time_for_what_its_replicas_hold(name: str) -> None:
     """preStop tells Ray less than the pod has, and more than a replica may take to end."""
-    ours = resolved(name).drain_timeout_s
+    ours = resolved(name).timeouts.drain_s
     graceful = max(
         deployment.get("graceful_shutdown_timeout_s", ours) for deployment in application(name)["deployments"]
     )
@@ -414,7 +414,7 @@ def test_a_pod_that_leaves_has_the_time_for_what_its_replicas_hold(name: str) ->
 
 def test_an_old_cluster_stays_until_its_requests_are_answered() -> None:
     spec = service("rayservice.yaml")["spec"]
-    assert spec["rayClusterDeletionDelaySeconds"] > resolved("rayservice.yaml").request_timeout_s
+    assert spec["rayClusterDeletionDelaySeconds"] > resolved("rayservice.yaml").timeouts.request_s
 
 
 @pytest.fixture

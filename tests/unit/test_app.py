@@ -85,7 +85,7 @@ def test_small_machine_starts_every_deployment(build: Build) -> None:
 
 
 def test_environment_and_concurrency_of_a_stage_reach_its_deployment(build: Build) -> None:
-    deployments = build({"prefill": {"env": {"UCX_TLS": "tcp"}, "max_ongoing_requests": 7}})
+    deployments = build({"prefill": {"env": {"UCX_TLS": "tcp"}}, "advanced": {"prefill": {"max_ongoing_requests": 7}}})
     prefill = deployments["Prefill"]
     assert prefill.ray_actor_options["runtime_env"]["env_vars"] == {"UCX_TLS": "tcp"}
     assert prefill.max_ongoing_requests == 7
@@ -153,7 +153,7 @@ def test_cluster_elsewhere_is_what_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_every_deployment_has_the_time_to_finish_what_it_holds(build: Build) -> None:
-    deployments = build({"drain_timeout_s": 77})
+    deployments = build({"timeouts": {"drain_s": 77}})
     options = [deployment._deployment_config.graceful_shutdown_timeout_s for deployment in deployments.values()]
     assert options == [77] * 4
 
@@ -165,16 +165,16 @@ def refusal(args: dict[str, Any]) -> str:
 
 
 def test_every_mistake_has_a_line_that_names_its_key() -> None:
-    message = refusal({"modle": "x", "kv": {"lease_s": 1}, "decode": {"engine_args": {"dtype": "half"}}})
+    message = refusal({"modle": "x", "advanced": {"kv": {"lease_s": 1}}, "decode": {"engine_args": {"dtype": "half"}}})
     first, *mistakes = message.splitlines()
     assert first == "The configuration under `args:` cannot be used."
     keys = {line.strip().partition(":")[0] for line in mistakes}
-    assert keys == {"modle", "kv.lease_s", "decode.engine_args"}
+    assert keys == {"modle", "advanced.kv.lease_s", "decode.engine_args"}
     assert "Value error" not in message and "errors.pydantic.dev" not in message
 
 
 def test_mistake_between_stages_is_one_of_the_args_as_a_whole() -> None:
-    assert "\n  args: `ec:` has no effect" in refusal({"encoder": None, "ec": {}})
+    assert "\n  args: `ec` has no effect" in refusal({"encoder": None, "ec": {}})
 
 
 def test_config_without_mistakes_is_the_config() -> None:

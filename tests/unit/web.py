@@ -7,8 +7,9 @@ from typing import Any, Self
 
 from aiohttp import AddrInfoType
 from aiohttp.abc import AbstractResolver, ResolveResult
+from pydantic import BaseModel
 
-from serve_app.config import MediaConfig
+from serve_app.config import EPDConfig, MediaLimits, Timeouts
 from serve_app.media.fetch import Fetcher
 
 PUBLIC = "93.184.215.14"
@@ -38,6 +39,17 @@ def response(body: bytes = b"", status: str = "200 OK", **headers: str) -> bytes
 
 def redirect(to: str, status: str = "302 Found") -> bytes:
     return response(b"elsewhere", status, Location=to)
+
+
+def media_config(**keys: Any) -> EPDConfig:
+    """A config by keys of ``media:``, ``advanced.media:`` and ``timeouts:``, whose names differ."""
+
+    def of(part: type[BaseModel]) -> dict[str, Any]:
+        return {key: value for key, value in keys.items() if key in part.model_fields}
+
+    limits, timeouts = of(MediaLimits), of(Timeouts)
+    media = {key: value for key, value in keys.items() if key not in limits | timeouts}
+    return EPDConfig(media=media, advanced={"media": limits}, timeouts=timeouts)
 
 
 class Names(AbstractResolver):
@@ -90,8 +102,10 @@ class Web:
     async def __aexit__(self, *_: Any) -> None:
         self._server.close()
 
-    def fetcher(self, rules: MediaConfig) -> Fetcher:
-        return Fetcher(rules, resolver=self.names, make_socket=self._socket)
+    def fetcher(self, config: EPDConfig | None = None) -> Fetcher:
+        config = config or EPDConfig()
+        limits, timeout_s = config.advanced.media, config.timeouts.media_fetch_s
+        return Fetcher(config.media, limits, timeout_s, resolver=self.names, make_socket=self._socket)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from serve_app.config import AdmissionConfig, EncodeConfig, StageConfig
+from serve_app.config import AdmissionConfig, EncodeConfig, QueueConfig, Timeouts
 from serve_app.handoff.errors import Overloaded
 from serve_app.handoff.types import Item
 from serve_app.ingress import encode_rule
@@ -38,11 +38,11 @@ class Shape:
     two_choices_for_encoders: bool = False
     """Ray's own rule in place of production's, to compare."""
     lease_s: float = 0.0
-    """A draining encoder stays so long for embeddings that were not pulled: ``ec.lease_s`` unless they are in a folder."""
-    timeout_s: float = 600.0
+    """A draining encoder stays so long for embeddings that were not pulled: the lease, unless they are in a folder."""
+    timeouts: Timeouts = field(default_factory=Timeouts)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
-    stage: StageConfig = field(default_factory=StageConfig)
+    queue: QueueConfig = field(default_factory=QueueConfig)
 
 
 class Ingress:
@@ -98,8 +98,8 @@ class App:
                 loop,
                 partial(self._replica, stage),
                 times.start_up_s[stage],
-                shape.stage.max_ongoing_requests,
-                shape.stage.max_queued_requests * shape.ingresses,
+                shape.queue.max_ongoing_requests,
+                shape.queue.max_queued_requests * shape.ingresses,
                 self.cards,
                 lease_s=shape.lease_s if stage is Stage.ENCODER else 0.0,
             )
@@ -169,7 +169,7 @@ class App:
         self.on_end(request)
 
     def _late(self, way: Way, stage: Stage) -> bool:
-        late = self.loop.now - way.request.at > self.shape.timeout_s
+        late = self.loop.now - way.request.at > self.shape.timeouts.request_s
         if late:
             self._finish(way, f"timeout before {stage}")
         return late
@@ -188,7 +188,7 @@ class App:
             at_encoder.append((f"{way.request.number}:{index}", embeds))
             taken += embeds
             if state.down:
-                state.probe_at = self.loop.now + config.timeout_s * config.attempts
+                state.probe_at = self.loop.now + self.shape.timeouts.encode_s * config.attempts
         way.open_items = len(at_encoder)
         for key, embeds in at_encoder:
             self._ask(way, key, embeds, attempt=1)
@@ -226,7 +226,7 @@ class App:
 
         call = Call(way.request, embeds, answered)
         call.key = key if attempt == 1 else f"{key}:{attempt}"
-        limit: Timer = self.loop.after(config.timeout_s, gave_up)
+        limit: Timer = self.loop.after(self.shape.timeouts.encode_s, gave_up)
         self.loop.after(self.times.hop_s, send)
 
     def _item_done(self, way: Way) -> None:

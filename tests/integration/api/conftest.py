@@ -20,7 +20,7 @@ def epd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     }
     args = {
         "media": MEDIA_RULES | {"max_body_bytes": 4 << 20},
-        "response_store_bytes": 1 << 20,
+        "advanced": {"answers": {"response_store_bytes": 1 << 20}},
         "engine_args": {"enable_log_requests": True, "profiler_config": profiler},
     }
     with serve_run(folder, args, two) as server:

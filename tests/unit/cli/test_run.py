@@ -268,7 +268,7 @@ def test_second_signal_ends_at_once_and_those_after_it_do_not_disturb_the_end(
     assert ended == ["in order"]
 
 
-def test_requests_get_no_longer_than_drain_timeout_s(serve_run: ServeRun, ingress: Ingress) -> None:
+def test_requests_get_no_longer_than_the_time_to_drain(serve_run: ServeRun, ingress: Ingress) -> None:
     ingress.under_way, ingress.seconds = [1, 0], 0.2
     began = time.monotonic()
     assert run.run(CONFIG, terminated) == 0

@@ -61,7 +61,7 @@ def test_text_needs_no_encoder(make_client: Make) -> None:
 def test_short_prompt_is_prefilled_by_decode(make_client: Make, colours: tuple[str, ...], log: list[str]) -> None:
     pipeline, token = FakePipeline(), current.set(request := Request("req"))
     try:
-        generate(partial(make_client, kv={"min_prompt_tokens": 6}), pipeline, *colours)
+        generate(partial(make_client, advanced={"kv": {"min_prompt_tokens": 6}}), pipeline, *colours)
     finally:
         current.reset(token)
     assert list(dict.fromkeys(pipeline.log)) == log
@@ -71,7 +71,7 @@ def test_short_prompt_is_prefilled_by_decode(make_client: Make, colours: tuple[s
 
 def test_decode_that_prefills_a_short_prompt_gets_its_embeddings(make_client: Make) -> None:
     pipeline = FakePipeline()
-    generate(partial(make_client, kv={"min_prompt_tokens": 1000}), pipeline, "red")
+    generate(partial(make_client, advanced={"kv": {"min_prompt_tokens": 1000}}), pipeline, "red")
     assert pipeline.log == ["encode", "decode"]
     (decode,) = pipeline.decoder.requests("decode")
     (item,) = decode.prompt.items
@@ -273,14 +273,15 @@ def test_ingress_itself_is_always_well(make_client: Make) -> None:
         ({}, True, 300),
         ({"connector": "ECExampleConnector"}, True, 300),
         ({"connector": "ECCPUConnector"}, True, 0),
-        ({"connector": "Mine", "module_path": "mine"}, False, 0),
+        ({"connector": "Mine"}, False, 0),
     ],
 )
 def test_answers_of_encoders_are_used_as_long_as_the_embedding_is_surely_there(
     demo_vllm_config: Any, ec: dict[str, Any], shared: bool, remembered_s: float
 ) -> None:
     pipeline = FakePipeline()
-    client = assemble(EPDConfig(ec=ec), demo_vllm_config, pipeline.stages).client
+    own = {"ec": {"module_path": "mine"}} if ec.get("connector") == "Mine" else {}
+    client = assemble(EPDConfig(ec=ec, advanced=own), demo_vllm_config, pipeline.stages).client
     try:
         assert client.pipeline.encoders is not None
         assert (client.pipeline.encoders.shareable, client.pipeline.encoders.config.remember_s) == (

@@ -54,7 +54,7 @@ def make_client(make_client: Make) -> Iterator[Make]:
 
 def once(make: Make) -> Make:
     """Clients that try nothing again."""
-    return functools.partial(make, retry={"attempts": 1})
+    return functools.partial(make, advanced={"retry": {"attempts": 1}})
 
 
 def traced(make: Make, pipeline: FakePipeline, *colours: str, **more: Any) -> tuple[list[RequestOutput], Trace]:
@@ -430,7 +430,7 @@ def test_answer_that_goes_on_has_a_deadline_of_its_own(make_client: Make) -> Non
                 yield each
                 await late.wait()
 
-        client = decode.speak_as(make_client(FakePipeline(steps=slow).stages, request_timeout_s=0.2))
+        client = decode.speak_as(make_client(FakePipeline(steps=slow).stages, timeouts={"request_s": 0.2}))
         asyncio.get_running_loop().call_later(0.3, late.set)
         assert "".join(texts(await run(client, max_tokens=99))) == SAYS
 
@@ -639,7 +639,7 @@ def test_answer_that_goes_on_costs_no_retry(make_client: Make, kind: RequestOutp
     async def main() -> None:
         decode = BreaksOff(said=1)
         retry = {"ratio": 0, "floor_per_s": 0, "backoff_s": 0}  # one, and never another
-        client = decode.speak_as(make_client(FakePipeline(steps=decode).stages, retry=retry))
+        client = decode.speak_as(make_client(FakePipeline(steps=decode).stages, advanced={"retry": retry}))
         for _ in range(3):
             decode.calls.clear()
             assert "".join(texts(await run(client, max_tokens=99, output_kind=kind))) == SAYS
@@ -703,7 +703,7 @@ def test_decode_that_prefills_asks_for_lost_embeddings_again(make_client: Make) 
 def test_lost_items_are_encoded_again_for_the_next_request_too(make_client: Make) -> None:
     async def main() -> FakePipeline:
         pipeline = FakePipeline(fails={"prefill": [PREFILL_LOST]})
-        client = make_client(pipeline.stages, retry={"attempts": 1})
+        client = make_client(pipeline.stages, advanced={"retry": {"attempts": 1}})
         with pytest.raises(GracefulHTTPError):
             await run(client, "red")
         await run(client, "red")
@@ -783,7 +783,7 @@ def test_decode_waits_no_longer_for_blocks_than_their_node_lives(make_client: Ma
 @pytest.mark.parametrize("attempts", [1, 3, 4])
 def test_request_is_tried_so_many_times_and_then_fails_as_it_did(make_client: Make, attempts: int) -> None:
     pipeline = FakePipeline(fails={"decode": [DECODE_GONE] * 9})
-    make = functools.partial(make_client, retry={"attempts": attempts, "backoff_s": 0})
+    make = functools.partial(make_client, advanced={"retry": {"attempts": attempts, "backoff_s": 0}})
     with pytest.raises(GracefulHTTPError, match="The decode stage is gone") as caught:
         generate(make, pipeline, "red")
     assert caught.value.http_status == 503
@@ -794,7 +794,9 @@ def test_request_is_tried_so_many_times_and_then_fails_as_it_did(make_client: Ma
 def test_requests_share_a_budget_of_retries(make_client: Make) -> None:
     async def main() -> list[int]:
         pipeline = FakePipeline(fails={"prefill": [PREFILL_GONE] * 9})
-        client = make_client(pipeline.stages, retry={"attempts": 9, "ratio": 0.5, "floor_per_s": 0, "backoff_s": 0})
+        client = make_client(
+            pipeline.stages, advanced={"retry": {"attempts": 9, "ratio": 0.5, "floor_per_s": 0, "backoff_s": 0}}
+        )
         prefills = []
         for _ in range(3):
             before = len(pipeline.prefiller.calls)
@@ -833,7 +835,7 @@ def test_deadline_is_for_all_attempts_together(make_client: Make) -> None:
 
         pipeline = FakePipeline(prefill=prefill)
         retry = {"attempts": 100, "floor_per_s": 1000, "backoff_s": 0}
-        client = make_client(pipeline.stages, request_timeout_s=0.5, retry=retry)
+        client = make_client(pipeline.stages, timeouts={"request_s": 0.5}, advanced={"retry": retry})
         loop = asyncio.get_running_loop()
         prompt = await render(client)
         began = loop.time()
@@ -851,7 +853,7 @@ def test_deadline_is_for_all_attempts_together(make_client: Make) -> None:
 def test_pause_before_a_retry_ends_with_the_deadline(make_client: Make) -> None:
     async def main() -> None:
         pipeline = FakePipeline(fails={"prefill": [PREFILL_GONE]})
-        client = make_client(pipeline.stages, request_timeout_s=0.1)
+        client = make_client(pipeline.stages, timeouts={"request_s": 0.1})
         client.pipeline.retries = Retries(RetryConfig(), lambda low, high: 60.0)
         with pytest.raises(GracefulHTTPError, match=r"The prefill stage did not answer within 0\.1 s"):
             await run(client)
@@ -872,7 +874,7 @@ def test_shorter_deadline_of_client_and_server_holds(
 
     async def main() -> None:
         current.set(Request("req", timeout_s=of_the_client))
-        client = make_client(FakePipeline(prefill=hang).stages, request_timeout_s=of_the_server)
+        client = make_client(FakePipeline(prefill=hang).stages, timeouts={"request_s": of_the_server})
         with pytest.raises(GracefulHTTPError, match=f"did not answer within {seconds} s"):
             await run(client)
 
@@ -925,7 +927,7 @@ def test_each_step_of_a_beam_search_has_a_deadline_of_its_own(make_client: Make,
                 yield each
 
         pipeline = FakePipeline(without, steps=slow)
-        output = await Beams(make_client(pipeline.stages, request_timeout_s=300)).search("red", steps=5)
+        output = await Beams(make_client(pipeline.stages, timeouts={"request_s": 300})).search("red", steps=5)
         assert [len(beam.token_ids) for beam in output.outputs] == [5, 5]
         assert len(pipeline.decoder.requests("decode")) == 1 + 4 * 2
 
@@ -947,7 +949,7 @@ def test_step_of_a_beam_search_that_makes_no_progress_is_a_504(make_client: Make
 
         stages = FakePipeline(steps=hangs).stages
         with pytest.raises(GracefulHTTPError, match=r"did not answer within 0\.3 s") as caught:
-            await Beams(make_client(stages, request_timeout_s=0.3)).search(steps=5)
+            await Beams(make_client(stages, timeouts={"request_s": 0.3})).search(steps=5)
         assert caught.value.http_status == 504
 
     asyncio.run(main())
@@ -968,7 +970,7 @@ def test_stage_that_does_not_answer_in_time_is_a_504(make_client: Make, slow: st
 
     async def main() -> FakePipeline:
         pipeline = FakePipeline(**{"steps": hang_streaming} if slow == "decode" else {slow: hang})
-        client = make_client(pipeline.stages, request_timeout_s=0.2)
+        client = make_client(pipeline.stages, timeouts={"request_s": 0.2})
         with pytest.raises(GracefulHTTPError, match=r"did not answer within 0\.2 s") as caught:
             await run(client, "red")
         assert caught.value.http_status == 504
@@ -995,7 +997,7 @@ def test_answer_that_is_whole_in_the_moment_of_its_deadline_is_one(make_client: 
         return DecodeReply("decode-0", 1)
 
     async def main() -> None:
-        client = make_client(pipeline.stages, request_timeout_s=0.9)
+        client = make_client(pipeline.stages, timeouts={"request_s": 0.9})
         prompt = await render(client)
         current.set(request := Request("req"))
         outputs = [output async for output in client.generate(prompt, params(), "req")]
@@ -1017,7 +1019,7 @@ def test_deadline_is_only_for_the_first_token(make_client: Make, kind: str, expe
             await over.wait()
             yield Step(B, "length")
 
-        client = make_client(FakePipeline(steps=steps).stages, request_timeout_s=0.2)
+        client = make_client(FakePipeline(steps=steps).stages, timeouts={"request_s": 0.2})
         asyncio.get_running_loop().call_later(0.3, over.set)
         return await run(client, output_kind=RequestOutputKind[kind])
 
@@ -1054,7 +1056,7 @@ def test_answer_is_not_made_anew_after_its_deadline(make_client: Make) -> None:
             raise DECODE_GONE
 
         pipeline = FakePipeline(steps=steps)
-        client = make_client(pipeline.stages, request_timeout_s=0.5)
+        client = make_client(pipeline.stages, timeouts={"request_s": 0.5})
         asyncio.get_running_loop().call_later(0.8, over.set)
         with pytest.raises(GracefulHTTPError, match=str(DECODE_GONE)):
             await run(client, output_kind=WHOLE, seed=7)

@@ -22,7 +22,7 @@ from tests.unit.running import Make, background, run
 
 FRONT = Version("front")
 WHOLE = RequestOutputKind.FINAL_ONLY
-NO_PATIENCE = {"retry": {"ratio": 0, "floor_per_s": 0, "backoff_s": 0}}
+NO_PATIENCE = {"advanced": {"retry": {"ratio": 0, "floor_per_s": 0, "backoff_s": 0}}}
 """One retry that costs something, and never another."""
 
 
@@ -128,7 +128,7 @@ def test_whatever_versions_overlap_every_request_is_answered_by_one(
 
 def test_items_of_one_prompt_are_encoded_by_one_version(make_client: Make) -> None:
     pipeline = Versions("old new", "old new", "old new")
-    ask(make_client, pipeline, "red", "green", "blue", config={"encode": {"remember_s": 0}})
+    ask(make_client, pipeline, "red", "green", "blue", config={"advanced": {"encode": {"remember_s": 0}}})
     first, again = pipeline.encoder.requests("encode")[:3], pipeline.encoder.requests("encode")[3:]
     assert [call.version for call in first] == [FRONT] * 3
     assert [call.version for call in again] == [weights("old")], "one of three had new weights"
@@ -174,7 +174,7 @@ def test_where_versions_are_known_nothing_is_made_that_nobody_goes_on_from(
     pipeline = Versions(encode, prefill, decode, without)
     for stage, handle in pipeline.stages.items():
         handle.weights = frozenset(pipeline.of[stage])
-    ask(make_client, pipeline, "red", "green", requests=8, config={"retry": {"attempts": 1}})
+    ask(make_client, pipeline, "red", "green", requests=8, config={"advanced": {"retry": {"attempts": 1}}})
     assert len(pipeline.came_with) == 8 and not pipeline.mixed
     assert not pipeline.released()
 

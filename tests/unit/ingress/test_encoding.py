@@ -49,12 +49,13 @@ class Bench:
         encode: Callable[[StageRequest], Awaitable[EncodeReply]] = answer,
         fails: list[Exception] | None = None,
         shareable: bool = True,
+        timeout_s: float = 30,
         **config: Any,
     ) -> None:
         self.clock = FakeClock()
         self.handle: Any = FakeStage(Stage.ENCODER, fails={"encode": fails or []}, encode=encode)
         self.stage = EncodeStage(
-            self.handle, EncodeConfig(**config), shareable, lambda modality: frozenset(), clock=self.clock
+            self.handle, EncodeConfig(**config), timeout_s, shareable, lambda modality: frozenset(), clock=self.clock
         )
 
     @property

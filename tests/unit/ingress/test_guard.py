@@ -54,7 +54,7 @@ def way(request: pytest.FixtureRequest, make_encoder: Callable[..., Any]) -> dic
     """To the encoder."""
     if request.param == "from media":
         return {"encoder": make_encoder()}
-    return {"encode": {"from_media": False}}
+    return {"advanced": {"encode": {"from_media": False}}}
 
 
 def test_prompt_truncated_within_its_image_is_refused(make_api: MakeAPI, way: dict[str, Any]) -> None:

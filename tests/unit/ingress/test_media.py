@@ -25,12 +25,12 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, ImageMediaIO, VideoM
 from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
-from serve_app.config import MediaConfig
+from serve_app.config import MediaLimits
 from serve_app.ingress import media
 from serve_app.ingress.media import EPDMediaConnector, to_client_error
 from serve_app.ingress.media_names import MediaNames
 from serve_app.media.check import gif_has_more_frames
-from tests.unit.web import Web, redirect, response
+from tests.unit.web import Web, media_config, redirect, response
 from tools.harness.media import cut, data_url, picture, png, recording, video_url, wav
 
 SETTINGS = (
@@ -58,7 +58,7 @@ def load(
     """What vLLM does with a URL: a connector by name, then the fetch method of the modality."""
 
     async def main() -> Any:
-        config = MediaConfig(**rules)
+        config = media_config(**rules)
         fetcher = media.install(config)
         connector = MEDIA_CONNECTOR_REGISTRY.load(
             envs.VLLM_MEDIA_CONNECTOR,
@@ -151,7 +151,7 @@ def test_video_as_jpegs_is_loaded_and_counted() -> None:
 )
 def test_other_schemes_are_refused(url: str) -> None:
     async def main() -> None:
-        connector = EPDMediaConnector(MediaConfig(), Web({}).fetcher(MediaConfig()), MediaNames(0))
+        connector = EPDMediaConnector(None, MediaLimits(), Web({}).fetcher(), MediaNames(0))
         with pytest.raises(VLLMValidationError, match="must begin with https:, http:, data: or file:"):
             await connector.fetch_image_async(url)
 
@@ -167,7 +167,7 @@ def test_refusals_of_fetching_reach_the_client_as_they_are() -> None:
 
 
 def test_offline_way_of_vllm_is_closed() -> None:
-    connector = EPDMediaConnector(MediaConfig(), Web({}).fetcher(MediaConfig()), MediaNames(0))
+    connector = EPDMediaConnector(None, MediaLimits(), Web({}).fetcher(), MediaNames(0))
     with pytest.raises(NotImplementedError):
         connector.fetch_image("http://127.0.0.1/a.png")
 
@@ -439,7 +439,7 @@ def test_what_a_video_needed_is_not_kept() -> None:
     io_ = VideoMediaIO(ImageMediaIO("RGB"))
     data = recording("webm", 8, piped=True)
     before = sys.getrefcount(data)
-    media.decode(data, io_, MediaConfig())
+    media.decode(data, io_, MediaLimits())
     gc.collect(0)
     assert sys.getrefcount(data) == before
 
@@ -478,7 +478,7 @@ def test_truncated_video_is_a_400() -> None:
 def test_sound_over_the_limit_is_refused_in_words_of_ours() -> None:
     assert len(load(data_url("audio/wav", wav(1, 2.0)), "audio", max_seconds=2)[0]) == 32000
     message = refusal(data_url("audio/wav", wav(1, 2.0)), "audio", max_seconds=1.5)
-    assert "1.5s" in message and "`media.max_seconds`" in message and "VLLM_" not in message
+    assert "1.5s" in message and "`advanced.media.max_seconds`" in message and "VLLM_" not in message
 
 
 def test_sound_whose_header_lies_decodes_to_no_more_than_the_limit() -> None:
@@ -486,7 +486,7 @@ def test_sound_whose_header_lies_decodes_to_no_more_than_the_limit() -> None:
     data[40:44] = struct.pack("<I", 16000)  # half a second, it says
     assert len(load(data_url("audio/wav", bytes(data)), "audio", max_seconds=1)[0]) <= 16000
     data[24:28] = struct.pack("<I", 1)  # one sample a second: hours
-    assert "`media.max_seconds`" in refusal(data_url("audio/wav", bytes(data)), "audio", max_seconds=1)
+    assert "`advanced.media.max_seconds`" in refusal(data_url("audio/wav", bytes(data)), "audio", max_seconds=1)
 
 
 # ---- the rest
@@ -497,7 +497,7 @@ def test_sound_whose_header_lies_decodes_to_no_more_than_the_limit() -> None:
     [
         (ValueError("Failed to load image: cannot identify image file <_io.BytesIO object at 0x7f12>"), "image file"),
         (ValueError("frames_indices must be a list of integers"), "list of integers"),
-        (ValueError("… Set VLLM_MAX_IMAGE_PIXELS to increase this limit."), "Set `media.max_pixels` to"),
+        (ValueError("… Set VLLM_MAX_IMAGE_PIXELS to increase this limit."), "Set `advanced.media.max_pixels` to"),
         (ValueError(), "Cannot read the media"),
         (OSError(2, "No such file", "/srv/secret"), "Cannot read the media"),
         (RuntimeError("<_io.BytesIO object at 0x7f12>: File contains data in an unknown format."), "no known format"),
@@ -519,7 +519,7 @@ def test_errors_of_vllms_own_pass() -> None:
 
 
 def test_limits_of_vllm_follow_the_config() -> None:
-    media.install(MediaConfig(max_pixels=1001, max_seconds=7.5, max_bytes=2 << 20))
+    media.install(media_config(max_pixels=1001, max_seconds=7.5, max_bytes=2 << 20))
     assert envs.VLLM_MAX_IMAGE_PIXELS == 1001
     assert envs.VLLM_MAX_AUDIO_DECODE_DURATION_S == 7.5
     assert envs.VLLM_MAX_AUDIO_CLIP_FILESIZE_MB == 2.0

@@ -20,9 +20,9 @@ from tools.harness.media import data_url, video_url
 
 @pytest.fixture
 def api(make_api: Callable[..., TestClient], make_encoder: Callable[..., Any], tmp_path: Path) -> TestClient:
-    rules = {"allowed_local_path": str(tmp_path), "max_pixels": 10_000, "max_seconds": 1.0, "max_bytes": 100_000}
-    stages = {stage: FakeStage(stage) for stage in Stage} | {Stage.ENCODER: make_encoder(**rules)}
-    return make_api(stages, media=rules)
+    limits = {"max_pixels": 10_000, "max_seconds": 1.0, "max_bytes": 100_000}
+    stages = {stage: FakeStage(stage) for stage in Stage} | {Stage.ENCODER: make_encoder(**limits)}
+    return make_api(stages, media={"allowed_local_path": str(tmp_path)}, advanced={"media": limits})
 
 
 def test_fetcher_of_the_connector_is_closed_with_the_app(
@@ -35,7 +35,7 @@ def test_fetcher_of_the_connector_is_closed_with_the_app(
 
     monkeypatch.setattr(Fetcher, "close", close)
     make_api({}).__exit__()
-    assert MEDIA_CONNECTOR_REGISTRY.name2class[envs.VLLM_MEDIA_CONNECTOR].args[1] is closed[0]
+    assert MEDIA_CONNECTOR_REGISTRY.name2class[envs.VLLM_MEDIA_CONNECTOR].args[2] is closed[0]
 
 
 def test_media_is_fetched_only_as_far_as_there_is_room_and_leaves_it_behind(
@@ -43,7 +43,7 @@ def test_media_is_fetched_only_as_far_as_there_is_room_and_leaves_it_behind(
 ) -> None:
     """Not counted when it is all in memory: a small request can name a large file a thousand times."""
     rules = {"allowed_local_path": str(tmp_path)}
-    stages = {stage: FakeStage(stage) for stage in Stage} | {Stage.ENCODER: make_encoder(**rules)}
+    stages = {stage: FakeStage(stage) for stage in Stage} | {Stage.ENCODER: make_encoder()}
     api = make_api(stages, media=rules, admission={"max_media_bytes": 100_000})
     padded = tmp_path / "padded.png"
     Image.new("RGB", (56, 56)).save(padded)

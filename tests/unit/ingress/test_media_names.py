@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import AudioMediaIO, ImageMediaIO, VideoMediaIO
 
-from serve_app.config import MediaConfig
+from serve_app.config import MediaLimits
 from serve_app.handoff.errors import BadRequest
 from serve_app.ingress import media_names
 from serve_app.ingress.media import EPDMediaConnector
@@ -58,8 +58,8 @@ def ingress(
         return Ingress(make_api, pipeline, pipeline.stages, media=media, encoder=None)
     pipeline = FakePipeline()
     if way == "from features":
-        return Ingress(make_api, pipeline, pipeline.stages, media=media, encode={"from_media": False})
-    return Ingress(make_api, pipeline, pipeline.stages | {Stage.ENCODER: make_encoder(**media)}, media=media)
+        return Ingress(make_api, pipeline, pipeline.stages, media=media, advanced={"encode": {"from_media": False}})
+    return Ingress(make_api, pipeline, pipeline.stages | {Stage.ENCODER: make_encoder()}, media=media)
 
 
 def image(url: str | None, uuid: Any = None, key: str = "image_url") -> dict[str, Any]:
@@ -145,7 +145,7 @@ def test_names_are_taken_wherever_a_chat_is(ingress: Ingress) -> None:
 
 def test_nothing_is_remembered_where_that_is_turned_off(make_api: Callable[..., TestClient]) -> None:
     pipeline = FakePipeline(without=(Stage.ENCODER,))
-    ingress = Ingress(make_api, pipeline, pipeline.stages, encoder=None, media={"remember_uuid_bytes": 0})
+    ingress = Ingress(make_api, pipeline, pipeline.stages, encoder=None, advanced={"media": {"remember_uuid_bytes": 0}})
     assert ingress.ask(image(image_url(1), "cat"))[0] == 200
     assert ingress.ask(image(image_url(2), "cat"))[0] == 200
     status, message = ingress.ask(image(None, "cat"))
@@ -156,7 +156,7 @@ def test_nothing_is_remembered_where_that_is_turned_off(make_api: Callable[..., 
 
 
 def connector(names: MediaNames) -> EPDMediaConnector:
-    return EPDMediaConnector(MediaConfig(), Web({}).fetcher(MediaConfig()), names)
+    return EPDMediaConnector(None, MediaLimits(), Web({}).fetcher(), names)
 
 
 def test_sounds_and_lists_of_frames_are_remembered_as_they_are() -> None:
@@ -178,8 +178,8 @@ def test_what_another_replica_remembers_is_used_and_remembered_here() -> None:
     async def main() -> None:
         async with Web({"/cat.png": response(png(picture(1)))}) as web:
             one, another, third = (MediaNames(1 << 20, peers) for peers in FakePeers(3))
-            io, fetcher = ImageMediaIO("RGB"), web.fetcher(MediaConfig())
-            fetching = EPDMediaConnector(MediaConfig(), fetcher, one)
+            io, fetcher = ImageMediaIO("RGB"), web.fetcher()
+            fetching = EPDMediaConnector(None, MediaLimits(), fetcher, one)
             await fetching.load_from_url_async(Named("http://example.org/cat.png", "cat"), io)
             await fetcher.close()
             found = await connector(another).load_from_url_async(Named("", "cat"), io)

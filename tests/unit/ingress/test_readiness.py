@@ -18,8 +18,8 @@ from serve_app.transfer.kv_layout import KVLayout
 from tests.fakes import FakeStage
 
 
-def made(stages: Mapping[Stage, Any] | None = None, startup_timeout_s: float = 60.0) -> Readiness:
-    return Readiness(stages or {stage: FakeStage(stage) for stage in Stage}, dict, startup_timeout_s)
+def made(stages: Mapping[Stage, Any] | None = None, startup_s: float = 60.0) -> Readiness:
+    return Readiness(stages or {stage: FakeStage(stage) for stage in Stage}, dict, startup_s)
 
 
 def deployment(status: str, message: str = "", **replicas: int) -> Any:
@@ -53,9 +53,9 @@ def test_stage_that_cannot_start_says_why() -> None:
 
 
 def test_ingress_whose_stages_take_too_long_says_which() -> None:
-    one = made(startup_timeout_s=0.01)
+    one = made(startup_s=0.01)
     one._told = (math.inf, {Stage.DECODE: "no replica (UPDATING)"})
-    with pytest.raises(CannotStart, match=r"`startup_timeout_s: 0.01`: decode: no replica \(UPDATING\)"):
+    with pytest.raises(CannotStart, match=r"`timeouts.startup_s: 0.01`: decode: no replica \(UPDATING\)"):
         asyncio.run(one.wait_ready())
 
 
@@ -103,7 +103,7 @@ def test_ingress_does_not_start_where_decode_could_not_take_prefills_blocks(
 def test_ingress_whose_stages_run_in_another_version_waits_for_one_of_its_own() -> None:
     replies = [(Version("old"), None)]
     stages = {Stage.ENCODER: [], Stage.PREFILL: replies, Stage.DECODE: [(MINE, None), (Version("old"), None)]}
-    one = made({stage: telling(stage, of) for stage, of in stages.items()}, startup_timeout_s=5)
+    one = made({stage: telling(stage, of) for stage, of in stages.items()}, startup_s=5)
 
     async def main() -> None:
         waiting = asyncio.create_task(one.wait_agreed(MINE))
@@ -116,7 +116,7 @@ def test_ingress_whose_stages_run_in_another_version_waits_for_one_of_its_own() 
 
 
 def test_ingress_that_finds_no_stage_of_its_version_says_in_what_they_differ() -> None:
-    one = made({Stage.DECODE: telling(Stage.DECODE, [(Version("old"), None)])}, startup_timeout_s=0.1)
+    one = made({Stage.DECODE: telling(Stage.DECODE, [(Version("old"), None)])}, startup_s=0.1)
     with pytest.raises(CannotStart, match=r"decode runs in another version \(front\): the model's files"):
         asyncio.run(one.wait_agreed(MINE))
 

@@ -15,7 +15,7 @@ from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from serve_app.config import MediaConfig
+from serve_app.config import MediaLimits
 from serve_app.handoff.engine_input import from_engine_input
 from serve_app.handoff.errors import BadRequest, HandoffLost, StageUnavailable
 from serve_app.handoff.types import EncodeReply, Media, MediaRequest, Prompt, digest_of, keyed
@@ -38,7 +38,7 @@ def image(seed: int, size: tuple[int, int] = (84, 84)) -> Media:
 
 
 def video(seed: int) -> Media:
-    data = decode_base64(video_url(seed).partition(",")[2], MediaConfig())
+    data = decode_base64(video_url(seed).partition(",")[2], MediaLimits())
     return media("video", data, VideoMediaIO(ImageMediaIO("RGB")), len(data))
 
 
@@ -53,7 +53,7 @@ class Bench:
         )
         self.client = make(self.pipeline.stages | {Stage.ENCODER: encoder}, **config)
         self.encoder = encoder
-        self.processor = ItemProcessor(self.client.renderer, MediaConfig())
+        self.processor = ItemProcessor(self.client.renderer, MediaLimits())
         for stage in self.client.pipeline.stages.values():
             self._count(stage)
 
@@ -216,7 +216,7 @@ def test_lost_embedding_is_encoded_again_from_the_media_and_lost_twice_at_prefil
     lost = [HandoffLost(Stage.PREFILL, "could not load it")] * 2
 
     async def main() -> None:
-        bench = Bench(make_client, fails={"prefill": lost}, retry={"backoff_s": 0})
+        bench = Bench(make_client, fails={"prefill": lost}, advanced={"retry": {"backoff_s": 0}})
         assert await bench.tokens(await bench.render(f"{IMAGE} {IMAGE}", {"image": [image(1), image(1)]}))
         assert bench.pipeline.log == ["encode_media", "prefill", "encode_media", "prefill", "prefill", "decode"]
         pixels = [
@@ -252,10 +252,10 @@ def test_video_beside_one_that_came_as_frames_is_rendered_by_vllm(make_client: M
 def test_answer_of_a_connector_whose_blocks_are_pulled_once_serves_one_choice(
     make_client: Make, connector: str, calls: int
 ) -> None:
-    ec = {"connector": connector, **({} if calls == 1 else {"module_path": "somewhere"})}
+    own = {} if calls == 1 else {"advanced": {"ec": {"module_path": "somewhere"}}}
 
     async def main() -> None:
-        bench = Bench(make_client, ec=ec)
+        bench = Bench(make_client, ec={"connector": connector}, **own)
         assert await bench.tokens(await bench.render(IMAGE, {"image": [image(1)]}), n=3)
         assert bench.pipeline.log.count("encode_media") == calls
 
@@ -280,7 +280,7 @@ def test_media_over_a_limit_is_refused_by_the_encoder_too(make_client: Make) -> 
     async def main() -> None:
         renderer = Bench(make_client).client.renderer
         with pytest.raises(BadRequest, match="84×84 pixels, and this server takes at most 100 pixels"):
-            await ItemProcessor(renderer, MediaConfig(max_pixels=100)).features(image(1))
+            await ItemProcessor(renderer, MediaLimits(max_pixels=100)).features(image(1))
 
     asyncio.run(main())
 

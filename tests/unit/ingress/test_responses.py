@@ -59,6 +59,10 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
 
 
+def store(size_bytes: int | None) -> dict[str, Any]:
+    return {"answers": {"response_store_bytes": size_bytes}}
+
+
 Check = Callable[..., Awaitable[None]]
 
 
@@ -68,7 +72,7 @@ def with_replicas(make_parts: Any, demo_folder: Path) -> Callable[..., None]:
 
     def run(check: Check, pipeline: FakePipeline | None = None, peers: list[Peers] | None = None, **more: Any) -> None:
         stages = (pipeline or FakePipeline(steps=ab)).stages
-        config = resolve(EPDConfig(**{"response_store_bytes": 1 << 20} | more), Cluster(0, 2)).config
+        config = resolve(EPDConfig(**{"advanced": store(1 << 20)} | more), Cluster(0, 2)).config
 
         async def main() -> None:
             apps = [
@@ -274,7 +278,7 @@ def test_least_recently_used_responses_make_room(with_replicas: Any) -> None:
         serving = one.memory._serving
         assert serving.response_store.keys() == serving.msg_store.keys() == {first, third}
 
-    with_replicas(check, response_store_bytes=50_000)
+    with_replicas(check, advanced=store(50_000))
 
 
 def test_response_in_the_making_does_not_make_room(with_replicas: Any) -> None:
@@ -286,7 +290,7 @@ def test_response_in_the_making_does_not_make_room(with_replicas: Any) -> None:
         paused.goes_on.set()
         assert [await each.ended(making) for each in (one, other)] == ["404"] * 2
 
-    with_replicas(check, paused.pipeline, response_store_bytes=1)
+    with_replicas(check, paused.pipeline, advanced=store(1))
 
 
 def test_messages_of_a_stream_that_its_client_leaves_make_room_too(with_replicas: Any) -> None:
@@ -303,7 +307,7 @@ def test_messages_of_a_stream_that_its_client_leaves_make_room_too(with_replicas
         last = (await one.respond())["id"]
         assert one.memory._serving.msg_store.keys() == {last}
 
-    with_replicas(check, paused.pipeline, response_store_bytes=4000)
+    with_replicas(check, paused.pipeline, advanced=store(4000))
 
 
 def test_nothing_is_stored_unless_it_is_turned_on(with_replicas: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,14 +315,16 @@ def test_nothing_is_stored_unless_it_is_turned_on(with_replicas: Any, monkeypatc
         response = await one.respond()
         for each in (one, other):
             gone = await each.get(f"/v1/responses/{response['id']}")
-            assert gone.status_code == 404 and "`response_store_bytes`" in gone.json()["error"]["message"]
+            assert (
+                gone.status_code == 404 and "`advanced.answers.response_store_bytes`" in gone.json()["error"]["message"]
+            )
             assert (await each.respond(404, previous_response_id=response["id"]))["error"]["param"] == "response_id"
         assert "VLLM_ENABLE_RESPONSES_API_STORE" in (await one.respond(400, background=True))["error"]["message"]
 
     monkeypatch.delenv("VLLM_ENABLE_RESPONSES_API_STORE", raising=False)
-    with_replicas(check, response_store_bytes=None)
+    with_replicas(check, advanced=store(None))
     monkeypatch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
-    with_replicas(check, response_store_bytes=0)
+    with_replicas(check, advanced=store(0))
 
 
 def test_vllms_own_switch_turns_it_on(with_replicas: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,4 +332,4 @@ def test_vllms_own_switch_turns_it_on(with_replicas: Any, monkeypatch: pytest.Mo
         assert await other.state((await one.respond())["id"]) == "completed"
 
     monkeypatch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
-    with_replicas(check, response_store_bytes=None)
+    with_replicas(check, advanced=store(None))

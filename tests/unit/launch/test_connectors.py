@@ -32,6 +32,9 @@ ROLES: dict[str, dict[str, Any]] = {
 }
 
 
+NIXL = {"connector": "ECCPUConnector"}
+
+
 def role(settings: dict[str, Any] | None, key: str) -> str | None:
     return None if settings is None else settings[key]
 
@@ -90,15 +93,18 @@ def test_vllms_own_folder_connector_needs_no_module() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ec", "extra"),
+    ("keys", "extra"),
     [
         ({}, {"ec_cpu_bytes": 1 << 30}),
-        ({"max_bytes": 4 << 30}, {"ec_cpu_bytes": 4 << 30}),
-        ({"extra_config": {"consumer_ack_timeout_s": 5}}, {"ec_cpu_bytes": 1 << 30, "consumer_ack_timeout_s": 5}),
+        ({"ec": {**NIXL, "max_bytes": 4 << 30}}, {"ec_cpu_bytes": 4 << 30}),
+        (
+            {"advanced": {"ec": {"extra_config": {"consumer_ack_timeout_s": 5}}}},
+            {"ec_cpu_bytes": 1 << 30, "consumer_ack_timeout_s": 5},
+        ),
     ],
 )
-def test_vllms_nixl_connector_is_loaded_through_ours(ec: dict[str, Any], extra: dict[str, Any]) -> None:
-    config = EPDConfig(ec={"connector": "ECCPUConnector", **ec})
+def test_vllms_nixl_connector_is_loaded_through_ours(keys: dict[str, Any], extra: dict[str, Any]) -> None:
+    config = EPDConfig(**{"ec": NIXL} | keys)
     for stage, role in (("encoder", "ec_producer"), ("prefill", "ec_consumer"), ("decode", "ec_consumer")):
         assert ec_transfer_config(config, Stage(stage)) == {
             "ec_connector": "NixlECConnector",
@@ -110,16 +116,17 @@ def test_vllms_nixl_connector_is_loaded_through_ours(ec: dict[str, Any], extra: 
 
 def test_buffer_that_the_nodes_shared_memory_cannot_hold_is_refused(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    nixl = {"connector": "ECCPUConnector"}
-    check_shared_memory(EPDConfig(ec={**nixl, "max_bytes": 1 << 20}), tmp_path)
+    check_shared_memory(EPDConfig(ec={**NIXL, "max_bytes": 1 << 20}), tmp_path)
     check_shared_memory(EPDConfig(ec={"max_bytes": 2 * free}), tmp_path)  # a folder's bound is not taken from it
     with pytest.raises(ConfigError, match=r"`ec\.max_bytes`.*--shm-size"):
-        check_shared_memory(EPDConfig(ec={**nixl, "max_bytes": 2 * free}), tmp_path)
+        check_shared_memory(EPDConfig(ec={**NIXL, "max_bytes": 2 * free}), tmp_path)
 
 
 def test_connector_of_the_users_own_is_loaded_from_its_module() -> None:
     config = EPDConfig(
-        ec={"connector": "Mine", "module_path": "my.ec"}, kv={"connector": "Yours", "module_path": "my.kv"}
+        ec={"connector": "Mine"},
+        kv={"connector": "Yours"},
+        advanced={"ec": {"module_path": "my.ec"}, "kv": {"module_path": "my.kv"}},
     )
     ec, kv = ec_transfer_config(config, Stage.DECODE), kv_transfer_config(config, Stage.DECODE)
     assert ec is not None and kv is not None
@@ -128,20 +135,20 @@ def test_connector_of_the_users_own_is_loaded_from_its_module() -> None:
 
 
 def test_settings_are_copies_of_the_configs() -> None:
-    mine = {"connector": "Mine", "module_path": "my.ec", "extra_config": {"a": 1}}
-    config = EPDConfig(ec=mine, kv={"extra_config": {"b": 2}})
+    mine = {"module_path": "my.ec", "extra_config": {"a": 1}}
+    config = EPDConfig(ec={"connector": "Mine"}, advanced={"ec": mine, "kv": {"extra_config": {"b": 2}}})
     for settings, key in (
         (ec_transfer_config(config, Stage.DECODE), "ec_connector_extra_config"),
         (kv_transfer_config(config, Stage.DECODE), "kv_connector_extra_config"),
     ):
         assert settings is not None
         settings[key]["changed"] = True
-    assert (config.ec.extra_config, config.kv.extra_config) == ({"a": 1}, {"b": 2})
+    assert (config.advanced.ec.extra_config, config.advanced.kv.extra_config) == ({"a": 1}, {"b": 2})
 
 
 def test_lease_is_the_configured_one_and_yields_to_the_connectors_own_key() -> None:
     def lease(**kv: Any) -> Any:
-        settings = kv_transfer_config(EPDConfig(kv=kv), Stage.PREFILL)
+        settings = kv_transfer_config(EPDConfig(advanced={"kv": kv}), Stage.PREFILL)
         assert settings is not None
         return settings["kv_connector_extra_config"]
 
@@ -157,7 +164,7 @@ def test_lease_is_the_configured_one_and_yields_to_the_connectors_own_key() -> N
 def test_kv_buffer_is_on_the_cpu_where_there_is_no_other(
     accelerator: str, wanted: str | None, device: str | None
 ) -> None:
-    config = EPDConfig(accelerator=Accelerator(accelerator), kv={"buffer_device": wanted})
+    config = EPDConfig(accelerator=Accelerator(accelerator), advanced={"kv": {"buffer_device": wanted}})
     settings = kv_transfer_config(config, Stage.DECODE)
     assert settings is not None
     assert settings.get("kv_buffer_device") == device

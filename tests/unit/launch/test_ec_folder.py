@@ -95,9 +95,13 @@ def test_what_is_free_counts_for_nothing(memory: Path, monkeypatch: pytest.Monke
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("ec", [{"storage_path": "/named"}, {"extra_config": {"shared_storage_path": "/named"}}])
-def test_named_folder_is_taken(memory: Path, ec: dict[str, Any]) -> None:
-    assert folder_of(EPDConfig(ec=ec)) == Folder(Path("/named"), 8 * GIB, False)
+@pytest.mark.parametrize(
+    "keys",
+    [{"ec": {"storage_path": "/named"}}, {"advanced": {"ec": {"extra_config": {"shared_storage_path": "/named"}}}}],
+    ids=["key", "extra config"],
+)
+def test_named_folder_is_taken(memory: Path, keys: dict[str, Any]) -> None:
+    assert folder_of(EPDConfig(**keys)) == Folder(Path("/named"), 8 * GIB, False)
 
 
 def test_folder_that_nobody_named_is_its_users_alone(memory: Path) -> None:

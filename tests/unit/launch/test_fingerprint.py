@@ -136,7 +136,7 @@ def test_other_files_beside_the_weights_are_another_front(model: Path, name: str
         ({"kv": {"connector": "NixlPushConnector"}}, True),
         ({"ec": {"connector": "ECExampleConnector"}}, True),
         ({"decode": {"engine_args": {"max_num_seqs": 7}}}, False),
-        ({"retry": {"attempts": 9}, "served_model_name": "another"}, False),
+        ({"advanced": {"retry": {"attempts": 9}}, "served_model_name": "another"}, False),
     ],
 )
 def test_arguments_tell_versions_apart_where_both_sides_must_have_the_same(

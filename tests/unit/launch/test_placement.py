@@ -1,5 +1,6 @@
 """Device, model and GPUs per replica from the config and what the cluster has."""
 
+import re
 from typing import Any
 
 import pytest
@@ -130,8 +131,9 @@ def test_embeddings_go_from_engine_to_engine_where_stages_are_on_several_nodes(c
         return resolve(EPDConfig(accelerator="cuda", **args), cluster).config.ec.connector
 
     assert connector() == connector(ec={"max_bytes": 1 << 31}) == "ECCPUConnector"
-    for ec in ({"storage_path": "/shared"}, {"connector": "SharedFolderECConnector"}, {"lease_s": 9}):
+    for ec in ({"storage_path": "/shared"}, {"connector": "SharedFolderECConnector"}):
         assert connector(ec=ec) == "SharedFolderECConnector"
+    assert connector(advanced={"ec": {"lease_s": 9}}) == "SharedFolderECConnector"
     assert connector(encoder=None) == "SharedFolderECConnector"
     alone = resolve(EPDConfig(accelerator="cuda"), Cluster(8, 64)).config
     on_cpus = resolve(EPDConfig(accelerator="cpu"), Cluster(0, 64, elastic=True)).config
@@ -189,14 +191,14 @@ def test_resolving_again_changes_nothing(topology: str, cards: int) -> None:
 
 def test_what_is_configured_survives_resolving() -> None:
     config = EPDConfig(
-        kv={"lease_s": 9},
+        advanced={"kv": {"lease_s": 9}},
         ec={"storage_path": "/x"},
         ingress_cpus=3,
         engine_args={"max_model_len": 99},
         prefill={"cpus_per_replica": 2, "env": {"A": "b"}},
     )
     resolved = resolve(config, CPU_ONLY).config
-    assert (resolved.kv, resolved.ec, resolved.ingress_cpus) == (config.kv, config.ec, 3)
+    assert (resolved.advanced, resolved.ec, resolved.ingress_cpus) == (config.advanced, config.ec, 3)
     assert resolved.engine_args == {"max_model_len": 99}
     assert resolved.prefill is not None
     assert (resolved.prefill.cpus_per_replica, resolved.prefill.env) == (2, {"A": "b"})
@@ -218,6 +220,22 @@ def test_what_is_configured_survives_resolving() -> None:
 def test_mistake_that_shows_only_when_resolved_is_a_config_error(config: dict[str, Any], cluster: Cluster) -> None:
     with pytest.raises(ConfigError):
         resolve(EPDConfig(**config), cluster)
+
+
+@pytest.mark.parametrize(
+    ("selector", "why"),
+    [({"zone": "a b"}, "Invalid label selector value `a b`"), ({"-": "a"}, "Invalid label key name `-`")],
+)
+def test_labels_that_ray_would_refuse_are_a_config_error_before_anything_starts(
+    selector: dict[str, str], why: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^`decode\.label_selector`: {re.escape(why)}"):
+        resolve(EPDConfig(decode={"label_selector": selector}), CPU_ONLY)
+
+
+def test_labels_that_ray_knows_are_taken() -> None:
+    selector = {"example.org/zone": "in(a, b)", "spot": "!yes"}
+    assert resolve(EPDConfig(decode={"label_selector": selector}), CPU_ONLY).config.decode.label_selector == selector
 
 
 @pytest.mark.parametrize(("cpus", "claim"), [(2, 0.1), (7.9, 0.1), (8, 1.0), (64, 1.0)])

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from vllm.exceptions import VLLMError, VLLMUnprocessableEntityError, VLLMValidationError
 
-from serve_app.config import MediaConfig
+from serve_app.config import MediaConfig, MediaLimits
 from serve_app.media.fetch import Fetcher, decode_base64, read_file, split_data_url
-from tests.unit.web import PUBLIC, Handler, Web, redirect, response
+from tests.unit.web import PUBLIC, Handler, Web, media_config, redirect, response
 
 PICTURE = b"the bytes of a picture"
 CLOSED = "has no address that is open to this server"
@@ -24,7 +24,7 @@ CLOSED = "has no address that is open to this server"
 def fetch_from(web: Web, url: str, **rules: Any) -> bytes:
     async def main() -> bytes:
         async with web:
-            fetcher = web.fetcher(MediaConfig(**rules))
+            fetcher = web.fetcher(media_config(**rules))
             try:
                 return await fetcher.fetch(url)
             finally:
@@ -66,7 +66,7 @@ def test_public_url_is_fetched(url: str) -> None:
 def test_request_is_a_plain_get_that_tells_nothing_of_other_clients() -> None:
     async def main() -> Web:
         async with Web({"/a.png": response(PICTURE, Set_Cookie="a=b")}) as web:
-            fetcher = web.fetcher(MediaConfig())
+            fetcher = web.fetcher()
             for _ in range(2):
                 await fetcher.fetch("http://example.org/a.png")
             await fetcher.close()
@@ -87,7 +87,7 @@ def test_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch) 
 def test_connection_is_reused_and_closed_without_a_warning() -> None:
     async def main() -> Web:
         async with Web({"/": response(PICTURE, Connection="keep-alive")}) as web:
-            fetcher = web.fetcher(MediaConfig())
+            fetcher = web.fetcher()
             for _ in range(3):
                 assert await fetcher.fetch("http://example.org/") == PICTURE
             await fetcher.close()
@@ -154,7 +154,7 @@ def test_host_that_only_the_system_understands_is_checked_too(host: str) -> None
     """With the system's own resolver, which reads numbers in any notation."""
 
     async def main() -> None:
-        fetcher = Fetcher(MediaConfig())
+        fetcher = Fetcher(MediaConfig(), MediaLimits(), 30)
         try:
             await fetcher.fetch(f"http://{host}:1/")
         finally:
@@ -167,7 +167,7 @@ def test_host_that_only_the_system_understands_is_checked_too(host: str) -> None
 def test_name_that_changes_its_address_between_requests_is_refused() -> None:
     async def main() -> list[str]:
         async with Web({"/a.png": response(PICTURE)}) as web:
-            fetcher = web.fetcher(MediaConfig())
+            fetcher = web.fetcher()
             assert await fetcher.fetch("http://example.org/a.png") == PICTURE
             web.names.names["example.org"] = ["127.0.0.1"]
             await fetcher.close()  # and with it the cache of names
@@ -182,7 +182,9 @@ def test_address_is_checked_where_the_socket_is_made() -> None:
     """Whatever a resolver says: the check is on the address that is dialled."""
 
     def guard(address: str, **rules: Any) -> socket.socket:
-        return Fetcher(MediaConfig(**rules))._guarded_socket((socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)))
+        return Fetcher(MediaConfig(**rules), MediaLimits(), 30)._guarded_socket(
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))
+        )
 
     guard("8.8.8.8").close()
     guard("127.0.0.1", allow_private_addresses=True).close()
@@ -382,7 +384,7 @@ async def silent_head(writer: asyncio.StreamWriter) -> None:
 @pytest.mark.parametrize("path", ["/slow", "/to-slow"])
 def test_whole_fetch_has_one_time_limit(handler: Handler, path: str) -> None:
     handlers = {"/slow": handler, "/to-slow": redirect("/slow")}
-    error = refusal(f"http://example.org{path}", handlers, fetch_timeout_s=0.2)
+    error = refusal(f"http://example.org{path}", handlers, media_fetch_s=0.2)
     assert isinstance(error, VLLMUnprocessableEntityError)
     assert str(error) == f"Could not fetch http://example.org{path}: it took too long."
 
@@ -444,13 +446,13 @@ def test_data_url_without_base64_is_a_400(url: str) -> None:
 
 
 def test_base64_is_measured_before_it_is_decoded() -> None:
-    rules = MediaConfig(max_bytes=1024)
-    assert decode_base64("AAAA" * 341, rules) == bytes(1023)
+    limits = MediaLimits(max_bytes=1024)
+    assert decode_base64("AAAA" * 341, limits) == bytes(1023)
     with pytest.raises(VLLMValidationError, match="larger than the 1024 bytes"):
-        decode_base64("@" * 1400, rules)
+        decode_base64("@" * 1400, limits)
     for text in ("@@@@", "AAA", "AA AA", "AAAA,BBBB", "ÄÄÄÄ"):
         with pytest.raises(VLLMValidationError, match="not valid base64"):
-            decode_base64(text, rules)
+            decode_base64(text, limits)
 
 
 # ---- file: URLs
@@ -480,7 +482,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(folder: Path | None, url: str) -> bytes:
-    return read_file(url, MediaConfig(allowed_local_path=folder, max_bytes=1024))
+    return read_file(url, folder, MediaLimits(max_bytes=1024))
 
 
 @pytest.mark.parametrize(

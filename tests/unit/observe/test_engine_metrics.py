@@ -228,7 +228,7 @@ def test_a_logger_of_ones_own_takes_the_place_of_the_pages() -> None:
 
 
 def test_vllms_spans_are_made_of_statistics() -> None:
-    """Why `disable_log_stats` is refused with tracing (serve_app/config.py): the assertion would end the engine."""
+    """Why `disable_log_stats` is refused with tracing (serve_app/config/stages.py): the assertion would end the engine."""
     from vllm.v1.engine.output_processor import OutputProcessor
 
     assert "assert iteration_stats is not None" in inspect.getsource(OutputProcessor.do_tracing)

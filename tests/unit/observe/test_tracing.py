@@ -67,7 +67,7 @@ def serve(
     """One request through the middleware, whose app runs it through the pipeline."""
 
     async def main() -> None:
-        client = make_client(pipeline.stages, retry={"backoff_s": 0})
+        client = make_client(pipeline.stages, advanced={"retry": {"backoff_s": 0}})
 
         async def steps(send: Send) -> None:
             try:

@@ -31,11 +31,11 @@ Made = Callable[..., StageEngine]
 def make(monkeypatch: pytest.MonkeyPatch) -> Made:
     """An engine around a ``FakeLLM``."""
 
-    def made(llm: Any, stage: Stage = Stage.DECODE, hang_timeout_s: float = 60) -> StageEngine:
+    def made(llm: Any, stage: Stage = Stage.DECODE, hang_s: float = 60) -> StageEngine:
         monkeypatch.setattr("serve_app.stages.engine.engine_config", lambda _: None)
         monkeypatch.setattr("serve_app.stages.engine.AsyncLLM.from_vllm_config", lambda *_, **__: llm)
         monkeypatch.setattr("serve_app.stages.engine.freeze_gc_heap", lambda: None)
-        return StageEngine(stage, {"model": "m"}, hang_timeout_s=hang_timeout_s)
+        return StageEngine(stage, {"model": "m"}, hang_s=hang_s)
 
     return made
 
@@ -289,11 +289,11 @@ def core() -> Any:
 def test_engine_core_that_hangs_is_killed_and_its_replica_unhealthy(make: Made) -> None:
     async def main() -> None:
         llm = AskedLLM()
-        engine = make(llm, hang_timeout_s=0.05)
+        engine = make(llm, hang_s=0.05)
         with core() as process:
             await engine.check_health()
             await asyncio.sleep(0.1)
-            with pytest.raises(StageUnavailable, match="hang_timeout_s"):
+            with pytest.raises(StageUnavailable, match="hang_s"):
                 await engine.check_health()
             process.join(30)
             assert process.exitcode == -9
@@ -306,7 +306,7 @@ def test_engine_that_answers_between_its_steps_is_healthy_however_long_it_is_wat
 ) -> None:
     async def main() -> None:
         llm = AskedLLM()
-        engine = make(llm, hang_timeout_s=0.2)
+        engine = make(llm, hang_s=0.2)
         with core() as process:
             for _ in range(4):
                 await engine.check_health()  # at once, though the core is in a long step
@@ -326,6 +326,6 @@ def test_dead_engine_is_unhealthy_at_once(make: Made) -> None:
         llm = AskedLLM()
         llm.errored = True
         with pytest.raises(EngineDeadError):
-            await make(llm, hang_timeout_s=60).check_health()
+            await make(llm, hang_s=60).check_health()
 
     asyncio.run(main())

@@ -160,7 +160,7 @@ with ends_unless_done_in(0.1, "decode does not start"):
 def test_replica_that_does_not_start_in_time_ends() -> None:
     done = subprocess.run([sys.executable, "-c", STARTS], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    assert "decode does not start within 0.1 s (`startup_timeout_s`)" in done.stderr
+    assert "decode does not start within 0.1 s (`timeouts.startup_s`)" in done.stderr
 
 
 def test_engines_that_share_a_card_start_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.config import EncodeConfig
+from serve_app.config import EncodeConfig, QueueConfig, Timeouts
 from serve_app.ingress import encode_rule
 from serve_app.routing import rules
 from serve_app.stage import Stage
@@ -23,7 +23,7 @@ def run(seed: int = 1, strategy: Strategy | None = None, rate: float = 30.0, **s
 
 
 def test_every_request_ends_once() -> None:
-    traffic, result = run(stage=Shape().stage.model_copy(update={"max_queued_requests": 5, "max_ongoing_requests": 2}))
+    traffic, result = run(queue=QueueConfig(max_queued_requests=5, max_ongoing_requests=2))
 
     assert sum(result.outcomes.values()) == result.requests == len(list(traffic.requests(1)))
     assert set(result.outcomes) > {"ok"}  # some were refused
@@ -70,7 +70,7 @@ def test_items_that_the_rule_leaves_to_prefill_never_reach_an_encoder(monkeypatc
 
 def test_without_encoders_items_are_encoded_by_prefill_when_the_attempts_are_over() -> None:
     strategy = Strategy("none", {Stage.PREFILL: 2, Stage.DECODE: 2})
-    _, result = run(rate=8.0, strategy=strategy, encode=EncodeConfig(timeout_s=1.0, attempts=2))
+    _, result = run(rate=8.0, strategy=strategy, timeouts=Timeouts(encode_s=1.0))
 
     assert result.at_prefill == 1.0 and result.outcomes == {"ok": result.requests}
     assert result.ttft_p99_s > 2.0

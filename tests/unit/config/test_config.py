@@ -1,5 +1,7 @@
 """Every mistake is refused when the config is read, with a message that names the key."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,23 @@ from serve_app.config import (
     SHARED_ARGS,
     SIDE_CHANNEL_ENV,
     Accelerator,
+    AdvancedConfig,
     ECConfig,
     EncodeConfig,
     EPDConfig,
     KVConfig,
     MediaConfig,
-    RetryConfig,
     StageConfig,
+    Timeouts,
 )
 from serve_app.stage import Stage
 
 NIXL = {"connector": "ECCPUConnector"}
+
+
+def more(**keys: Any) -> dict[str, Any]:
+    """Keys under ``advanced.ec:``."""
+    return {"advanced": {"ec": keys}}
 
 
 def refusal(args: dict[str, Any]) -> str:
@@ -43,8 +51,10 @@ def refusal(args: dict[str, Any]) -> str:
         ({"decode": {"num_gpus": 1}}, "decode.num_gpus"),
         ({"ec": {"path": "/x"}}, "ec.path"),
         ({"kv": {"lease": 3}}, "kv.lease"),
-        ({"encode": {"timeout": 3}}, "encode.timeout"),
-        ({"retry": {"budget": 3}}, "retry.budget"),
+        ({"timeouts": {"request": 3}}, "timeouts.request"),
+        ({"advanced": {"speed": {}}}, "advanced.speed"),
+        ({"advanced": {"encode": {"timeout": 3}}}, "advanced.encode.timeout"),
+        ({"advanced": {"retry": {"budget": 3}}}, "advanced.retry.budget"),
         ({"metrics": {"ray": True}}, "metrics.ray"),
         ({"tracing": {"sampler": "x"}}, "tracing.sampler"),
         ({"media": {"domains": []}}, "media.domains"),
@@ -79,23 +89,26 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
     ("args", "words"),
     [
         ({"decode": None}, ["every topology has a decode stage", "`prefill:`"]),
-        ({"encoder": None, "ec": {}}, ["`ec:` has no effect", "`encoder: null`"]),
+        ({"encoder": None, "ec": {}}, ["`ec` has no effect", "`encoder: null`"]),
         (
             {"ec": {"connector": "ECExampleConnector", "max_bytes": 1 << 30}},
             ["`ec.max_bytes` has no effect with `ec.connector: ECExampleConnector`"],
         ),
-        ({"ec": {**NIXL, "lease_s": 1}}, ["`ec.lease_s` has no effect with `ec.connector: ECCPUConnector`"]),
-        ({"ec": {**NIXL, "module_path": "mine"}}, ["`ec.module_path` has no effect", "ECCPUConnector"]),
         (
-            {"ec": {**NIXL, "extra_config": {"ec_cpu_bytes": 1 << 30}}},
-            ["`ec.extra_config.ec_cpu_bytes` is set by `ec.max_bytes`"],
+            {"ec": NIXL, **more(lease_s=1)},
+            ["`advanced.ec.lease_s` has no effect with `ec.connector: ECCPUConnector`"],
         ),
-        ({"ec": {**NIXL, "extra_config": {"ec_enable_nixl": False}}}, ["ec_enable_nixl` is always on"]),
+        ({"ec": NIXL, **more(module_path="mine")}, ["`advanced.ec.module_path` has no effect", "ECCPUConnector"]),
         (
-            {"ec": {**NIXL, "extra_config": {"consumer_ack_timeout": 5}}},
-            ["`ec.extra_config.consumer_ack_timeout` is not known", "knows consumer_ack_timeout_s"],
+            {"ec": NIXL, **more(extra_config={"ec_cpu_bytes": 1 << 30})},
+            ["`advanced.ec.extra_config.ec_cpu_bytes` is set by `ec.max_bytes`"],
         ),
-        ({"ec": {"extra_config": {"max_byte": 1}}}, ["`ec.extra_config.max_byte` is not known", "max_bytes"]),
+        ({"ec": NIXL, **more(extra_config={"ec_enable_nixl": False})}, ["ec_enable_nixl` is always on"]),
+        (
+            {"ec": NIXL, **more(extra_config={"consumer_ack_timeout": 5})},
+            ["`advanced.ec.extra_config.consumer_ack_timeout` is not known", "knows consumer_ack_timeout_s"],
+        ),
+        (more(extra_config={"max_byte": 1}), ["`advanced.ec.extra_config.max_byte` is not known", "max_bytes"]),
         (
             {"encoder": {"engine_args": {"data_parallel_size": 2}}},
             ["`data_parallel_size` of the encoder", "`num_replicas`"],
@@ -109,13 +122,21 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
             ["`ec.connector: ECMooncakeConnector` cannot be used", "before a prefill replica is chosen"],
         ),
         *(({"prefill": {"env": {key: "1"}}}, [f"`{key}` is set by each replica"]) for key in sorted(SIDE_CHANNEL_ENV)),
-        ({"ec": {"lease_s": 60, "max_age_s": 30}}, ["`ec.lease_s: 60` is longer than `ec.max_age_s: 30`"]),
+        (
+            more(lease_s=60, max_age_s=30),
+            ["`advanced.ec.lease_s: 60` is longer than `advanced.ec.max_age_s: 30`"],
+        ),
         (
             {"tracing": {"endpoint": "http://a"}, "decode": {"engine_args": {"disable_log_stats": True}}},
             ["`disable_log_stats` in the engine arguments of decode", "`tracing.endpoint`"],
         ),
-        ({"encoder": None, "encode": {}}, ["`encode:` has no effect", "without an encoder stage"]),
-        ({"prefill": None, "kv": {}}, ["`kv:` has no effect", "`prefill: null`"]),
+        ({"encoder": None, **more(lease_s=9)}, ["`advanced.ec` has no effect", "without the stage `encoder`"]),
+        ({"encoder": None, "advanced": {"encode": {}}}, ["`advanced.encode` has no effect"]),
+        ({"encoder": None, "advanced": {"encoder": {}}}, ["`advanced.encoder` has no effect"]),
+        ({"encoder": None, "timeouts": {"encode_s": 9}}, ["`timeouts.encode_s` has no effect"]),
+        ({"prefill": None, "kv": {}}, ["`kv` has no effect", "`prefill: null`"]),
+        ({"prefill": None, "advanced": {"kv": {}}}, ["`advanced.kv` has no effect"]),
+        ({"prefill": None, "advanced": {"prefill": {}}}, ["`advanced.prefill` has no effect"]),
         ({"accelerator": "cpu", "ec": {"connector": "ECCPUConnector"}}, ["ECCPUConnector` needs a GPU"]),
         (
             {"decode": {"gpus_per_replica": 0.5, "engine_args": {"gpu_memory_utilization": 0.6}}},
@@ -127,15 +148,15 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
             ["`gpus_per_replica: 1.0`", "= 2"],
         ),
         ({"decode": {"gpus_per_replica": 2, "devices": "0"}}, ["`devices: '0'` names fewer cards"]),
-        ({"ec": {"connector": "Mine"}}, ["`ec.connector: Mine`", "`ec.module_path`"]),
+        ({"ec": {"connector": "Mine"}}, ["`ec.connector: Mine`", "`advanced.ec.module_path`"]),
         (
             {"ec": {"connector": "ECCPUConnector", "storage_path": "/x"}},
             ["`ec.storage_path` has no effect", "ECCPUConnector"],
         ),
-        ({"kv": {"lease_s": 5}}, ["kv.lease_s", "greater than or equal to 6"]),
-        ({"kv": {"buffer_device": "tpu"}}, ["kv.buffer_device", "'cuda', 'cpu' or 'xpu'"]),
+        ({"advanced": {"kv": {"lease_s": 5}}}, ["advanced.kv.lease_s", "greater than or equal to 6"]),
+        ({"advanced": {"kv": {"buffer_device": "tpu"}}}, ["advanced.kv.buffer_device", "'cuda', 'cpu' or 'xpu'"]),
         ({"accelerator": "rocm"}, ["accelerator", "'cuda'"]),
-        ({"request_timeout_s": 0}, ["request_timeout_s"]),
+        ({"timeouts": {"request_s": 0}}, ["timeouts.request_s"]),
         ({"media": {"max_body_bytes": 1}}, ["media.max_body_bytes"]),
         ({"encoder": {"engine_args": {"mm_tensor_ipc": "torch_shm"}}}, ["`mm_tensor_ipc: torch_shm`", "leave it out"]),
         ({"media": {"limits": {"video": {"frames": 1}}}}, ["media.limits.video", "frames"]),
@@ -143,18 +164,17 @@ def test_every_argument_that_makes_a_role_is_refused_as_an_engine_argument() -> 
             {"engine_args": {"enforce_eager": True, "compilation_config": {"cudagraph_mm_encoder": True}}},
             ["`cudagraph_mm_encoder` has no effect", "`enforce_eager: true`"],
         ),
-        ({"encode": {"attempts": 0}}, ["encode.attempts", "greater than or equal to 1"]),
-        ({"encode": {"timeout_s": 0}}, ["encode.timeout_s", "greater than 0"]),
-        ({"encode": {"affinity_headroom": 0.9}}, ["encode.affinity_headroom", "greater than or equal to 1"]),
-        ({"retry": {"attempts": 0}}, ["retry.attempts", "greater than or equal to 1"]),
-        ({"retry": {"ratio": -0.1}}, ["retry.ratio", "greater than or equal to 0"]),
-        ({"decode": {"max_ongoing_requests": 0}}, ["decode.max_ongoing_requests"]),
-        ({"decode": {"gpus_per_replica": -1}}, ["decode.gpus_per_replica"]),
+        ({"advanced": {"encode": {"attempts": 0}}}, ["advanced.encode.attempts", "greater than or equal to 1"]),
+        ({"timeouts": {"encode_s": 0}}, ["timeouts.encode_s", "greater than 0"]),
         (
-            {"decode": {"label_selector": {"zone": "a b"}}},
-            ["decode.label_selector", "Invalid label selector value `a b`"],
+            {"advanced": {"encode": {"affinity_headroom": 0.9}}},
+            ["advanced.encode.affinity_headroom", "greater than or equal to 1"],
         ),
-        ({"decode": {"label_selector": {"-": "a"}}}, ["decode.label_selector", "Invalid label key name `-`"]),
+        ({"advanced": {"retry": {"attempts": 0}}}, ["advanced.retry.attempts", "greater than or equal to 1"]),
+        ({"advanced": {"retry": {"ratio": -0.1}}}, ["advanced.retry.ratio", "greater than or equal to 0"]),
+        ({"advanced": {"decode": {"max_ongoing_requests": 0}}}, ["advanced.decode.max_ongoing_requests"]),
+        ({"advanced": {"media": {"max_bytes": 1}}}, ["advanced.media.max_bytes"]),
+        ({"decode": {"gpus_per_replica": -1}}, ["decode.gpus_per_replica"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -174,17 +194,20 @@ def test_mistake_is_refused_in_words_that_name_it(args: dict[str, Any], words: l
         {"decode": {"gpus_per_replica": 0.5, "devices": "1"}},
         {"encoder": {"engine_args": {"mm_tensor_ipc": "torch_shm", "mm_processor_device": "cpu"}}},
         {"accelerator": "cuda", "ec": NIXL},
-        {"ec": {**NIXL, "max_bytes": 4 << 30, "extra_config": {"consumer_ack_timeout_s": 5}}},
+        {"ec": {**NIXL, "max_bytes": 4 << 30}, **more(extra_config={"consumer_ack_timeout_s": 5})},
         {"ec": NIXL, "decode": {"engine_args": {"data_parallel_size": 2}}},
         {"ec": NIXL, "encoder": {"env": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}},
         {"accelerator": "cpu", "ec": {"connector": "ECExampleConnector", "storage_path": "/x"}},
-        {"ec": {"connector": "Mine", "module_path": "mine", "storage_path": "/x"}},
+        {"ec": {"connector": "Mine", "storage_path": "/x"}, **more(module_path="mine")},
         {"encoder": None, "prefill": None},
-        {"encoder": None, "retry": {"attempts": 1}},
-        {"encode": {"min_embeds": 0, "max_outstanding_embeds": 0, "remember_s": 0, "retry_encoders_after_s": 0}},
-        {"retry": {"attempts": 1, "ratio": 0, "floor_per_s": 0, "backoff_s": 0}},
-        {"kv": {"lease_s": 6}},
-        {"decode": {"label_selector": {"example.org/zone": "in(a, b)", "spot": "!yes"}}},
+        {"encoder": None, "advanced": {"retry": {"attempts": 1}}},
+        {
+            "advanced": {
+                "encode": {"min_embeds": 0, "max_outstanding_embeds": 0, "remember_s": 0, "retry_encoders_after_s": 0},
+                "retry": {"attempts": 1, "ratio": 0, "floor_per_s": 0, "backoff_s": 0},
+                "kv": {"lease_s": 6},
+            }
+        },
     ],
     ids=str,
 )
@@ -214,7 +237,11 @@ def test_nothing_configured_is_a_whole_pipeline_with_the_devices_left_open() -> 
     assert config.accelerator is Accelerator.AUTO
     assert config.model is None
     assert (config.ec.connector, config.ec.storage_path) == ("SharedFolderECConnector", None)
-    assert (config.kv.connector, config.kv.lease_s, config.kv.buffer_device) == ("NixlConnector", 30, None)
+    assert (config.kv.connector, config.advanced.kv.lease_s, config.advanced.kv.buffer_device) == (
+        "NixlConnector",
+        30,
+        None,
+    )
     assert config.decode.gpus_per_replica is None
     assert config.media.max_body_bytes == 64 * 2**20
     assert config.media.allowed_local_path is None
@@ -238,6 +265,31 @@ def test_list_of_no_names_is_refused() -> None:
         EPDConfig(served_model_name=[])
 
 
+@pytest.mark.parametrize(("gpus", "share"), [(None, None), (0, None), (0.25, 0.25), (1, None), (2, None)])
+def test_share_of_a_card_is_what_is_less_than_one(gpus: float | None, share: float | None) -> None:
+    assert StageConfig(gpus_per_replica=gpus).card_share == share
+
+
+@pytest.mark.parametrize(
+    ("connector", "module", "leases"),
+    [
+        ("NixlConnector", None, True),
+        ("NixlPushConnector", None, True),
+        ("NixlConnector", "mine", False),
+        ("Other", None, False),
+    ],
+)
+def test_kv_blocks_have_leases_with_connectors_of_ours(connector: str, module: str | None, leases: bool) -> None:
+    config = EPDConfig(kv={"connector": connector}, advanced={"kv": {"module_path": module}})
+    assert config.kv_has_leases is leases
+
+
+def test_configuration_does_not_import_ray_or_vllm() -> None:
+    code = "import sys, serve_app.config; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "pydantic" in loaded and not {"ray", "vllm", "torch"} & set(loaded)
+
+
 def test_world_size_is_all_ranks_of_an_engine() -> None:
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3, "data_parallel_size": 2}
     assert StageConfig(engine_args=sizes, gpus_per_replica=12).world_size == 12
@@ -253,7 +305,7 @@ def test_cards_of_an_engine_are_its_stages_own(size: str) -> None:
 
 @pytest.mark.parametrize(
     "part",
-    [EPDConfig(), StageConfig(), ECConfig(), EncodeConfig(), RetryConfig(), KVConfig(), MediaConfig()],
+    [EPDConfig(), StageConfig(), ECConfig(), KVConfig(), MediaConfig(), Timeouts(), AdvancedConfig(), EncodeConfig()],
     ids=lambda part: type(part).__name__,
 )
 def test_a_config_cannot_be_changed(part: Any) -> None:

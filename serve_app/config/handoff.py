@@ -1,0 +1,130 @@
+"""What moves from engine to engine, embeddings (``ec:``) and KV blocks (``kv:``), and how the keys fit a connector."""
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from serve_app.config.advanced import AdvancedEC
+from serve_app.config.base import Strict
+
+EC_EXTRA_KEYS = {
+    "SharedFolderECConnector": frozenset({"shared_storage_path", "max_bytes", "max_age_s", "lease_s"}),
+    "ECExampleConnector": frozenset({"shared_storage_path"}),
+    "ECCPUConnector": frozenset({"consumer_ack_timeout_s"}),
+}
+"""The connectors that can be named without a module, and what each reads from its extra config."""
+
+EC_OWN_KEYS = {
+    "ec_cpu_bytes": "set by `ec.max_bytes`",
+    "ec_enable_nixl": "always on: without NIXL no embedding would leave its encoder",
+}
+"""What of ``ECCPUConnector``'s extra config has an owner here."""
+
+EC_USED = {
+    "SharedFolderECConnector": {"ec.storage_path", "ec.max_bytes", "advanced.ec.max_age_s", "advanced.ec.lease_s"},
+    "ECExampleConnector": {"ec.storage_path"},
+    "ECCPUConnector": {"ec.max_bytes"},
+}
+"""Keys that have an effect with some connectors only, by those."""
+
+EC_ANY = {"ec.connector", "ec.salt_by_tenant", "advanced.ec.extra_config"}
+"""Keys that have an effect with every connector."""
+
+
+class ECConfig(Strict):
+    """How embeddings move from encoders to prefill and decode."""
+
+    connector: str = Field(
+        "SharedFolderECConnector",
+        description="SharedFolderECConnector (ours, any engine), ECExampleConnector, ECCPUConnector (GPUs, NIXL), or a "
+        "class of your own with `advanced.ec.module_path`.",
+    )
+    storage_path: Path | None = Field(
+        None,
+        description="Folder that all engines share, for folder connectors. None: epd-ec-cache-<uid>, for "
+        "SharedFolderECConnector in /dev/shm where there is room, else in the temp folder.",
+    )
+    max_bytes: int | None = Field(
+        None,
+        ge=1024**2,
+        description="Bytes of embeddings that are kept; least recently used goes first. In the folder of "
+        "SharedFolderECConnector (None: 8 GiB), or in the shared memory of each engine with ECCPUConnector (None: 1 GiB).",
+    )
+    salt_by_tenant: bool = Field(
+        False,
+        description="Keep the embeddings of requests with another `cache_salt` apart: no tenant can use, or probe for, "
+        "what another has sent.",
+    )
+
+    @property
+    def folder_bytes(self) -> int:
+        """Of the folder of ``SharedFolderECConnector``."""
+        return self.max_bytes or 8 << 30
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of each engine with ``ECCPUConnector``. Small: every block of it is named in every answer to a consumer."""
+        return self.max_bytes or 1 << 30
+
+    @property
+    def uses_folder(self) -> bool:
+        return self.connector in ("SharedFolderECConnector", "ECExampleConnector")
+
+    @property
+    def uses_nixl(self) -> bool:
+        return self.connector == "ECCPUConnector"
+
+    @property
+    def shareable(self) -> bool:
+        """Whether an encoder's answer serves every request that waits for it: an embedding can be read more than once.
+
+        Only a folder keeps it for later requests: ``lease_s``. An encoder's own buffer makes room when it has to.
+        """
+        return self.uses_folder or self.uses_nixl
+
+    @field_validator("storage_path")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser().absolute()
+
+
+class KVConfig(Strict):
+    """How KV blocks move from prefill to decode."""
+
+    connector: str = Field(
+        "NixlConnector", description="NixlConnector (pull), NixlPushConnector, or another of vLLM's."
+    )
+
+
+def check_ec(ec: ECConfig, advanced: AdvancedEC) -> None:
+    """Refuse keys that have no effect with the connector, or do not fit each other."""
+    name = f"`ec.connector: {ec.connector}`"
+    if ec.connector == "ECMooncakeConnector":
+        raise ValueError(
+            f"{name} cannot be used: its encoder sends an embedding to the consumer that the encode call names, and "
+            "here items are encoded before a prefill replica is chosen. ECCPUConnector moves embeddings between nodes"
+        )
+    if ec.connector not in EC_EXTRA_KEYS:
+        if advanced.module_path is None:
+            raise ValueError(f"{name} is none of {', '.join(EC_EXTRA_KEYS)}: name its `advanced.ec.module_path`")
+        return
+    given = {f"ec.{key}" for key in ec.model_fields_set if getattr(ec, key) is not None}
+    given |= {f"advanced.ec.{key}" for key in advanced.model_fields_set if getattr(advanced, key) is not None}
+    for key in sorted(given - EC_ANY - EC_USED[ec.connector]):
+        raise ValueError(f"`{key}` has no effect with {name}")
+    _check_extra(ec, advanced)
+    if advanced.lease_s > advanced.max_age_s:
+        raise ValueError(
+            f"`advanced.ec.lease_s: {advanced.lease_s:g}` is longer than `advanced.ec.max_age_s: {advanced.max_age_s:g}`"
+        )
+
+
+def _check_extra(ec: ECConfig, advanced: AdvancedEC) -> None:
+    for key in advanced.extra_config:
+        if ec.uses_nixl and key in EC_OWN_KEYS:
+            raise ValueError(f"`advanced.ec.extra_config.{key}` is {EC_OWN_KEYS[key]}")
+        if key not in EC_EXTRA_KEYS[ec.connector]:
+            known = ", ".join(sorted(EC_EXTRA_KEYS[ec.connector]))
+            raise ValueError(
+                f"`advanced.ec.extra_config.{key}` is not known to `ec.connector: {ec.connector}`, which knows {known}"
+            )

@@ -1,0 +1,123 @@
+"""One engine stage: its engine, what a replica of it claims, and where it runs."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from serve_app.config.base import Strict
+from serve_app.config.engine_args import PARALLEL_SIZES, EngineArgs, captures_encoder, check_own
+from serve_app.stage import Stage
+
+SIDE_CHANNEL_ENV = frozenset(f"VLLM_{kind}_SIDE_CHANNEL_{part}" for kind in ("NIXL", "EC") for part in ("HOST", "PORT"))
+"""A replica's own addresses, which it sets itself (see ``transfer.side_channel_env``)."""
+
+
+class StageConfig(Strict):
+    """One engine stage. Its replicas and autoscaling stand under ``deployments:``."""
+
+    engine_args: EngineArgs = Field({})
+    gpus_per_replica: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs that one replica claims from Ray; below 1 to share a card. None: see placement.py.",
+    )
+    cpus_per_replica: float | None = Field(
+        None, ge=0, description="CPUs that one replica claims from Ray. None: 1, less on a small machine."
+    )
+    resources: dict[str, float] = Field(
+        {}, description="Custom Ray resources that one replica claims, to place a stage."
+    )
+    label_selector: dict[str, str] = Field(
+        {},
+        description="Labels of the Ray nodes that replicas run on, to place a stage: `in(a, b)`, `!a` and plain values.",
+    )
+    devices: str | None = Field(
+        None,
+        description='Cards by index, as in CUDA_VISIBLE_DEVICES ("0" or "0,1"), in place of the ones Ray would pick.',
+    )
+    env: dict[str, str] = Field(
+        {}, description="Environment variables of the replica and its engine, UCX_* for instance."
+    )
+
+    @property
+    def world_size(self) -> int:
+        """Cards of one engine."""
+        return math.prod(int(self.engine_args.get(size, 1)) for size in PARALLEL_SIZES)
+
+    @property
+    def card_share(self) -> float | None:
+        """The part of one card that a replica claims; None: it claims whole ones, or none."""
+        claimed = self.gpus_per_replica or 0.0
+        return claimed if 0 < claimed < 1 else None
+
+    @field_validator("engine_args")
+    @classmethod
+    def _no_shared_args(cls, args: dict[str, Any]) -> dict[str, Any]:
+        return check_own(args)
+
+    @field_validator("env")
+    @classmethod
+    def _no_addresses(cls, env: dict[str, str]) -> dict[str, str]:
+        for key in SIDE_CHANNEL_ENV & env.keys():
+            raise ValueError(f"`{key}` is set by each replica: its node's address and a port that is free there")
+        return env
+
+    @model_validator(mode="after")
+    def _whole_cards_for_many(self) -> Self:
+        gpus = self.gpus_per_replica
+        if gpus is None:
+            return self
+        if 1 < gpus != int(gpus):
+            raise ValueError(f"`gpus_per_replica: {gpus}`: above one card only whole cards can be claimed")
+        if self.world_size > 1 and 0 < gpus != self.world_size:
+            raise ValueError(
+                f"`gpus_per_replica: {gpus}` does not fit {' × '.join(PARALLEL_SIZES)} = {self.world_size}: leave it out or "
+                "make them equal"
+            )
+        if self.devices is not None and len(self.devices.split(",")) < max(self.world_size, gpus):
+            raise ValueError(f"`devices: {self.devices!r}` names fewer cards than one replica uses")
+        return self
+
+
+def check_engine(stage: Stage, config: StageConfig, shared: Mapping[str, Any], traced: bool) -> None:
+    """Refuse engine arguments that do not fit each other, or the rest of the configuration."""
+    args = {**shared, **config.engine_args}
+    if args.get("enforce_eager") and captures_encoder(args):
+        raise ValueError(
+            f"`cudagraph_mm_encoder` has no effect in an engine of {stage} with `enforce_eager: true`: leave one out"
+        )
+    if traced and args.get("disable_log_stats"):
+        raise ValueError(
+            f"`disable_log_stats` in the engine arguments of {stage}: vLLM makes its spans (`tracing.endpoint`) of "
+            "the statistics that it turns off"
+        )
+    wanted = args.get("gpu_memory_utilization")
+    if wanted is not None and config.card_share is not None and wanted > config.card_share:
+        key = f"{stage}.engine_args" if "gpu_memory_utilization" in config.engine_args else "engine_args"
+        raise ValueError(
+            f"`{key}.gpu_memory_utilization: {wanted}` is more than the share of the card that "
+            f"`{stage}.gpus_per_replica: {config.card_share}` claims: the other stages on that card would not fit"
+        )
+    if stage is Stage.ENCODER:
+        check_encoder(args)
+
+
+def check_encoder(args: Mapping[str, Any]) -> None:
+    """Refuse engine arguments that an encoder-only engine cannot have."""
+    if args.get("data_parallel_size", 1) != 1:
+        raise ValueError(
+            "`data_parallel_size` of the encoder: all its ranks would listen on one port, and vLLM takes one rank only "
+            "where the model has experts. Use more replicas, `num_replicas` of `Encoder`; for one engine on several "
+            "cards `tensor_parallel_size`, with `mm_encoder_tp_mode: data`"
+        )
+    # vLLM would prepare items on the card. The fields that size their placeholders may then be tensors there, which an
+    # ingress without a card cannot read, and the replica gets a CUDA context outside its engine's share. None of it
+    # has run. It can go when ``ItemProcessor.without_pixels`` moves them to the CPU and a card has shown the gain.
+    if args.get("mm_tensor_ipc") == "torch_shm" and args.get("mm_processor_device") != "cpu":
+        raise ValueError(
+            "`mm_tensor_ipc: torch_shm` has vLLM prepare an encoder's items on its card, and an ingress without one may "
+            "not be able to read its answers: leave it out, or set `mm_processor_device: cpu` with it. More replicas "
+            "prepare more: `gpus_per_replica: 0.5` puts two encoders on a card"
+        )
