@@ -109,7 +109,7 @@ def tell_version(config: EPDConfig, vllm_config: Any, version: Version) -> None:
     elif ec is not None and ec.ec_connector == "ECExampleConnector":  # it names its files by the item alone
         folder = Path(ec.ec_connector_extra_config["shared_storage_path"])
         ec.ec_connector_extra_config = ec.ec_connector_extra_config | {"shared_storage_path": str(folder / name)}
-    if kv is not None and config.kv.has_leases:
+    if kv is not None and config.kv_has_leases:
         kv.kv_connector_extra_config = kv.kv_connector_extra_config | {VERSION_KEY: name}
 
 

@@ -173,7 +173,7 @@ class EngineReplica:
     def _tell_layout(self) -> None:
         """Set how this engine lays out KV blocks, where it hands such over or takes them."""
         hands_over = self.stage is not Stage.ENCODER and self._config.prefill is not None
-        if hands_over and self._config.kv.has_leases:
+        if hands_over and self._config.kv_has_leases:
             self.layout = self.engine.kv_layout
             self.version = self.version._replace(layout=self.layout.digest[:12])
 

@@ -55,7 +55,6 @@ LIBRARIES = {
         "deployments": "Serve's deployments",
         "app": "the application",
         "cli.run": "`serve run`",
-        "config": "Ray's own check of a label selector, where one is set",
     },
 }
 """Who may import a library, and for what: whole rooms, or modules of one."""

@@ -236,8 +236,8 @@ def test_vllms_folder_connector_gets_a_folder_for_each_version(tmp_path: Path) -
 
 
 def test_connectors_of_others_are_told_nothing_and_engines_without_any_are_fine() -> None:
-    ec, kv, before = told(
-        ec={"connector": "Mine", "module_path": "mine"}, kv={"connector": "Mine", "module_path": "mine"}
-    )
+    mine = {"connector": "Mine"}
+    advanced = {"ec": {"module_path": "mine"}, "kv": {"module_path": "mine"}}
+    ec, kv, before = told(ec=mine, kv=mine, advanced=advanced)
     assert (ec, kv) == ({}, before)
     tell_version(EPDConfig(), SimpleNamespace(ec_transfer_config=None, kv_transfer_config=None), Version("f"))
