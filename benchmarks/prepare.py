@@ -29,9 +29,9 @@ from benchmarks.gpu.model import write_qwen_3b
 from serve_app.config import EPDConfig
 from serve_app.handoff.types import Media, digest_of, keyed
 from serve_app.ingress import server
-from serve_app.ingress.rendering import ItemProcessor
 from serve_app.launch.engine_args import ingress_args
 from serve_app.launch.placement import Cluster, resolve
+from serve_app.media.items import ItemProcessor
 from tools.harness import record
 
 RESULT = Path(__file__).parent / "results" / "prepare.json"

@@ -11,7 +11,7 @@ from serve_app.stage import Stage
 from serve_app.stages.replica import EngineReplica
 
 if TYPE_CHECKING:
-    from serve_app.ingress.rendering import ItemProcessor
+    from serve_app.media.items import ItemProcessor
 
 
 @serve.deployment(name="Encoder")
@@ -21,10 +21,10 @@ class Encoder(EngineReplica):
 
     def __init__(self, config: EPDConfig) -> None:
         super().__init__(config)
-        from serve_app.ingress.rendering import ItemProcessor
-        from serve_app.media.check import set_vllm_limits
+        from serve_app.media.check import install_limits
+        from serve_app.media.items import ItemProcessor
 
-        set_vllm_limits(config.advanced.media)
+        install_limits(config.advanced.media)
         self.items = ItemProcessor(self.engine.renderer, config.advanced.media)
         # From a folder others read when they like; blocks are pulled from this engine, within the lease.
         self._lease_s = 0.0 if config.ec.uses_folder else config.advanced.ec.lease_s

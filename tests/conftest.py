@@ -117,7 +117,7 @@ def make_encoder(demo_vllm_config: Any) -> Callable[..., Any]:
     """Make an encoder stage that decodes and transforms items for real, by the limits that are passed."""
     from vllm.renderers import renderer_from_config
 
-    from serve_app.ingress.rendering import ItemProcessor
+    from serve_app.media.items import ItemProcessor
 
     def make(**limits: Any) -> FakeStage:
         items = ItemProcessor(renderer_from_config(demo_vllm_config), MediaLimits(**limits))

@@ -17,14 +17,6 @@ from serve_app.handoff.errors import BadRequest
 from serve_app.handoff.types import Item, Prompt, Source, StageRequest
 
 
-class SourcedItem(MultiModalKwargsItem):
-    """A processed item that knows the media it came from: so a ``Source`` gets through vLLM's app to our ``generate``."""
-
-    def __init__(self, data: MultiModalKwargsItem, source: Source) -> None:
-        super().__init__(data)
-        self.source = source
-
-
 def from_engine_input(engine_input: Any) -> Prompt:
     """The prompt that vLLM's renderer made, items in prompt order.
 
@@ -38,13 +30,8 @@ def from_engine_input(engine_input: Any) -> Prompt:
             "decoder-only models can be handed from stage to stage."
         )
 
-    def item(modality: str, item_hash: str, where: PlaceholderRange, data: Any) -> Item:
-        source = data.source if isinstance(data, SourcedItem) else None
-        plain = MultiModalKwargsItem(data.data) if source is not None else data
-        return Item(modality, item_hash, where.offset, where.length, where.is_embed, plain, source)
-
     items = [
-        item(modality, item_hash, where, data)
+        Item(modality, item_hash, where.offset, where.length, where.is_embed, data)
         for modality, hashes in engine_input["mm_hashes"].items()
         for item_hash, where, data in zip(
             hashes, engine_input["mm_placeholders"][modality], engine_input["mm_kwargs"][modality], strict=True

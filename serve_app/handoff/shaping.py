@@ -95,6 +95,12 @@ def without_sources(prompt: Prompt) -> Prompt:
     return msgspec.structs.replace(prompt, items=items)
 
 
+def has_pixels(item: Item, declared: Collection[str]) -> bool:
+    """Whether an engine could encode the item: it has more than the fields that token positions depend on."""
+    fields = {} if item.data is None else item.data
+    return any(key not in declared and not field.field.keep_on_cpu for key, field in fields.items())
+
+
 def metadata_only(item: Item, declared: Collection[str]) -> Item:
     """The item without pixels, for an engine that gets its embedding."""
     if item.data is None:

@@ -13,9 +13,10 @@ from serve_app.handoff.types import ANY, Version
 from serve_app.ingress.admission import Admission
 from serve_app.ingress.client import EPDClient
 from serve_app.ingress.encoding import EncodeStage
-from serve_app.ingress.guard import guard_renderer
 from serve_app.ingress.pipeline import Pipeline
-from serve_app.ingress.rendering import FromMedia, ItemProcessor, declared_fields
+from serve_app.ingress.rendering import FromMedia
+from serve_app.ingress.seams import install_renderer_guard, install_rendering
+from serve_app.media.items import ItemProcessor, declared_fields
 from serve_app.observe.ingress_metrics import IngressMetrics
 from serve_app.routing.handles import StageHandle
 from serve_app.stage import Stage
@@ -37,7 +38,7 @@ def assemble(
 ) -> Parts:
     """``version``: of this ingress replica."""
     renderer = renderer_from_config(vllm_config)
-    guard_renderer(renderer)
+    install_renderer_guard(renderer)
     metrics = IngressMetrics()
     admission = Admission(config.admission, embed_size_bytes(vllm_config.model_config), metrics.outstanding)
     encoders = encode_stage(config, stages, renderer, version)
@@ -49,7 +50,7 @@ def assemble(
     if encoders is not None and config.advanced.encode.from_media:
         items = ItemProcessor(renderer, config.advanced.media)
         encoders.features, from_media = items.features, items.modalities
-        FromMedia(items, pipeline.encode_media, config.ec.salt_by_tenant)
+        install_rendering(renderer, FromMedia(items, pipeline.encode_media, config.ec.salt_by_tenant).render)
     return Parts(EPDClient(config, vllm_config, renderer, pipeline, version), metrics, from_media)
 
 

@@ -25,6 +25,7 @@ from serve_app.ingress.guard import GuardedInputProcessor, check_params
 from serve_app.ingress.pipeline import Pipeline
 from serve_app.ingress.request import Request, current
 from serve_app.ingress.vllm_errors import fails_as_vllm, to_vllm_error
+from serve_app.media.items import declared_fields
 
 
 class EPDClient(EngineClient):
@@ -44,6 +45,7 @@ class EPDClient(EngineClient):
         self.renderer = renderer
         self.input_processor = GuardedInputProcessor(vllm_config, renderer)
         self.pipeline = pipeline
+        self._declared = declared_fields(renderer)
         self._version = version
         self._config = config
 
@@ -78,7 +80,7 @@ class EPDClient(EngineClient):
             "reasoning_parser_kwargs": reasoning_parser_kwargs,
         }
         with fails_as_vllm(request):
-            core, rendered = self._admit(prompt, sampling_params, request_id, options)
+            core, rendered = self._admit(prompt, sampling_params, request_id, options, request)
             text = prompt_text if prompt_text is not None else extract_prompt_components(self.model_config, prompt)[0]
             call = StageRequest(request_id, rendered, core.params, options, self._version)
             async with self.pipeline.answering(call, core, text, request) as queue:
@@ -90,7 +92,7 @@ class EPDClient(EngineClient):
                     yield output
 
     def _admit(
-        self, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]
+        self, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any], request: Request
     ) -> tuple[EngineCoreRequest, Prompt]:
         """Refuse here what any stage would refuse, before a stage is called, and complete the sampling parameters: for all
         stages, and once."""
@@ -100,7 +102,7 @@ class EPDClient(EngineClient):
         )
         self.input_processor.assign_request_id(core)
         core.params.watermarking = params.watermarking  # the engine's to resolve
-        rendered = from_engine_input(prompt)
+        rendered = request.sources.of(from_engine_input(prompt), self._declared)
         if self._config.ec.salt_by_tenant:
             rendered = shaping.salted(rendered, rendered.cache_salt)
         return core, rendered

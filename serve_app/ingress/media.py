@@ -2,80 +2,34 @@
 
 ::
 
-    URL ── data: ── file: ── http(s): ──> bytes      media_fetch.py, with media_address.py
+    URL ── data: ── file: ── http(s): ──> bytes      media/fetch.py, with media/address.py
     a name of the client's ─────────────> bytes      media_names.py
-    bytes ──> pixels, frames, seconds in bounds?     media_check.py      at the ingress, or on an encoder
-    bytes ──> image, frames, samples                 vLLM's own MediaIO classes      (see from_media.py)
+    bytes ──> pixels, frames, seconds in bounds?     media/check.py      at the ingress, or on an encoder
+    bytes ──> image, frames, samples                 media/decoding.py   likewise (see rendering.py)
 
-Registered with vLLM under the name ``epd`` and chosen through ``VLLM_MEDIA_CONNECTOR``; vLLM makes a connector per request.
-The rules are those of the configuration that it is installed with; what vLLM passes along of them (``roles.shared_args``
-gives it the same folder and domains) is not read.
+vLLM makes a connector per request (``seams.install_media``). The rules are those of the configuration that it is installed
+with; what vLLM passes along of them (``shared_args`` gives it the same folder and domains) is not read.
 """
 
-import asyncio
-import re
-from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from vllm import envs
-from vllm.exceptions import VLLMError, VLLMValidationError
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO, VideoMediaIO
-from vllm.multimodal.media.connector import MODALITY_IO_MAP, global_thread_pool
-from vllm.renderers.chat_utils import AsyncMultiModalContentParser
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.media import MediaConnector, MediaIO, VideoMediaIO
+from vllm.multimodal.media.connector import MODALITY_IO_MAP
 
-from serve_app.config import EPDConfig, MediaLimits
+from serve_app.config import MediaLimits
 from serve_app.handoff.errors import BadRequest, Overloaded
 from serve_app.handoff.types import Media, digest_of
 from serve_app.ingress.admission import Admission, Intake
-from serve_app.ingress.media_names import Content, MediaNames, Named, key_of, naming
-from serve_app.ingress.peers import Peers
+from serve_app.ingress.media_names import Content, MediaNames, Named, key_of
 from serve_app.ingress.request import current
 from serve_app.ingress.vllm_errors import to_vllm_error
-from serve_app.media.check import check, check_image, check_jpegs, set_vllm_limits
+from serve_app.media.check import check_image, check_jpegs
+from serve_app.media.decoding import decode, in_thread, to_client_error
 from serve_app.media.fetch import Fetcher, Room, decode_base64, read_file, split_data_url, too_large, unlimited
 
-CONNECTOR = "epd"
 MODALITY_OF: dict[type, str] = {io: modality for modality, io in MODALITY_IO_MAP.items()}
-
-
-def install(
-    config: EPDConfig,
-    undecoded: Collection[str] = (),
-    admission: Admission | None = None,
-    peers: Peers | None = None,
-) -> Fetcher:
-    """Make vLLM load media by the rules of a config, in this process. The caller closes the fetcher at the end.
-
-    ``undecoded``: modalities whose items are left as ``Media``, for an encoder to decode. ``admission`` counts what comes.
-    ``peers`` may remember media by the names that clients gave it.
-    """
-    rules, limits = config.media, config.advanced.media
-    fetcher = Fetcher(rules, limits, config.timeouts.media_fetch_s)
-    names = MediaNames(limits.remember_uuid_bytes, peers)
-    make = partial(EPDMediaConnector, rules.allowed_local_path, limits, fetcher, names, frozenset(undecoded), admission)
-    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(make)
-    envs.VLLM_MEDIA_CONNECTOR = CONNECTOR
-    set_vllm_limits(limits)
-    AsyncMultiModalContentParser.parse_image_pil = _parse_decoded
-    for name, parse in _PARSE.items():
-        setattr(AsyncMultiModalContentParser, name, naming(parse))
-    return fetcher
-
-
-_parse_image_pil = AsyncMultiModalContentParser.parse_image_pil
-_PARSE = {name: getattr(AsyncMultiModalContentParser, name) for name in ("parse_image", "parse_video", "parse_audio")}
-"""Of these every part with a URL comes to the connector, `input_audio` too."""
-
-
-def _parse_decoded(parser: Any, image_pil: Any, uuid: str | None = None) -> None:
-    """A part of type ``image_pil``, which vLLM hands to the model's processor as it is. A client can only write a text
-    there, and a processor of transformers takes a text for a path or a URL and opens it itself, past every guard."""
-    if not isinstance(image_pil, Image.Image):
-        raise VLLMValidationError("`image_pil` cannot be sent in a request: send the image as an `image_url`.")
-    _parse_image_pil(parser, image_pil, uuid)
 
 
 class EPDMediaConnector(MediaConnector):
@@ -189,34 +143,3 @@ class EPDMediaConnector(MediaConnector):
             return media_io.load_base64("video/jpeg", text)
         except Exception as error:
             raise to_client_error(error) from error
-
-
-def decode(data: bytes, media_io: MediaIO[Any], limits: MediaLimits) -> Any:
-    """Raises ``VLLMValidationError`` for media that is broken or over a limit."""
-    try:
-        return check(data, media_io, limits).load_bytes(data)
-    except Exception as error:
-        raise to_client_error(error) from error
-
-
-async def in_thread(function: Any, *args: Any) -> Any:
-    """In vLLM's pool for media (``VLLM_MEDIA_LOADING_THREAD_COUNT``)."""
-    return await asyncio.get_running_loop().run_in_executor(global_thread_pool, function, *args)
-
-
-VLLM_LIMITS = {
-    "VLLM_MAX_IMAGE_PIXELS": "`advanced.media.max_pixels`",
-    "VLLM_MAX_AUDIO_DECODE_DURATION_S": "`advanced.media.max_seconds`",
-}
-"""vLLM's names for limits of ours."""
-
-
-def to_client_error(error: Exception) -> VLLMError:
-    """Whatever decoding raises is about the client's bytes: nothing else went in."""
-    if isinstance(error, VLLMError):
-        return error
-    # vLLM's ValueErrors are sentences; other libraries' texts may be about this process.
-    text = re.sub(r" ?<[^<>]* object at 0x[0-9a-f]+>", "", str(error)) if isinstance(error, ValueError) else ""
-    for theirs, ours in VLLM_LIMITS.items():
-        text = text.replace(theirs, ours)
-    return VLLMValidationError(text or "Cannot read the media: it is in no known format, or broken.")

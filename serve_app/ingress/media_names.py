@@ -14,7 +14,7 @@ Another ingress replica may remember what this one does not, and is asked.
 import hashlib
 from collections import OrderedDict
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from serve_app.handoff.errors import BadRequest
 from serve_app.ingress.peers import Peers
@@ -113,15 +113,3 @@ def key_of(url: Named, modality: str | None) -> str:
     secret = hashlib.blake2b(tenant.encode(errors="surrogatepass"), digest_size=32).digest()
     named = repr((modality, url.uuid)).encode(errors="surrogatepass")
     return hashlib.blake2b(named, key=secret, digest_size=32).hexdigest()
-
-
-def naming(parse: Any) -> Any:
-    """A method of vLLM's parser of messages that takes an item's URL and ``uuid``; the name goes along with the URL, to the
-    connector, and no further."""
-
-    def named(parser: Any, url: Any, uuid: str | None = None) -> None:
-        if uuid is not None and (isinstance(url, str) or not url):
-            url = Named(url or "", uuid)
-        parse(parser, url)
-
-    return named

@@ -67,7 +67,7 @@ class PipelineMiddleware:
             request = Request(request_id, span, credentials=headers.get("authorization") or "")
             reply = HeldReply(send, request, path)
             try:
-                with request.holds:
+                with request.holds, request.sources.used():
                     await self._answer(scope, receive, reply, request)
             finally:
                 self._ended(request.trace, reply.status or "failed")

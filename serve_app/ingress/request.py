@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from serve_app.handoff.errors import OtherVersion, StageTimeout
 from serve_app.ingress.admission import Intake
+from serve_app.ingress.sources import Sources
 from serve_app.observe.trace import Trace
 from serve_app.observe.tracing import OFF, Span
 from serve_app.stage import Stage
@@ -68,6 +69,8 @@ class Request:
     """What is given back when it has ended."""
     intake: Intake | None = None
     """Of its media, once some arrive."""
+    sources: Sources = field(default_factory=Sources)
+    """Of the items of its prompts, from their rendering to its last token."""
     answered: bool = False
     """Whether it has a token."""
     error: Exception | None = None

@@ -22,6 +22,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from serve_app.ingress.peers import Answer, Peers
+from serve_app.ingress.request import current
 
 logger = logging.getLogger("ray.serve")
 
@@ -77,7 +78,10 @@ class Responses:
         if isinstance(made, ErrorResponse):
             return made
         if request.background:
-            self._serving.background_tasks[response_id].add_done_callback(lambda task: self._ended(response_id, task))
+            task = self._serving.background_tasks[response_id]
+            task.add_done_callback(lambda task: self._ended(response_id, task))
+            if (asked := current.get()) is not None:
+                asked.sources.use_until(task)
             if request.stream:
                 await asyncio.sleep(0)  # with the task's first step there is a place for its events
                 return self._stream(response_id, 0)

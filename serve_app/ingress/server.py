@@ -25,13 +25,13 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from serve_app.config import EPDConfig
 from serve_app.handoff.errors import ConfigError
-from serve_app.ingress import media
 from serve_app.ingress.assembly import Parts
 from serve_app.ingress.middleware import PipelineMiddleware
 from serve_app.ingress.peers import Peers
 from serve_app.ingress.replies import error_response, of_route, route_of
 from serve_app.ingress.responses import Responses
 from serve_app.ingress.routes import add_routes
+from serve_app.ingress.seams import install_media
 from serve_app.media.fetch import Fetcher
 from serve_app.observe.status import Status
 from serve_app.observe.tracing import tracing
@@ -86,7 +86,7 @@ def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
         structured_outputs_config=parsed.create_structured_outputs_config(),
     )
     if model_config.multimodal_config is not None:
-        # Prompts are rendered around metadata of items (from_media.py); clients still cannot send any (enable_mm_embeds).
+        # Prompts are rendered around metadata of items (rendering.py); clients still cannot send any (enable_mm_embeds).
         model_config.multimodal_config.allow_missing_mm_embeddings = True
     if parsed.max_num_seqs is not None:
         vllm_config.scheduler_config.max_num_seqs = parsed.max_num_seqs
@@ -102,7 +102,7 @@ async def make_app(
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
     client = parts.client
-    fetcher = media.install(config, parts.from_media, client.pipeline.admission, peers)
+    fetcher = install_media(config, parts.from_media, client.pipeline.admission, peers)
     app = build_app(args, ("generate",), client.model_config)
     _shape_errors(app)
     app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)

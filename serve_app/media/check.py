@@ -1,7 +1,7 @@
 """What an item declares about itself, checked before vLLM decodes it: pixels, frames, seconds.
 
 A small file can decode to any amount of memory. Headers are read here, without decoding, and refused in words of ours; the
-limits that vLLM keeps while it decodes are set to the same numbers, for headers that lie (``set_vllm_limits``).
+limits that vLLM keeps while it decodes are set to the same numbers, for headers that lie (``install_limits``).
 """
 
 import copy
@@ -32,7 +32,7 @@ MANIFESTS = (b"#extm3u", b"ffconcat version", b"c=in ip", b"dash:profile", b"pro
 then opens itself, past every guard (libavformat's ``*_probe`` functions). In lower case."""
 
 
-def set_vllm_limits(limits: MediaLimits) -> None:
+def install_limits(limits: MediaLimits) -> None:
     """Make vLLM and Pillow, in this process, keep to the same limits while they decode."""
     envs.VLLM_MAX_IMAGE_PIXELS = limits.max_pixels
     envs.VLLM_MAX_AUDIO_DECODE_DURATION_S = limits.max_seconds

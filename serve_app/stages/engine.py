@@ -32,7 +32,7 @@ from serve_app.handoff.errors import BadRequest, ConfigError, EngineDead, Handof
 from serve_app.handoff.types import StageRequest
 from serve_app.observe.engine_metrics import PageLogger, tell_ray
 from serve_app.stage import Stage
-from serve_app.stages.tap import Hear, Tap
+from serve_app.stages.tap import Hear, install_tap
 from serve_app.transfer.kv_layout import KVLayout, layout_of
 
 
@@ -102,7 +102,7 @@ class StageEngine:
             enable_log_requests=parsed.enable_log_requests,
             disable_log_stats=parsed.disable_log_stats,
         )
-        self.tap = Tap(self._llm.output_processor)
+        self.tap = install_tap(self._llm.output_processor)
         envs.enable_envs_cache()  # vLLM asks for one with every token
         if metrics_in_ray and not parsed.disable_log_stats:
             tell_ray()

@@ -24,11 +24,10 @@ UNHEARD = (FinishReason.ERROR, FinishReason.ABORT)
 class Tap:
     """On the ``OutputProcessor`` of one engine. ``stepped`` is called after each step in which somebody heard something."""
 
-    def __init__(self, processor: OutputProcessor) -> None:
-        self._process = processor.process_outputs
+    def __init__(self, process: Callable[..., OutputProcessorOutput]) -> None:
+        self._process = process
         self._hear: dict[str, Hear] = {}
         self.stepped: Callable[[], None] = lambda: None
-        processor.process_outputs = self._process_outputs
 
     @contextmanager
     def hears(self, request_id: str, hear: Hear) -> Iterator[None]:
@@ -39,7 +38,7 @@ class Tap:
         finally:
             del self._hear[request_id]
 
-    def _process_outputs(self, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> OutputProcessorOutput:
+    def process_outputs(self, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> OutputProcessorOutput:
         heard = [(hear, output) for output in outputs if (hear := self._hear.get(output.request_id)) is not None]
         # Who hears them makes something of logprobs; here nobody reads what vLLM would make of them.
         kept = [(output.new_logprobs, output.new_prompt_logprobs_tensors) for _, output in heard]
@@ -53,6 +52,12 @@ class Tap:
         if heard:
             self.stepped()
         return processed
+
+
+def install_tap(processor: OutputProcessor) -> Tap:
+    tap = Tap(processor.process_outputs)
+    processor.process_outputs = tap.process_outputs
+    return tap
 
 
 def queue_s(output: EngineCoreOutput | RequestOutput) -> float:

@@ -41,7 +41,7 @@ def test_settings_that_the_ingress_writes_exist(name: str) -> None:
     from vllm import envs
 
     assert f"VLLM_{name}" in envs.environment_variables, (
-        "serve_app/ingress/media.py install, media/check.py, server.py ingress_vllm_config"
+        "serve_app/ingress/seams.py install_media, media/check.py install_limits, ingress/server.py ingress_vllm_config"
     )
 
 
@@ -98,13 +98,13 @@ def test_scheduler_reports_a_lost_embedding_too_late_for_its_step() -> None:
 
 
 def test_model_declares_the_fields_of_its_placeholders(make_client: Any) -> None:
-    from serve_app.ingress.rendering import declared_fields
+    from serve_app.media.items import declared_fields
 
     renderer = make_client({}).renderer
     declared = declared_fields(renderer)
-    assert declared("image") == {"image_grid_thw"}, "serve_app/ingress/rendering.py: placeholder_metadata_fields"
+    assert declared("image") == {"image_grid_thw"}, "serve_app/media/items.py: placeholder_metadata_fields"
     assert declared("audio") == frozenset()
-    assert hasattr(renderer, "_mm_executor"), "serve_app/ingress/rendering.py in_turn: vLLM's thread for its processors"
+    assert hasattr(renderer, "_mm_executor"), "serve_app/media/items.py in_turn: vLLM's thread for its processors"
 
 
 def test_metadata_alone_is_taken_where_the_ingress_says_so_and_not_from_clients(demo_vllm_config: Any) -> None:
@@ -238,7 +238,7 @@ def test_media_connectors_are_made_by_name_with_these_arguments() -> None:
     from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
     from vllm.renderers import chat_utils
 
-    assert "MEDIA_CONNECTOR_REGISTRY.load(" in inspect.getsource(chat_utils), "serve_app/ingress/media.py install"
+    assert "MEDIA_CONNECTOR_REGISTRY.load(" in inspect.getsource(chat_utils), "serve_app/ingress/seams.py install_media"
     taken = {name for name in parameters(MediaConnector.__init__) if name not in ("self", "connection")}
     assert taken == {"media_io_kwargs", "allowed_local_media_path", "allowed_media_domains"}, (
         "serve_app/ingress/media.py"
@@ -247,7 +247,7 @@ def test_media_connectors_are_made_by_name_with_these_arguments() -> None:
 
 
 def test_video_loaders_ask_one_method_which_frames_to_take() -> None:
-    """``media_check._limited`` overrides it to count them."""
+    """``media/check.py _limited`` overrides it to count them."""
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
     without = [
@@ -323,7 +323,7 @@ def test_renderer_processes_media_through_the_hooks_that_are_guarded() -> None:
     from vllm.renderers.chat_utils import AsyncMultiModalContentParser
 
     assert "await self._process_multimodal_async(" in inspect.getsource(BaseRenderer._process_tokens_async), (
-        "serve_app/ingress/guard.py guard_renderer"
+        "serve_app/ingress/seams.py install_renderer_guard"
     )
     assert list(parameters(BaseRenderer._process_mm_uuids)) == [
         "self",
@@ -331,36 +331,38 @@ def test_renderer_processes_media_through_the_hooks_that_are_guarded() -> None:
         "mm_data_items",
         "mm_uuid_items",
         "mm_req_id",
-    ], "serve_app/ingress/guard.py guard_renderer"
+    ], "serve_app/ingress/seams.py install_renderer_guard"
     assert list(parameters(AsyncMultiModalContentParser.parse_image_pil)) in (
         ["self", "image_pil", "uuid"],
         ["parser", "image_pil", "uuid"],  # ours, where another test has installed it
-    ), "serve_app/ingress/media.py install"
+    ), "serve_app/ingress/seams.py install_media"
 
 
 def test_every_part_with_a_url_and_its_name_pass_three_methods_of_the_parser() -> None:
     from vllm.renderers.chat_utils import AsyncMultiModalContentParser
 
-    from serve_app.ingress.media import _PARSE  # vLLM's own, where another test has installed ours
+    from serve_app.ingress.seams import PARSE  # vLLM's own, where another test has installed ours
 
-    assert {name: list(parameters(parse)) for name, parse in _PARSE.items()} == {
+    assert {name: list(parameters(parse)) for name, parse in PARSE.items()} == {
         "parse_image": ["self", "image_url", "uuid"],
         "parse_video": ["self", "video_url", "uuid"],
         "parse_audio": ["self", "audio_url", "uuid"],
-    }, "serve_app/ingress/media_names.py naming"
+    }, "serve_app/ingress/seams.py naming"
     assert "return self.parse_audio(audio_url, uuid)" in inspect.getsource(
         AsyncMultiModalContentParser.parse_input_audio
-    ), "serve_app/ingress/media.py _PARSE"
+    ), "serve_app/ingress/seams.py PARSE"
 
 
 def test_renderer_of_a_chat_is_told_its_cache_salt() -> None:
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.online_renderer import OnlineRenderer
 
-    assert "prompt_extras" in parameters(BaseRenderer.render_chat_async), "serve_app/ingress/guard.py guard_renderer"
+    assert "prompt_extras" in parameters(BaseRenderer.render_chat_async), (
+        "serve_app/ingress/seams.py install_renderer_guard"
+    )
     rendered = inspect.getsource(OnlineRenderer.preprocess_chat)
     assert "renderer.render_chat_async(" in rendered and '"cache_salt"' in rendered, (
-        "serve_app/ingress/guard.py guard_renderer"
+        "serve_app/ingress/seams.py install_renderer_guard"
     )
 
 

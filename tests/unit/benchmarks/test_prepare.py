@@ -24,7 +24,7 @@ def test_rates_follow_from_the_costs() -> None:
 
 
 def test_image_of_1080p_is_13_mb_for_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As serve_app/ingress/rendering.py says: 10,764 patches of 1,176 bytes, not yet floats."""
+    """As serve_app/media/items.py says: 10,764 patches of 1,176 bytes, not yet floats."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_qwen_3b(tmp_path)
     cost = costs(processor(tmp_path), media_of(photo()), images=1)

@@ -6,7 +6,7 @@ import json
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.hooks.proxy import AskAgain, middlewares
+from serve_app.hooks.proxy import AskAgain
 
 BODY: list[Message] = [
     {"type": "http.request", "body": b"one ", "more_body": True},
@@ -71,10 +71,3 @@ def test_client_that_left_is_not_served_again() -> None:
     proxy = Proxy(deaths=9, reads=3)
     assert ask(proxy, *BODY, LEFT) == []
     assert len(proxy.bodies) == 1
-
-
-def test_serve_takes_it() -> None:
-    from ray.serve._private import constants, http_util
-
-    assert hasattr(constants, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")
-    assert http_util.validate_http_proxy_callback_return(middlewares())

@@ -26,10 +26,11 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from serve_app.config import MediaLimits
-from serve_app.ingress import media
-from serve_app.ingress.media import EPDMediaConnector, to_client_error
+from serve_app.ingress.media import EPDMediaConnector
 from serve_app.ingress.media_names import MediaNames
+from serve_app.ingress.seams import install_media
 from serve_app.media.check import gif_has_more_frames
+from serve_app.media.decoding import decode, to_client_error
 from tests.unit.web import Web, media_config, redirect, response
 from tools.harness.media import cut, data_url, picture, png, recording, video_url, wav
 
@@ -43,7 +44,7 @@ SETTINGS = (
 
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What ``install`` sets in this process is as before afterwards."""
+    """What ``install_media`` sets in this process is as before afterwards."""
     for name in SETTINGS:
         monkeypatch.setattr(envs, name, getattr(envs, name), raising=False)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
@@ -59,7 +60,7 @@ def load(
 
     async def main() -> Any:
         config = media_config(**rules)
-        fetcher = media.install(config)
+        fetcher = install_media(config)
         connector = MEDIA_CONNECTOR_REGISTRY.load(
             envs.VLLM_MEDIA_CONNECTOR,
             media_io_kwargs={kind: io_kwargs or {}},
@@ -439,7 +440,7 @@ def test_what_a_video_needed_is_not_kept() -> None:
     io_ = VideoMediaIO(ImageMediaIO("RGB"))
     data = recording("webm", 8, piped=True)
     before = sys.getrefcount(data)
-    media.decode(data, io_, MediaLimits())
+    decode(data, io_, MediaLimits())
     gc.collect(0)
     assert sys.getrefcount(data) == before
 
@@ -519,7 +520,7 @@ def test_errors_of_vllms_own_pass() -> None:
 
 
 def test_limits_of_vllm_follow_the_config() -> None:
-    media.install(media_config(max_pixels=1001, max_seconds=7.5, max_bytes=2 << 20))
+    install_media(media_config(max_pixels=1001, max_seconds=7.5, max_bytes=2 << 20))
     assert envs.VLLM_MAX_IMAGE_PIXELS == 1001
     assert envs.VLLM_MAX_AUDIO_DECODE_DURATION_S == 7.5
     assert envs.VLLM_MAX_AUDIO_CLIP_FILESIZE_MB == 2.0

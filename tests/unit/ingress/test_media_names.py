@@ -13,7 +13,7 @@ from vllm.multimodal.media import AudioMediaIO, ImageMediaIO, VideoMediaIO
 
 from serve_app.config import MediaLimits
 from serve_app.handoff.errors import BadRequest
-from serve_app.ingress import media_names
+from serve_app.ingress import media_names, seams
 from serve_app.ingress.media import EPDMediaConnector
 from serve_app.ingress.media_names import ENTRY_BYTES, Content, MediaNames, Named, key_of
 from serve_app.stage import Stage
@@ -248,7 +248,7 @@ def test_name_of_an_input_audio_part_without_data() -> None:
     from vllm.renderers.chat_utils import AsyncMultiModalContentParser
 
     seen: list[Any] = []
-    parse = media_names.naming(lambda parser, url: seen.append(url))
+    parse = seams.naming(lambda parser, url: seen.append(url))
 
     class Parser(AsyncMultiModalContentParser):
         parse_audio = parse

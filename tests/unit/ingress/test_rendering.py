@@ -19,8 +19,9 @@ from serve_app.config import MediaLimits
 from serve_app.handoff.engine_input import from_engine_input
 from serve_app.handoff.errors import BadRequest, HandoffLost, StageUnavailable
 from serve_app.handoff.types import EncodeReply, Media, MediaRequest, Prompt, digest_of, keyed
-from serve_app.ingress.rendering import ItemProcessor, declared_fields
+from serve_app.ingress.request import Request, current
 from serve_app.media.fetch import decode_base64
+from serve_app.media.items import ItemProcessor, declared_fields
 from serve_app.stage import Stage
 from tests.fakes import A, B, FakePipeline, FakeStage
 from tools.harness.media import picture, png, recording, video_url
@@ -54,6 +55,7 @@ class Bench:
         self.client = make(self.pipeline.stages | {Stage.ENCODER: encoder}, **config)
         self.encoder = encoder
         self.processor = ItemProcessor(self.client.renderer, MediaLimits())
+        current.set(Request("req"))  # as the middleware does
         for stage in self.client.pipeline.stages.values():
             self._count(stage)
 

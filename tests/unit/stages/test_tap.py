@@ -17,7 +17,7 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from serve_app.channel.wire import First, Frame
 from serve_app.handoff.types import Version
-from serve_app.stages.tap import Tap, add, codec, queue_s
+from serve_app.stages.tap import add, codec, install_tap, queue_s
 
 Output = EngineCoreOutput
 QUEUED, SCHEDULED, PREEMPTED = EngineCoreEventType
@@ -56,7 +56,7 @@ def ending(name: str, *tokens: int, reason: FinishReason = FinishReason.LENGTH, 
 
 def test_outputs_are_heard_as_they_are_and_vllm_keeps_the_end_of_the_request() -> None:
     front, heard = Front(), []
-    tap = Tap(front.processor)
+    tap = install_tap(front.processor)
     front.add("a", logprobs=1, prompt_logprobs=1)
     first = Output("a", [64], new_logprobs=LOGPROBS, new_prompt_logprobs_tensors=PROMPT_LOGPROBS)
     last = ending("a", 65, new_logprobs=LOGPROBS, kv_transfer_params={"k": 1})
@@ -74,7 +74,7 @@ def test_outputs_are_heard_as_they_are_and_vllm_keeps_the_end_of_the_request() -
 
 def test_vllm_makes_of_requests_that_nobody_hears_what_it_always_makes() -> None:
     front = Front()
-    Tap(front.processor)
+    install_tap(front.processor)
     front.add("a", logprobs=1)
     front.step(ending("a", 64, new_logprobs=LOGPROBS))
     (position,) = front.end("a").outputs[0].logprobs
@@ -83,7 +83,7 @@ def test_vllm_makes_of_requests_that_nobody_hears_what_it_always_makes() -> None
 
 def test_each_request_is_heard_by_its_own_while_it_is_under_way() -> None:
     front, heard = Front(), {"a": [], "b": []}  # type: ignore[var-annotated]
-    tap = Tap(front.processor)
+    tap = install_tap(front.processor)
     for name in ("a", "b", "c"):
         front.add(name)
     with tap.hears("a", heard["a"].append):
@@ -99,7 +99,7 @@ def test_each_request_is_heard_by_its_own_while_it_is_under_way() -> None:
 def test_request_that_failed_or_was_ended_is_told_of_by_its_end_alone(reason: FinishReason) -> None:
     """The ingress would answer its client with it, where it may still try again."""
     front, heard = Front(), []
-    tap = Tap(front.processor)
+    tap = install_tap(front.processor)
     front.add("a")
     with tap.hears("a", heard.append):
         front.step(Output("a", [1]))
@@ -111,7 +111,7 @@ def test_request_that_failed_or_was_ended_is_told_of_by_its_end_alone(reason: Fi
 @pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION])
 def test_every_other_end_is_heard(reason: FinishReason) -> None:
     front, heard = Front(), []
-    tap = Tap(front.processor)
+    tap = install_tap(front.processor)
     front.add("a")
     with tap.hears("a", heard.append):
         front.step(ending("a", 1, reason=reason, stop_reason=9))
@@ -120,7 +120,7 @@ def test_every_other_end_is_heard(reason: FinishReason) -> None:
 
 def test_steps_are_told_once_each_after_all_of_it_was_heard() -> None:
     front, log = Front(), []
-    tap = Tap(front.processor)
+    tap = install_tap(front.processor)
     tap.stepped = lambda: log.append("step")
     for name in ("a", "b", "c"):
         front.add(name)
@@ -137,7 +137,7 @@ def test_steps_are_told_once_each_after_all_of_it_was_heard() -> None:
 def test_what_vllm_says_of_a_step_goes_on_to_its_handler() -> None:
     """As it would without a tap, its newest arguments too."""
     front = Front()
-    Tap(front.processor)
+    install_tap(front.processor)
     front.add("a")
     processed = front.processor.process_outputs([ending("a", 64)], 101.0, None, weight_version="v7")
     assert processed == OutputProcessorOutput([], [])
@@ -174,7 +174,7 @@ def test_statistics_are_those_of_an_engine_without_a_tap() -> None:
             front.add(name, logprobs=1)
         with ExitStack() as stack:
             if hears:
-                tap = Tap(front.processor)
+                tap = install_tap(front.processor)
                 for name in hears:
                     stack.enter_context(tap.hears(name, lambda _: None))
             for number, outputs in enumerate(steps()):

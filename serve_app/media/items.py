@@ -1,0 +1,123 @@
+"""From an item's bytes to the tensors that an encoder takes: vLLM's multimodal processor, for one item at a time.
+
+Encoders call it for items that come as media, and an ingress for those that no encoder takes.
+"""
+
+import asyncio
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from vllm.distributed.ec_transfer.ec_connector.utils import PlaceholderMetadataResolver, collect_ec_item_metadata
+from vllm.exceptions import VLLMClientError
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.multimodal.processing import ProcessorInputs
+from vllm.multimodal.processing.context import TimingContext
+from vllm.utils.torch_utils import set_default_torch_num_threads
+
+from serve_app.config import MediaLimits
+from serve_app.handoff import shaping
+from serve_app.handoff.engine_input import from_engine_input
+from serve_app.handoff.errors import BadRequest
+from serve_app.handoff.types import Features, Media, Prompt
+from serve_app.media.decoding import decode, in_thread
+
+MODALITIES = ("image", "video", "audio")
+
+
+def declared_fields(renderer: Any) -> Callable[[str], frozenset[str]]:
+    """By modality: the fields that the model declares as placeholder metadata; none for models that declare none."""
+
+    @functools.cache
+    def declared(modality: str) -> frozenset[str]:
+        processor = renderer.mm_processor
+        return frozenset(processor.info.data_parser.placeholder_metadata_fields(modality) if processor else ())
+
+    return declared
+
+
+class ItemProcessor:
+    """vLLM's multimodal processor for items one by one; on an encoder, and on the ingress for those no encoder takes."""
+
+    def __init__(self, renderer: Any, limits: MediaLimits) -> None:
+        self.renderer = renderer
+        self.declared = declared_fields(renderer)
+        self._limits = limits
+        self._resolver = PlaceholderMetadataResolver(renderer.model_config)
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """Those whose items can go as media."""
+        return frozenset(modality for modality in MODALITIES if self.declared(modality))
+
+    async def features(self, media: Media) -> Features:
+        """Decode and transform an item. Raises ``BadRequest`` where it is broken or over a limit."""
+        try:
+            features: Features = await self.in_turn(self._process, media, await self.decoded(media))
+            return features
+        except VLLMClientError as error:
+            raise BadRequest(str(error)) from error
+        except (AssertionError, ValueError, TypeError, OverflowError) as error:
+            raise BadRequest(why_not_processed(error)) from error
+
+    async def decoded(self, media: Media) -> Any:
+        return await in_thread(decode, media.data, media.io, self._limits)
+
+    async def in_turn(self, function: Callable[..., Any], *args: Any) -> Any:
+        """In the renderer's single thread for multimodal processing: vLLM's processors take one caller at a time.
+
+        vLLM warms them up there; some call numba, which ends a process that two threads enter it from; and the tokenizer
+        inside is lent to one caller. A 1080p image spends about 20 ms here (``benchmarks.prepare``): more images a second
+        want more replicas.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self.renderer._mm_executor, function, *args)
+
+    def apply(
+        self,
+        token_ids: list[int],
+        mm_data: Mapping[str, Any],
+        hashes: dict[str, list[str]],
+        processor_kwargs: dict[str, Any],
+        io_kwargs: dict[str, Any],
+    ) -> Any:
+        """vLLM's engine input of a prompt, its placeholders expanded. Items without a hash get that of their content."""
+        processor = self.renderer.get_mm_processor()
+        # Not validated: that would refuse metadata unless clients may send embeddings, and items were counted before.
+        items = processor.info.parse_mm_data(mm_data, validate=False)
+        inputs = ProcessorInputs(
+            token_ids, items, hashes, hf_processor_mm_kwargs=processor_kwargs, media_io_kwargs=io_kwargs
+        )
+        with set_default_torch_num_threads():
+            return processor.apply(inputs, TimingContext(enabled=False))
+
+    def _process(self, media: Media, decoded: Any) -> Features:
+        processor = self.renderer.get_mm_processor()
+        text = processor.dummy_inputs.get_dummy_text({media.modality: 1})
+        tokens = self.renderer.get_tokenizer().encode(text, add_special_tokens=False)
+        prompt = from_engine_input(
+            self.apply(tokens, {media.modality: [decoded]}, {}, media.processor_kwargs, media.io_kwargs)
+        )
+        alone = shaping.salted(shaping.for_encoder(prompt, 0), media.salt)
+        (item,) = alone.items
+        feature = MultiModalFeatureSpec(
+            data=item.data,
+            modality=item.modality,
+            identifier=item.hash,
+            mm_position=PlaceholderRange(0, item.length, item.is_embed),
+        )
+        metadata = collect_ec_item_metadata([feature], self._resolver)[item.hash]["metadata"]
+        return Features(alone, metadata)
+
+    def without_pixels(self, features: Features) -> Features:
+        item = shaping.metadata_only(features.item, self.declared(features.item.modality))
+        return msgspec.structs.replace(features, prompt=Prompt([], (item,)))
+
+
+def why_not_processed(error: Exception) -> str:
+    """What is wrong with a prompt or item that vLLM cannot process, for the client.
+
+    vLLM asserts that a prompt and its items fit together, which they do not where the prompt was truncated. Of a failure in
+    the model's processor, its message lists the data, and the cause says what it was.
+    """
+    return f"The prompt and its media cannot be processed: {error.__cause__ or error}"
