@@ -51,28 +51,10 @@ class FromMedia:
         raw = {m: items for m, items in data.items() if isinstance(items, list) and any(map(is_media, items))}
         if not raw:
             return await self._by_vllm(prompt, skip_mm_cache=skip_mm_cache)
-        kwargs = dict(prompt.get("mm_processor_kwargs") or {})
-        # A video that came as JPEGs (`data:video/jpeg`) is decoded already, whatever stands beside it.
-        mixed = not all(map(is_media, itertools.chain(*raw.values())))
         request = current.get()  # without one nothing could keep what encoders answer
-        if (
-            request is None
-            or mixed
-            or skip_mm_cache
-            or kwargs.get("use_audio_in_video")
-            or prompt.get("_prompt_embeds")
-        ):
+        if request is None or skip_mm_cache or not stand_alone(prompt, raw):
             return await self._processed_here(prompt, raw, skip_mm_cache)
-
-        salt = prompt.get("cache_salt") if self._salted else None
-        io_kwargs = dict(prompt.get("media_io_kwargs") or {})
-        media = {
-            modality: [
-                keyed(msgspec.structs.replace(each, processor_kwargs=kwargs, io_kwargs=io_kwargs, salt=salt))
-                for each in items
-            ]
-            for modality, items in raw.items()
-        }
+        media = {modality: [self._keyed(each, prompt) for each in items] for modality, items in raw.items()}
         distinct = {each.key: each for items in media.values() for each in items}
         replies = await self._encode(list(distinct.values()))
         features = {key: reply.features for key, reply in replies.items() if reply.features is not None}
@@ -92,6 +74,11 @@ class FromMedia:
             if prompt.get(key):
                 placed[key] = prompt[key]
         return placed
+
+    def _keyed(self, media: Media, prompt: Mapping[str, Any]) -> Media:
+        kwargs, io_kwargs = (dict(prompt.get(name) or {}) for name in ("mm_processor_kwargs", "media_io_kwargs"))
+        salt = prompt.get("cache_salt") if self._salted else None
+        return keyed(msgspec.structs.replace(media, processor_kwargs=kwargs, io_kwargs=io_kwargs, salt=salt))
 
     def _place(self, prompt: Mapping[str, Any], items: dict[str, list[tuple[Media, Features]]]) -> Any:
         """The engine input of a prompt, rendered around items by their metadata."""
@@ -130,3 +117,12 @@ class FromMedia:
 
 def is_media(item: Any) -> bool:
     return isinstance(item, Media)
+
+
+def stand_alone(prompt: Mapping[str, Any], items: Mapping[str, list[Any]]) -> bool:
+    """Whether a prompt can be rendered around its items: each came as media, and none is interleaved with another.
+
+    A video that came as JPEGs (`data:video/jpeg`) is decoded already, whatever stands beside it.
+    """
+    together = (prompt.get("mm_processor_kwargs") or {}).get("use_audio_in_video") or prompt.get("_prompt_embeds")
+    return not together and all(map(is_media, itertools.chain(*items.values())))
