@@ -11,7 +11,7 @@ from serve_app.handoff import shaping
 
 
 class Choice:
-    """It outlives a decode replica: output tokens of the next one go on from there."""
+    """A choice outlives a decode replica. The next one adds its output tokens."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Choice:
         self.index = index
         self.params: Any = core.sampling_params
         self.counts_cached = index == 0
-        """Until it is known what of the prompt was in a cache: of the first choice, once."""
+        """Whether the prompt's tokens that were in a cache are still to be counted: once, of the first choice."""
         self._processor = processor
         self._args = core, text, parent, index, queue
         processor.add_request(*self._args)
@@ -41,7 +41,7 @@ class Choice:
 
     @property
     def output_tokens(self) -> list[int]:
-        """The tokens so far of one that has not finished."""
+        """The tokens so far. The choice must not have finished."""
         detokenizer = self._processor.request_states[self.id].detokenizer
         assert detokenizer is not None
         return list(detokenizer.output_token_ids)
@@ -55,7 +55,7 @@ class Choice:
 def choices_of(
     processor: OutputProcessor, core: EngineCoreRequest, text: str | None, queue: RequestOutputCollector
 ) -> list[Choice]:
-    """All that vLLM's ``OutputProcessor`` gathers into the outputs of one request."""
+    """The choices that vLLM's ``OutputProcessor`` gathers into the outputs of one request."""
     if core.params.n == 1:
         return [Choice(processor, core, text, None, 0, queue)]
     parent = ParentRequest(core)

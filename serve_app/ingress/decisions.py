@@ -1,5 +1,5 @@
-"""What becomes of a choice after a failure: it resumes, is tried again, restarts, or is given up; and what its next attempt
-does without. Decided on what failed alone, without an event loop.
+"""What follows a failure of a choice: it resumes, is tried again, restarts, or is given up. And what its next attempt does
+without. Both depend on what failed alone, and need no event loop.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,18 @@ class Next(Enum):
 class Attempts:
     """What failed of one choice so far.
 
-    Where embeddings were lost twice, its next attempt does without encoders; where prefill was not there or its blocks were
-    lost, twice in all, decode prefills. An engine ends a request in the same way whether its KV blocks or embeddings were
-    lost or its grammar cannot be compiled or followed; so decode does a structured request alone where that happened, and
-    where it happens again it is the grammar.
+    After embeddings were lost twice, the next attempt does without encoders. After prefill was absent or its blocks were
+    lost, twice in all, decode prefills. An engine ends a request in the same way when its KV blocks or embeddings were lost
+    and when its grammar cannot be compiled or followed. So after the first such end decode does a structured request alone,
+    and after the second the grammar is at fault.
 
-    Where no replica has the weights that embeddings or blocks were made with, whoever refused them makes its own.
+    Where no replica has the weights that embeddings or blocks were made with, the stage that refused them makes its own.
     """
 
     structured: bool = False
     """Whether the answer follows a grammar."""
     buffered: bool = False
-    """Whether the client gets the answer as a whole: tokens that it has not seen can be dropped."""
+    """Whether the client gets the answer as a whole. Then output tokens can be dropped, because it has not seen them."""
     resumable: bool = False
     """Whether an engine makes the rest of the answer from its prompt and output tokens alone."""
     embeddings_lost: int = 0
@@ -53,9 +53,9 @@ class Attempts:
     def after(self, error: StageError, encoded: bool, tokens: bool, late: bool, allow: Callable[[bool], bool]) -> Next:
         """What follows an attempt that failed.
 
-        ``encoded``: whether encoders had encoded something of it. ``tokens``: whether there are output tokens. ``late``:
-        whether the deadline of the first token is over. ``allow``: asked last, and once, whether there may be one more
-        attempt; with whether that resumes.
+        ``encoded``: whether encoders had encoded items of it. ``tokens``: whether there are output tokens. ``late``: whether
+        the deadline of the first token is over. ``allow(resumes)`` tells whether there may be one more attempt; it is called
+        last, and at most once.
         """
         self._learn(error, encoded, tokens)
         resumes = tokens and self.resumable and not _nobody_resumes(error)

@@ -1,8 +1,8 @@
-"""The encode stage as the ingress sees it: which items go to an encoder, each of them once, and what happens when one fails.
+"""The encode stage as the ingress sees it.
 
-Per item: an encoder replica → another one → encode at prefill. An item that prefill encodes keeps its pixels; all others go
-on without. What an encoder answered is remembered while the shared cache surely has it, and an item that is being encoded
-for one request is not sent again for another.
+An item goes to an encoder replica. When that fails it goes to another one, and then prefill encodes it. An item that prefill
+encodes keeps its pixels; all others go on without. The answer for an item is remembered while the shared cache surely has
+its embedding, and an item that is being encoded for one request is not sent again for another.
 """
 
 import asyncio
@@ -37,12 +37,12 @@ class Encoded:
     """The encode stage's result for one prompt."""
 
     prompt: Prompt
-    """The prompt for the engines behind: items without pixels where an encoder has encoded them."""
+    """The prompt for prefill and decode. Items that an encoder has encoded have no pixels."""
     ec_transfer_params: dict[str, Any] | None
     hashes: frozenset[str] = frozenset()
-    """Items whose embeddings the engines behind have to get through the EC connector."""
+    """The items whose embeddings prefill and decode get through the EC connector."""
     version: Version = ANY
-    """Of the encoders that made them."""
+    """The version of the encoders that made them."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Job:
     """One item for an encoder."""
 
     key: str
-    """Names its content: the item's hash, or the media's key where the hash is not known yet."""
+    """The item's hash, or the key of its media while the hash is not known."""
     cost: int
     method: str
     """``encode`` or ``encode_media``."""
     call: StageRequest | MediaRequest
-    """With the id of the request; each attempt has one of its own (``handoff.child_id``)."""
+    """It has the id of the request. Each attempt gets an id of its own (``shaping.child_id``)."""
     index: int
-    """Place of the item in its request."""
+    """The place of the item in its request."""
     hash: str | None
-    """What the answer has to name; None: not known before, the answer's own features name it."""
+    """The hash that the answer has to name. None: the answer's own features name it."""
 
 
 @dataclass
@@ -71,25 +71,25 @@ class _Flight:
 
 
 Replies = dict[str, EncodeReply]
-"""Answers by ``Job.key``; an item that has none is encoded by prefill."""
+"""Answers by ``Job.key``. Prefill encodes an item that has none."""
 
 
 @dataclass
 class EncodeStage:
-    """The encoders, for one ingress replica."""
+    """The encoders, as one ingress replica sees them."""
 
     handle: StageHandle
     config: EncodeConfig
     timeout_s: float
-    """For one attempt."""
+    """An attempt may take so long."""
     shareable: bool
-    """Whether an answer serves every request that waits for it: not where an embedding is sent to one consumer."""
+    """Whether an answer serves every request that waits for it. It does not where an embedding is sent to one consumer."""
     declared: Callable[[str], frozenset[str]]
-    """Fields that the model declares as placeholder metadata of a modality."""
+    """The fields that the model declares as placeholder metadata of a modality."""
     features: Callable[[Media], Awaitable[Features]] | None = None
-    """Processes an item that came as media, for prefill to encode it; None where all come from features."""
+    """It processes an item that came as media, for prefill to encode it. None: all items come as features."""
     version: Version = ANY
-    """Of this ingress replica: what is asked of an encoder while a prompt is rendered."""
+    """The version of this ingress replica. Encoders that are asked while a prompt is rendered must have it."""
     clock: Callable[[], float] = time.monotonic
     state: Encodes = field(default_factory=Encodes)
     costs: Costs = field(default_factory=Costs)
@@ -98,10 +98,10 @@ class EncodeStage:
     _known: OrderedDict[str, tuple[float, EncodeReply]] = field(default_factory=OrderedDict)
 
     async def encode(self, request: StageRequest, trace: Trace, first: bool = True) -> Encoded:
-        """Encode the items of a prompt, all at the same time, by encoders of one version: that of the request or, where it
-        asks for none, of most of those that answered.
+        """Encode all items of a prompt at the same time, by encoders of one version: the version that the request asks for,
+        or else the one of most encoders that answered.
 
-        ``first``: what was answered while the prompt was rendered still holds. Otherwise encoders are asked again.
+        ``first``: answers that came while the prompt was rendered still hold. Otherwise encoders are asked again.
         """
         items, version = request.prompt.items, request.version
         indices = shaping.distinct(items).values()
@@ -122,35 +122,51 @@ class EncodeStage:
         return Encoded(prompt, params or None, hashes, version if hashes else ANY)
 
     async def _asked(self, request: StageRequest, indices: list[int], trace: Trace) -> dict[int, EncodeReply]:
-        """The encoders' answers for items of a prompt; those that prefill encodes have none."""
+        """The encoders' answers for items of a prompt, by index."""
         jobs = {index: self._job(request, index) for index in indices}
         answers = await self.run(list(jobs.values()), trace)
         return {index: answers[job.key] for index, job in jobs.items() if job.key in answers}
 
     async def at_prefill(self, prompt: Prompt) -> Encoded:
-        """The prompt with the pixels of all items: no encoder is asked."""
+        """The prompt with the pixels of all items. No encoder is asked."""
         return Encoded(await self._with_pixels(prompt, frozenset()), None)
 
     async def encode_media(self, media: list[Media], request_id: str, trace: Trace) -> Replies:
-        """Encode items that are to be rendered around: distinct ones, in the order of the prompt."""
+        """Encode the distinct items of a prompt, in their order, before it is rendered around them."""
         jobs = [self._media_job(each, request_id, index, {}, self.version) for index, each in enumerate(media)]
         return await self.run(jobs, trace)
 
     async def run(self, jobs: list[Job], trace: Trace) -> Replies:
-        """Ask encoders for items, largest first, all at the same time. One that fails cancels the others.
-
-        Each in a context of its own: Serve gives calls of one context one internal id, by which the router knows them.
-        """
+        """Ask encoders for items, all at the same time. An item that fails cancels the others."""
         if not jobs:
             return {}
         began = self.clock()
-        at_encoder, taken, probes = [], 0, False
+        for_encoders, probe = self._for_encoders(jobs, trace)
+        # Each has a context of its own. Serve gives calls of one context one internal id, by which the router knows them.
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {
+                    job.key: group.create_task(self._answer(job, trace), context=contextvars.Context())
+                    for job in for_encoders
+                }
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        except asyncio.CancelledError:
+            if probe:  # another item becomes the probe, before this one's time is over
+                self.state.probe_at = self.clock() + self.config.retry_encoders_after_s
+            raise
+        trace.took("encode", self.clock() - began)
+        return {key: reply for key, task in tasks.items() if (reply := task.result()) is not None}
+
+    def _for_encoders(self, jobs: list[Job], trace: Trace) -> tuple[list[Job], bool]:
+        """The jobs that go to encoders, largest first, and whether one of them probes encoders that were down."""
+        for_encoders, cost, probe = [], 0, False
         for job in sorted(jobs, key=lambda job: -job.cost):
-            now = self.clock()
             if self.shareable and (self._remembered(job) or (job.key, job.call.version) in self._flights):
-                at_encoder.append(job)  # costs the encoders nothing
+                for_encoders.append(job)  # it costs the encoders nothing
                 continue
-            seen = replace(self.state, outstanding=self.state.outstanding + taken, absent=self.handle.absent)
+            now = self.clock()
+            seen = replace(self.state, outstanding=self.state.outstanding + cost, absent=self.handle.absent)
             reason = encode_at_prefill(job.cost, seen, self.config, now)
             if reason is not None:
                 if seen.absent:
@@ -158,33 +174,19 @@ class EncodeStage:
                 logger.info(f"request={job.call.request_id} encode-at-prefill({reason}) cost={job.cost} {seen}")
                 trace.rung(f"encode-at-prefill({reason})")
                 continue
-            at_encoder.append(job)
-            taken += job.cost
-            if self.state.down:  # this item is the probe
-                probes = True
-                self.state.probe_at = now + self.timeout_s * self.config.attempts
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = {
-                    job.key: group.create_task(self._answer(job, trace), context=contextvars.Context())
-                    for job in at_encoder
-                }
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        except asyncio.CancelledError:
-            if probes:  # another item is to be, before this one's time would have been over
-                self.state.probe_at = self.clock() + self.config.retry_encoders_after_s
-            raise
-        trace.took("encode", self.clock() - began)
-        return {key: reply for key, task in tasks.items() if (reply := task.result()) is not None}
+            for_encoders.append(job)
+            cost += job.cost
+            if self.state.down:
+                probe, self.state.probe_at = True, now + self.timeout_s * self.config.attempts
+        return for_encoders, probe
 
     def forget(self, hashes: frozenset[str]) -> None:
-        """The cache may have lost these items: the next request that has one sends it again."""
+        """Send these items again: the cache may have lost them."""
         for key in [key for key, (_, reply) in self._known.items() if not hashes.isdisjoint(reply.ec_transfer_params)]:
             del self._known[key]
 
     def forget_version(self, version: Version) -> None:
-        """No engine behind has the weights any more that these items were encoded with."""
+        """Send the items of these weights again: no prefill or decode replica has the weights any more."""
         for key in [key for key, (_, reply) in self._known.items() if reply.version.weights == version.weights]:
             del self._known[key]
 
@@ -204,7 +206,7 @@ class EncodeStage:
         return Job(media.key, cost, "encode_media", call, index, None)
 
     async def _with_pixels(self, prompt: Prompt, encoded: frozenset[str]) -> Prompt:
-        """For the engines behind: an item that may still have to be encoded must have its pixels."""
+        """The prompt for prefill and decode. An item that may still have to be encoded gets its pixels."""
 
         async def whole(item: Item) -> Item:
             if not item.bare or item.hash in encoded:
@@ -219,7 +221,7 @@ class EncodeStage:
         return shaping.without_sources(msgspec.structs.replace(prompt, items=tuple(items)))
 
     async def _answer(self, job: Job, trace: Trace) -> EncodeReply | None:
-        """The ladder of one item. None: prefill encodes it."""
+        """Try encoder replicas for one item, one after another. None: prefill encodes it."""
         for attempt in range(self.config.attempts):
             began = self.clock()
             try:
@@ -237,7 +239,7 @@ class EncodeStage:
                 trace.saw(Stage.ENCODER, reply.replica)
                 trace.encoded(job.index, min(ran_s, self.clock() - began), reply.replica)
                 return reply
-            except OtherVersion:  # they are up, and none has the weights that the request began with
+            except OtherVersion:  # encoders are up, and none has the weights that the request began with
                 trace.rung("encode-at-prefill(other version)")
                 return None
             except StageError as error:
@@ -250,7 +252,7 @@ class EncodeStage:
         return None
 
     def _wake(self) -> None:
-        """Have a call wait for an encoder, for the autoscaler to see it, while prefill encodes the items."""
+        """Have a call wait for an encoder, so that the autoscaler starts one. Prefill encodes the items meanwhile."""
 
         async def wake() -> None:
             with suppress(EPDError, TimeoutError):
@@ -268,10 +270,10 @@ class EncodeStage:
         return known[1]
 
     async def _shared(self, job: Job) -> EncodeReply:
-        """The answer for an item, from one call for all requests that want it now.
+        """The answer for an item, from one call for all requests that wait for it.
 
-        The call has a context of its own: Serve would cancel it with the request that happened to come first. It is
-        cancelled when the last request that waits for it has gone.
+        The call has a context of its own, because Serve would cancel it with the request that came first. It is cancelled
+        when the last request that waits for it has gone.
         """
         key = job.key, job.call.version
         flight = self._flights.get(key)
@@ -302,7 +304,7 @@ class EncodeStage:
         except TimeoutError:
             raise StageTimeout(Stage.ENCODER, f"did not answer within {self.timeout_s:g} s") from None
         except (BadRequest, OtherVersion):
-            self.state.down = False  # it is up, and refuses the item
+            self.state.down = False  # an encoder is up, and refuses the item
             raise
         finally:
             self.state.outstanding -= job.cost

@@ -1,6 +1,6 @@
-"""A request's way through the stages: each choice is encoded, prefilled and decoded, and again while a retry may help.
+"""A request goes through the stages: each choice is encoded, prefilled and decoded, and tried again while that may help.
 
-What follows a failure is decided in ``decisions.py``; how items are encoded, in ``encoding.py``.
+``decisions.py`` decides what follows a failure; ``encoding.py`` has items encoded.
 """
 
 import asyncio
@@ -43,16 +43,16 @@ class Plan(NamedTuple):
     """What one attempt at a choice does."""
 
     call: StageRequest
-    """What is left to make, and of which weights."""
+    """The rest of the answer that is asked for, and the weights that make it."""
     encoders: bool
     """Whether encoders may be asked."""
     prefill: bool
     decode_prefills: str | None
-    """Why decode prefills where there is a prefill stage."""
+    """The reason why decode prefills although there is a prefill stage."""
 
 
 class Pipeline:
-    """The stages, for one ingress replica."""
+    """The stages, as one ingress replica sees them."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class Pipeline:
     async def answering(
         self, call: StageRequest, core: EngineCoreRequest, text: str | None, request: Request
     ) -> AsyncIterator[RequestOutputCollector]:
-        """All choices of a prompt are made at the same time, and their outputs come by the queue; the first failure too.
+        """Make all choices of a prompt at the same time. Their outputs come by the queue, and so does the first failure.
 
-        Leaving aborts what is running on any stage and gives back KV blocks that nobody will pull. Raises ``Overloaded``.
+        At its end it aborts what runs on any stage and gives back KV blocks that nobody will pull. Raises ``Overloaded``.
         """
         prompt, number = call.prompt, core.params.n
         with self.admission.admit(prompt.items):
@@ -118,15 +118,15 @@ class Pipeline:
         deadline: Deadline,
         request: Request,
     ) -> None:
-        """Make one choice; a failure of it is one of the request."""
+        """Make one choice. Its failure is the request's."""
         try:
             await self.complete(msgspec.structs.replace(call, params=choice.params), choice, deadline, request)
         except Exception as error:
             queue.put(error)
 
     async def complete(self, call: StageRequest, choice: Choice, deadline: Deadline, request: Request) -> None:
-        """Encode, prefill and decode one choice, and again while a retry may help. Each attempt has hand-offs of its own, as
-        ``kv_transfer_params`` are used once. What resumes has a deadline of its own.
+        """Encode, prefill and decode one choice, and try again while that may help. Each attempt has its own hand-offs:
+        ``kv_transfer_params`` are used once. An answer that resumes gets a new deadline.
 
         Raises ``StageError`` and ``BadRequest``.
         """
@@ -139,12 +139,12 @@ class Pipeline:
             plan = self._plan(shaping.resumed(call, choice.output_tokens), attempts, request.weights)
             encoded = Encoded(plan.call.prompt, None)
             try:
-                # An answer that came while the prompt was rendered serves all choices, or the first alone.
+                # Encoders' answers that came while the prompt was rendered serve all choices, or the first alone.
                 first = number == 1 and (choice.index == 0 or self._config.ec.shareable)
                 encoded = await deadline.within(Stage.ENCODER, self._encode(plan, request.trace, first))
                 return await self._attempt(plan, encoded, choice, deadline, request)
             except StageError as error:
-                if choice.finished:  # the replica went after its last token
+                if choice.finished:  # the replica was lost after its last token
                     return
                 self._forget(error, encoded)
                 tokens, allow = len(choice.output_tokens), partial(self.retries.allow, error, number)
@@ -164,7 +164,7 @@ class Pipeline:
                 await deadline.within(error.stage, self.retries.pause(number))
 
     def _plan(self, call: StageRequest, attempts: Attempts, weights: str) -> Plan:
-        """``weights``: of the output tokens so far, of any choice."""
+        """``weights`` made the output tokens so far, of any choice."""
         way = overlap.way({stage: handle.weights for stage, handle in self.stages.items()}, weights)
         call = msgspec.structs.replace(call, version=call.version._replace(weights=way.weights))
         encoders = not (attempts.without_encoders or Stage.ENCODER in way.without)
@@ -181,11 +181,11 @@ class Pipeline:
 
     def _restart(self, choice: Choice, request: Request) -> None:
         choice.restart()
-        if request.choices == 1:  # else there are others whose tokens this one has to go with
+        if request.choices == 1:  # other choices have tokens of these weights
             request.weights = ""
 
     def _forget(self, error: StageError, encoded: Encoded) -> None:
-        """Encoders' answers that a failure tells to be worth nothing any more."""
+        """Drop the encoders' answers that are of no use after this failure."""
         if self.encoders is None:
             return
         if isinstance(error, HandoffLost):
@@ -194,7 +194,7 @@ class Pipeline:
             self.encoders.forget_version(encoded.version)
 
     async def _encode(self, plan: Plan, trace: Trace, first: bool) -> Encoded:
-        """Where no encoder is needed the prompt goes on as it is."""
+        """The prompt for prefill and decode. It stays as it is where no encoder is needed."""
         if self.encoders is None or not plan.call.prompt.items:
             return Encoded(plan.call.prompt, None)
         if not plan.encoders:
@@ -204,7 +204,7 @@ class Pipeline:
     async def _attempt(
         self, plan: Plan, encoded: Encoded, choice: Choice, deadline: Deadline, request: Request
     ) -> None:
-        """One prefill, where decode does not do it too, and one decode."""
+        """Prefill, unless decode does that too, and decode."""
         if plan.decode_prefills is not None:
             request.trace.rung(f"prefill-at-decode({plan.decode_prefills})")
         call, prefilled = plan.call, None
@@ -221,7 +221,7 @@ class Pipeline:
     async def _decode(
         self, call: StageRequest, prefilled: PrefillReply | None, choice: Choice, deadline: Deadline, request: Request
     ) -> None:
-        """Blocks that were not pulled are given back."""
+        """Have a choice decoded. Blocks that decode did not pull are given back."""
         stage, trace, began = self.stages[Stage.DECODE], request.trace, time.perf_counter()
         under_way = Call(prefilled.node if prefilled else "")
 
@@ -243,11 +243,11 @@ class Pipeline:
             answer = Answer(call.request_id, choice.id, prefilled, accept, came)
             self.answers.expect(answer)
             work = stage.call("decode", shaping.traced(call, span.headers), self.answers.inlet.reply_to, call=under_way)
-            # In a context of its own: it ends by itself, after its last token, and not with the request.
+            # The call has a context of its own. It ends by itself after its last token, and not with the request.
             ending = self._in_background(work)
             ending.add_done_callback(answer.ended)
             try:
-                # Only the first token has a deadline: from then on the client sees what comes.
+                # Only the first token has a deadline. From then on the client sees what comes.
                 first = await deadline.within(Stage.DECODE, self._leased(prefilled, answer.first))
                 span.set(replica=first.replica, first_token_ran_s=first.ran_s)
                 span.event("first token")
@@ -262,7 +262,7 @@ class Pipeline:
                     self._release(prefilled, call.version)
 
     def _leased(self, prefilled: PrefillReply | None, first: Awaitable[T]) -> Awaitable[T]:
-        """The first token of decode, with the lease of the blocks that it waits for kept up meanwhile."""
+        """The first token of decode. The lease of the blocks that it waits for is renewed meanwhile."""
         hand_off = shaping.hand_off_id(prefilled.kv_transfer_params) if prefilled else None
         return self._leases.wait(hand_off, first) if self._leases is not None else first
 
@@ -273,7 +273,7 @@ class Pipeline:
         began = time.perf_counter()
         with trace.span.child("prefill", prompt_tokens=len(encoded.prompt.token_ids)) as span:
             work = self.stages[Stage.PREFILL].call("prefill", shaping.traced(call, span.headers))
-            # In a context of its own: Serve would cancel it with the request, and so lose a reply that is on its way.
+            # The call has a context of its own. Serve would cancel it with the request, and lose a reply on its way.
             task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
             try:
                 reply: PrefillReply = await asyncio.shield(task)
@@ -289,19 +289,14 @@ class Pipeline:
         return reply
 
     def _release(self, prefilled: PrefillReply, version: Version) -> None:
-        """Give back, in the background, the blocks of a prefill that no decode engine pulled.
-
-        In a context of its own: the request's is being cancelled, and Serve would cancel this call with it.
-        """
+        """Give back, in the background, the blocks of a prefill that no decode engine pulled."""
         kv = prefilled.kv_transfer_params
         release = self.stages[Stage.DECODE].call("release", shaping.unique_id("release"), kv, version)
         self._in_background(_quietly(release))
 
     async def _let_end(self, prefill: asyncio.Task[PrefillReply]) -> None:
-        """Give a prefill whose client has left the time to end in order, and give back its blocks.
-
-        Cancelled in the moment it is done, nobody would know of the blocks until their lease ends.
-        """
+        """Let a prefill end whose client has left, and give back its blocks. If it were cancelled in the moment it is done,
+        nobody would know of the blocks until their lease ends."""
         try:
             async with asyncio.timeout(LET_END_S):
                 reply = await prefill
@@ -310,6 +305,7 @@ class Pipeline:
         self._release(reply, reply.version)
 
     def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """In a context of its own, because Serve cancels the calls of a request's context with the request."""
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self.background.add(task)
         task.add_done_callback(self.background.discard)
@@ -317,7 +313,7 @@ class Pipeline:
 
 
 async def _quietly(call: Any) -> None:
-    """A clean-up whose failure changes nothing: the lease ends by itself."""
+    """Await a clean-up. Its failure changes nothing, because the lease ends by itself."""
     try:
         async with asyncio.timeout(10):
             await call

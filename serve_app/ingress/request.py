@@ -54,17 +54,17 @@ class Deadline:
 class Request:
     id: str
     span: InitVar[Span] = OFF
-    """Of the whole request; its children are made at each call of a stage."""
+    """The span of the whole request. Each call of a stage makes a child of it."""
     trace: Trace = field(init=False)
     began: float = field(default_factory=time.perf_counter)
     timeout_s: float | None = None
-    """From its beginning to its first token, where the client set a bound."""
+    """Seconds from its beginning to its first token, where the client set a bound."""
     credentials: str = field(default="", repr=False)
     """The header `Authorization` that it came with: whose names of media are meant."""
     choices: int = 0
-    """That its prompts asked for so far."""
+    """The number of choices that its prompts asked for so far."""
     weights: str = ""
-    """Of the engine whose tokens are in the answer: all of them have to come from engines with the same."""
+    """The weights that made the output tokens. All choices need the same."""
     holds: ExitStack = field(default_factory=ExitStack)
     """What is given back when it has ended."""
     intake: Intake | None = None
@@ -74,7 +74,7 @@ class Request:
     answered: bool = False
     """Whether it has a token."""
     error: Exception | None = None
-    """The first failure of the pipeline; it decides the HTTP status where nothing was sent yet."""
+    """The first failure of the pipeline. It decides the HTTP status where nothing was sent yet."""
     decided: asyncio.Event = field(default_factory=asyncio.Event)
     """Set with the first token or the first failure: from then on the status line is known."""
 
@@ -82,13 +82,13 @@ class Request:
         self.trace = Trace(self.id, span, self.began)
 
     def deadline(self, limit_s: float) -> Deadline:
-        """Counted from the beginning; from now where it has tokens already, as beam search does, which calls ``generate``
-        for each beam of each step."""
+        """The deadline counts from the beginning of the request, or from now where the request has output tokens: beam search
+        calls ``generate`` for each beam of each step."""
         seconds = min(self.timeout_s or limit_s, limit_s)
         return Deadline.after(seconds, 0.0 if self.answered else time.perf_counter() - self.began)
 
     def token(self, count: int) -> None:
-        """So many more output tokens came."""
+        """Count ``count`` more output tokens."""
         self.trace.token(count)
         if not self.answered:
             self.answered = True
@@ -100,7 +100,7 @@ class Request:
         self.decided.set()
 
     def goes_on_with(self, weights: str) -> None:
-        """More of the answer was made with these. Raises ``OtherVersion`` where another choice has tokens of others."""
+        """More output tokens were made with these weights. Raises ``OtherVersion`` where others made those of a choice."""
         if self.weights and weights and self.weights != weights:
             raise OtherVersion(Stage.DECODE, "has other weights than what answered the rest of the request")
         self.weights = self.weights or weights
