@@ -66,13 +66,13 @@ class Request:
     weights: str = ""
     """The weights that made the output tokens. All choices need the same."""
     holds: ExitStack = field(default_factory=ExitStack)
-    """What is given back when it has ended."""
+    """What is given back at its end."""
     intake: Intake | None = None
-    """Of its media, once some arrive."""
+    """The media that have arrived."""
     sources: Sources = field(default_factory=Sources)
-    """Of the items of its prompts, from their rendering to its last token."""
+    """The media that items of its prompts came from, from their rendering to its last token."""
     answered: bool = False
-    """Whether it has a token."""
+    """Whether there is an output token."""
     error: Exception | None = None
     """The first failure of the pipeline. It decides the HTTP status where nothing was sent yet."""
     decided: asyncio.Event = field(default_factory=asyncio.Event)
@@ -82,8 +82,8 @@ class Request:
         self.trace = Trace(self.id, span, self.began)
 
     def deadline(self, limit_s: float) -> Deadline:
-        """The deadline counts from the beginning of the request, or from now where the request has output tokens: beam search
-        calls ``generate`` for each beam of each step."""
+        """The deadline counts from the beginning, or from now where there are output tokens already: beam search calls
+        ``generate`` for each beam of each step."""
         seconds = min(self.timeout_s or limit_s, limit_s)
         return Deadline.after(seconds, 0.0 if self.answered else time.perf_counter() - self.began)
 
