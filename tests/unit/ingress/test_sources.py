@@ -122,10 +122,10 @@ def test_prompt_that_is_rendered_outside_of_a_request_keeps_its_pixels(make_clie
 def test_prompts_of_a_request_are_rendered_in_tasks_and_share_only_answers_that_serve_both(
     make_client: Make, connector: str, calls: int
 ) -> None:
-    ec = {"connector": connector, **({} if calls == 1 else {"module_path": "somewhere"})}
+    advanced = {"ec": {"module_path": None if calls == 1 else "somewhere"}}
 
     async def main() -> None:
-        bench = Bench(make_client, ec=ec)
+        bench = Bench(make_client, ec={"connector": connector}, advanced=advanced)
         encode = bench.encode_media
 
         async def numbered(request: MediaRequest) -> EncodeReply:
@@ -244,7 +244,7 @@ def test_response_in_the_background_outlives_its_http_request_and_finds_its_answ
 
     monkeypatch.setattr(EPDClient, "generate", once_http_has_ended)
     pipeline, encoder = FakePipeline(steps=ab), make_encoder()
-    api = make_api(pipeline.stages | {Stage.ENCODER: encoder}, response_store_bytes=1 << 20)
+    api = make_api(pipeline.stages | {Stage.ENCODER: encoder}, advanced={"answers": {"response_store_bytes": 1 << 20}})
     content = [{"type": "input_image", "image_url": url(), "detail": "auto"}, {"type": "input_text", "text": "?"}]
     body = {"input": [{"role": "user", "content": content}], "background": True}
     response = api.post("/v1/responses", json=body).json()
