@@ -10,6 +10,8 @@ What, and by what                               Why                             
 ==============================================  =========================================  ============================
 threading.excepthook                            An engine whose NIXL cannot listen would   vLLM ends such an engine.
   vllm_plugin.py _die_with_nixl_listener        wait for ever, and Serve for its replica.
+logging.getLogger("vllm"), excepthook           A replica says why its engine does not     vLLM hands the exception on.
+  start_failure.py tell_replica                 start; vLLM only logs it.
 vllm.utils.network_utils.tempfile               An engine that is killed leaves the file   vLLM asks where to put it.
   vllm_plugin.py _process_group_meets_in        of PyTorch's process group.
 nixl_agent_config.__init__                      Its progress thread burns a core or two    NIXL takes its delay; 1.5.1

@@ -15,7 +15,7 @@ REASON_ENV = "EPD_START_FAILURE"
 """Set by a replica while its engine starts, to a file in memory: no file on a disk outlives a replica that is killed."""
 
 STARTING = "failed to start"
-"""What vLLM's log says of an exception that ends an engine core or a worker (``tests/contracts/test_vllm.py``)."""
+"""What vLLM's log says of an exception that ends an engine core or a worker (``tests/contracts/test_seams.py``)."""
 
 
 class Told(NamedTuple):

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ TESTS = {
     "FastAPI.exception_handlers": "test_bodies_are_read_where_the_ingress_looks_for_it",
     "OpenAIServingResponses": "test_responses_are_stored_where_they_are_counted",
     "threading.excepthook": "test_thread_that_listens_for_nixl_has_the_name_that_is_looked_for",
+    'logging.getLogger("vllm"), excepthook': "test_vllm_logs_the_end_of_a_start_in_these_words",
     "vllm.utils.network_utils.tempfile": "test_process_group_of_an_engine_meets_in_a_file_of_the_temporary_folder",
     "nixl_agent_config.__init__": "test_nixl_takes_the_progress_thread_first_and_hides_its_delay",
     "OutputProcessor.process_outputs": "test_each_step_goes_through_the_processors_method_as_it_is_then",
@@ -119,6 +121,17 @@ def test_thread_that_listens_for_nixl_has_the_name_that_is_looked_for() -> None:
     assert f'name="{NIXL_LISTENER}"' in inspect.getsource(base_scheduler), (
         "serve_app/hooks/vllm_plugin.py NIXL_LISTENER"
     )
+
+
+def test_vllm_logs_the_end_of_a_start_in_these_words() -> None:
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+
+    from serve_app.hooks.start_failure import STARTING
+
+    functions: list[Any] = [EngineCoreProc.run_engine_core, WorkerProc.worker_main]
+    for function in functions:
+        assert f'{STARTING}."' in inspect.getsource(function), "serve_app/hooks/start_failure.py STARTING"
 
 
 def test_process_group_of_an_engine_meets_in_a_file_of_the_temporary_folder() -> None:

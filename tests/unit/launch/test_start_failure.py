@@ -1,16 +1,14 @@
 """An engine's processes tell their replica why they end, and the replica raises it."""
 
-import inspect
 import logging
 import multiprocessing
 import os
 import threading
-from typing import Any
 
 import pytest
 
 from serve_app.handoff.errors import CannotStart, ConfigError
-from serve_app.hooks.start_failure import REASON_ENV, STARTING, tell_replica
+from serve_app.hooks.start_failure import REASON_ENV, tell_replica
 from serve_app.launch.start_failure import EngineFailed, hears_engine, says_why
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -95,13 +93,3 @@ def test_replica_says_why_in_a_sentence(raised: Exception, words: str) -> None:
 def test_only_a_port_that_was_taken_is_worth_another_try() -> None:
     assert EngineFailed(["RuntimeError: x", "ZMQError: Address already in use (addr='tcp://…')"]).port_taken
     assert not EngineFailed(["ValueError: no"]).port_taken
-
-
-def test_vllm_logs_the_end_of_a_start_in_these_words() -> None:
-    """serve_app/hooks/start_failure.py STARTING."""
-    from vllm.v1.engine.core import EngineCoreProc
-    from vllm.v1.executor.multiproc_executor import WorkerProc
-
-    functions: list[Any] = [EngineCoreProc.run_engine_core, WorkerProc.worker_main]
-    for function in functions:
-        assert f'{STARTING}."' in inspect.getsource(function)
