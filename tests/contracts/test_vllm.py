@@ -413,8 +413,10 @@ def core_request(n: int = 1, **more: Any) -> Any:
 def choices_of(client: Any, core: Any) -> tuple[Any, list[Any]]:
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
+    from serve_app.ingress.choice import choices_of as choices
+
     queue = RequestOutputCollector(core.params.output_kind, core.request_id)
-    return queue, client._choices(core, "text", queue)
+    return queue, choices(client.pipeline._processor, core, "text", queue)
 
 
 @pytest.mark.parametrize("detokenize", [True, False])
@@ -433,9 +435,9 @@ def test_what_was_said_is_in_the_state_of_a_choice_and_can_be_forgotten(
             client.pipeline._processor.process_outputs(
                 [EngineCoreOutput(choice.id, [64, 65]), EngineCoreOutput(choice.id, [66])]
             )
-            assert choice.said == [64, 65, 66], f"{CHOICE}.said"
+            assert choice.output_tokens == [64, 65, 66], f"{CHOICE}.output_tokens"
             choice.restart()
-            assert choice.said == [] and not choice.finished, f"{CHOICE}.restart"
+            assert choice.output_tokens == [] and not choice.finished, f"{CHOICE}.restart"
         for choice in choices:
             client.pipeline._processor.process_outputs(
                 [EngineCoreOutput(choice.id, [67], finish_reason=FinishReason.LENGTH)]
@@ -468,7 +470,7 @@ def test_choices_have_ids_and_seeds_of_their_own() -> None:
 
     seeded = ParentRequest(core_request(3, seed=7))
     of = [seeded.get_child_info(index) for index in range(3)]
-    assert [name for name, _ in of] == ["0_r", "1_r", "2_r"], "serve_app/ingress/client.py _choices"
+    assert [name for name, _ in of] == ["0_r", "1_r", "2_r"], "serve_app/ingress/choice.py choices_of"
     assert [(params.n, params.seed) for _, params in of] == [(1, 7), (1, 8), (1, 9)]
     assert seeded.child_requests == {"0_r", "1_r", "2_r"}
     unseeded = ParentRequest(core_request(2))
