@@ -36,7 +36,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu import ec_connector as runner_v2
 
-from serve_app.config import EPDConfig
+from serve_app.config import AdvancedEC, EPDConfig
 from serve_app.launch.connectors import ec_transfer_config
 from serve_app.stage import Stage
 from serve_app.transfer.ec_metrics import LOAD_SECONDS
@@ -129,7 +129,8 @@ class Engine:
         self._in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
 
     def _settings(self, stage: Stage, ec: dict[str, Any]) -> dict[str, Any]:
-        settings = ec_transfer_config(EPDConfig(ec=ec), stage)
+        advanced = {key: ec.pop(key) for key in AdvancedEC.model_fields.keys() & ec.keys()}
+        settings = ec_transfer_config(EPDConfig(ec=ec, advanced={"ec": advanced}), stage)
         assert settings is not None
         return settings
 
