@@ -13,7 +13,7 @@ from tools.harness.servers import Server
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "integration" in item.path.parts:
+        if "integration" in item.path.parts and "page" not in item.path.parts:
             item.add_marker("engine")
 
 

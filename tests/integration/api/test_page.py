@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser import answered, chromium, draw, page_at
+from tools.harness.browser import answered, chromium, draw, page_at
 from tools.harness.servers import Server
 
 

@@ -30,6 +30,12 @@ HOST = "127.0.0.1"
 SOON_S = 5.0
 
 
+@pytest.fixture(autouse=True)
+def ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test ends a server; only those of its end connect as it closes."""
+    monkeypatch.setattr(front, "LAST_S", 0.05)
+
+
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
     def wrapped() -> None:
         async def main() -> None:

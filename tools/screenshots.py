@@ -1,4 +1,4 @@
-"""``python -m tests.screenshots [URL]``: the pictures of the page in docs/, of a server that runs."""
+"""``python -m tools.screenshots [URL]``: the pictures of the page in docs/, of a server that runs."""
 
 import io
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from tests.browser import answered, chromium, draw, page_at
+from tools.harness.browser import answered, chromium, draw, page_at
 
 DOCS = Path(__file__).parents[1] / "docs"
 
