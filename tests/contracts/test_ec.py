@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.config import EC_EXTRA_KEYS, EC_OWN_KEYS
+from tests.contracts.looking import parameters
 
 EC = "vllm.distributed.ec_transfer.ec_connector"
 
@@ -138,3 +139,55 @@ def test_workers_are_shut_down_before_the_scheduler() -> None:
 
     text = inspect.getsource(EngineCore.shutdown)
     assert text.index("self.model_executor.shutdown()") < text.index("self.scheduler.shutdown()")
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "save_caches",
+        "ensure_cache_available",
+        "take_unavailable_requests",
+        "update_state_after_alloc",
+        "get_ec_connector_stats",
+        "build_ec_connector_stats",
+        "build_prom_metrics",
+        "has_cache_item",
+        "build_connector_meta",
+        "request_finished",
+        "start_load_caches",
+        "get_finished",
+        "start_save_caches",
+        "shutdown",
+    ],
+)
+def test_hook_of_our_connector_is_one_that_vllm_calls(hook: str) -> None:
+    from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase
+
+    from serve_app.transfer.ec_connector import SharedFolderECConnector
+
+    where = f"serve_app/transfer/ec_connector.py {hook}: ECConnectorBase"
+    assert hasattr(ECConnectorBase, hook), where
+    theirs, ours = parameters(getattr(ECConnectorBase, hook)), parameters(getattr(SharedFolderECConnector, hook))
+    assert list(ours) == list(theirs), where
+
+
+def test_item_without_pixels_is_known_by_its_fields(demo_vllm_config: Any) -> None:
+    from vllm.distributed.ec_transfer.ec_connector.utils import PlaceholderMetadataResolver
+
+    declared = PlaceholderMetadataResolver(demo_vllm_config.model_config).fields_for("image")
+    assert declared == {"image_grid_thw"}, "serve_app/transfer/ec_connector.py _can_encode: fields_for"
+
+
+def test_scheduler_reports_a_lost_embedding_too_late_for_its_step() -> None:
+    """Why the scheduler's half reads the files. Where this changes, the workers could read them and report."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler.update_from_output)
+    steps = [
+        "output_is_stale and request.drop_stale_output",
+        "self._update_request_with_output(",
+        "take_unavailable_requests()",
+        "update_connector_output(ec_connector_output)",
+    ]
+    places = [source.index(step) for step in steps]
+    assert places == sorted(places), "serve_app/transfer/ec_connector.py: its docstring, _spoil"
