@@ -6,13 +6,10 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from serve_app.config.advanced import AdvancedConfig, QueueConfig
-from serve_app.config.base import Strict
-from serve_app.config.engine_args import EngineArgs, check_shared
 from serve_app.config.handoff import ECConfig, KVConfig, check_ec
-from serve_app.config.media import MediaConfig
 from serve_app.config.moved import moved_keys
-from serve_app.config.stages import StageConfig, check_engine
-from serve_app.config.timeouts import Timeouts
+from serve_app.config.parts import AdmissionConfig, MediaConfig, MetricsConfig, Strict, Timeouts, TracingConfig
+from serve_app.config.stages import SharedArgs, StageConfig, check_engine
 from serve_app.stage import Stage
 
 DEMO_MODEL = "demo"
@@ -41,81 +38,38 @@ class Http(StrEnum):
     PROXY = "proxy"
 
 
-class AdmissionConfig(Strict):
-    """What one ingress replica has under way at most; above that it answers 503 with Retry-After at once."""
-
-    max_requests: int = Field(1024, ge=1, description="Requests under way; a choice more does not count.")
-    max_items: int = Field(2048, ge=1, description="Media items of requests under way.")
-    max_media_bytes: int = Field(
-        4 << 30,
-        ge=1,
-        description="Bytes of their media, and of its tensors where those are made at the ingress. Media that is being "
-        "fetched counts by itself, up to as much.",
-    )
-    max_embed_bytes: int = Field(4 << 30, ge=1, description="Bytes of the embeddings of requests under way.")
-
-
-class MetricsConfig(Strict):
-    """What is counted besides the page `/metrics`."""
-
-    engines_in_ray: bool = Field(
-        True, description="Report vLLM's metrics of every engine through Ray's metrics port too."
-    )
-
-
-class TracingConfig(Strict):
-    """Spans of requests, with OpenTelemetry. All that is not here is set by its own environment variables."""
-
-    endpoint: str | None = Field(None, description="OTLP endpoint that spans are sent to. None: no tracing.")
-
-
 class EPDConfig(Strict):
     """One application: encode → prefill → decode around one model."""
 
-    model: str | None = Field(
-        None, description="Model name or folder, or `demo` or `demo-random`. None: chosen by accelerator."
-    )
-    served_model_name: str | Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="Name in the API, or several, of which answers and metrics have the first. None: the model's."
-    )
+    model: str | None = None
+    served_model_name: str | Annotated[list[str], Field(min_length=1)] | None = None
     accelerator: Accelerator = Accelerator.AUTO
-    engine_args: EngineArgs = Field({})
+    engine_args: SharedArgs = Field({})
     encoder: StageConfig | None = StageConfig()
     prefill: StageConfig | None = StageConfig()
     decode: StageConfig = StageConfig()
-    http: Http = Field(
-        Http.REPLICAS,
-        description="Who listens where `http_options:` of the Serve config says: each ingress replica, with "
-        "`proxy_location: Disabled`, or Ray Serve's `proxy`.",
-    )
-    ingress_cpus: float | None = Field(None, ge=0, description="CPUs that one ingress replica claims from Ray.")
+    http: Http = Http.REPLICAS
+    ingress_cpus: float | None = Field(None, ge=0)
     ec: ECConfig = ECConfig()
     kv: KVConfig = KVConfig()
     admission: AdmissionConfig = AdmissionConfig()
     media: MediaConfig = MediaConfig()
     metrics: MetricsConfig = MetricsConfig()
     tracing: TracingConfig = TracingConfig()
-    api: dict[str, Any] = Field(
-        {}, description="Arguments of vLLM's API server by name: chat_template, tool_call_parser, api_key and so on."
-    )
-    page: bool = Field(True, description="Serve a page at `/` to try the model on and to watch the stages.")
+    api: dict[str, Any] = Field({})
+    page: bool = True
     timeouts: Timeouts = Timeouts()
     advanced: AdvancedConfig = AdvancedConfig()
 
     @property
     def stages(self) -> dict[Stage, StageConfig]:
         """The stages of this topology, in the order of the data."""
-        every = {Stage.ENCODER: self.encoder, Stage.PREFILL: self.prefill, Stage.DECODE: self.decode}
-        return {stage: config for stage, config in every.items() if config is not None}
+        return {stage: config for stage in Stage if (config := getattr(self, stage)) is not None}
 
     @property
     def queues(self) -> dict[Stage, QueueConfig]:
-        """Of every stage, whether this topology has it or not."""
-        return {
-            Stage.ENCODER: self.advanced.encoder,
-            Stage.PREFILL: self.advanced.prefill,
-            Stage.DECODE: self.advanced.decode,
-        }
+        """The queue of every stage, whether this topology has it or not."""
+        return {stage: getattr(self.advanced, stage) for stage in Stage}
 
     @property
     def topology(self) -> str:
@@ -130,12 +84,12 @@ class EPDConfig(Strict):
 
     @property
     def model_name(self) -> str:
-        """The name in the API that answers have."""
+        """Name in the API that answers have."""
         return self.model_names[0]
 
     @property
     def kv_has_leases(self) -> bool:
-        """Whether the KV connector is one of ours, see ``kv_lease.py``."""
+        """Whether the KV connector is one of ours, which have leases (``transfer.kv_lease``)."""
         return self.kv.connector.startswith("Nixl") and self.advanced.kv.module_path is None
 
     @model_validator(mode="before")
@@ -152,11 +106,6 @@ class EPDConfig(Strict):
             raise ValueError("every topology has a decode stage: leave out `prefill:` to let it prefill too")
         return decode
 
-    @field_validator("engine_args")
-    @classmethod
-    def _no_own_keys(cls, args: dict[str, Any]) -> dict[str, Any]:
-        return check_shared(args)
-
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         for stage, keys in KEYS_OF.items():
@@ -172,7 +121,7 @@ class EPDConfig(Strict):
         return self
 
     def _given(self, keys: tuple[str, ...]) -> list[str]:
-        """Those of the keys that are set."""
+        """The keys that are set."""
         parts = [(key, *key.rpartition(".")) for key in keys]
         return [
             key for key, group, _, name in parts if name in (getattr(self, group) if group else self).model_fields_set

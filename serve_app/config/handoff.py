@@ -1,11 +1,9 @@
 """What moves from engine to engine, embeddings (``ec:``) and KV blocks (``kv:``), and how the keys fit a connector."""
 
-from pathlib import Path
-
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from serve_app.config.advanced import AdvancedEC
-from serve_app.config.base import Strict
+from serve_app.config.parts import Folder, Strict
 
 EC_EXTRA_KEYS = {
     "SharedFolderECConnector": frozenset({"shared_storage_path", "max_bytes", "max_age_s", "lease_s"}),
@@ -18,14 +16,14 @@ EC_OWN_KEYS = {
     "ec_cpu_bytes": "set by `ec.max_bytes`",
     "ec_enable_nixl": "always on: without NIXL no embedding would leave its encoder",
 }
-"""What of ``ECCPUConnector``'s extra config has an owner here."""
+"""Keys of ``ECCPUConnector``'s extra config that are set here."""
 
 EC_USED = {
     "SharedFolderECConnector": {"ec.storage_path", "ec.max_bytes", "advanced.ec.max_age_s", "advanced.ec.lease_s"},
     "ECExampleConnector": {"ec.storage_path"},
     "ECCPUConnector": {"ec.max_bytes"},
 }
-"""Keys that have an effect with some connectors only, by those."""
+"""By connector: the keys that have an effect with it and not with every other."""
 
 EC_ANY = {"ec.connector", "ec.salt_by_tenant", "advanced.ec.extra_config"}
 """Keys that have an effect with every connector."""
@@ -34,36 +32,19 @@ EC_ANY = {"ec.connector", "ec.salt_by_tenant", "advanced.ec.extra_config"}
 class ECConfig(Strict):
     """How embeddings move from encoders to prefill and decode."""
 
-    connector: str = Field(
-        "SharedFolderECConnector",
-        description="SharedFolderECConnector (ours, any engine), ECExampleConnector, ECCPUConnector (GPUs, NIXL), or a "
-        "class of your own with `advanced.ec.module_path`.",
-    )
-    storage_path: Path | None = Field(
-        None,
-        description="Folder that all engines share, for folder connectors. None: epd-ec-cache-<uid>, for "
-        "SharedFolderECConnector in /dev/shm where there is room, else in the temp folder.",
-    )
-    max_bytes: int | None = Field(
-        None,
-        ge=1024**2,
-        description="Bytes of embeddings that are kept; least recently used goes first. In the folder of "
-        "SharedFolderECConnector (None: 8 GiB), or in the shared memory of each engine with ECCPUConnector (None: 1 GiB).",
-    )
-    salt_by_tenant: bool = Field(
-        False,
-        description="Keep the embeddings of requests with another `cache_salt` apart: no tenant can use, or probe for, "
-        "what another has sent.",
-    )
+    connector: str = "SharedFolderECConnector"
+    storage_path: Folder | None = None
+    max_bytes: int | None = Field(None, ge=1024**2)
+    salt_by_tenant: bool = False
 
     @property
     def folder_bytes(self) -> int:
-        """Of the folder of ``SharedFolderECConnector``."""
+        """The most bytes in the folder of ``SharedFolderECConnector``."""
         return self.max_bytes or 8 << 30
 
     @property
     def buffer_bytes(self) -> int:
-        """Of each engine with ``ECCPUConnector``. Small: every block of it is named in every answer to a consumer."""
+        """Bytes of an engine's buffer with ``ECCPUConnector``. Few: every answer to a consumer names every block of it."""
         return self.max_bytes or 1 << 30
 
     @property
@@ -78,22 +59,15 @@ class ECConfig(Strict):
     def shareable(self) -> bool:
         """Whether an encoder's answer serves every request that waits for it: an embedding can be read more than once.
 
-        Only a folder keeps it for later requests: ``lease_s``. An encoder's own buffer makes room when it has to.
+        Only a folder keeps embeddings for later requests (``lease_s``). An encoder's buffer drops them when it is full.
         """
         return self.uses_folder or self.uses_nixl
-
-    @field_validator("storage_path")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        return path and path.expanduser().absolute()
 
 
 class KVConfig(Strict):
     """How KV blocks move from prefill to decode."""
 
-    connector: str = Field(
-        "NixlConnector", description="NixlConnector (pull), NixlPushConnector, or another of vLLM's."
-    )
+    connector: str = "NixlConnector"
 
 
 def check_ec(ec: ECConfig, advanced: AdvancedEC) -> None:

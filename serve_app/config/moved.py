@@ -3,11 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from serve_app.stage import Stage
 
-
-def _moved(old: str, new: str, keys: str) -> dict[str, str]:
-    return {f"{old}.{key}".removeprefix("."): f"{new}.{key}" for key in keys.split()}
+def _advanced(group: str, keys: str) -> dict[str, str]:
+    return {f"{group}.{key}": f"advanced.{group}.{key}" for key in keys.split()}
 
 
 MOVED: dict[str, str] = {
@@ -18,31 +16,27 @@ MOVED: dict[str, str] = {
     "hang_timeout_s": "timeouts.hang_s",
     "drain_timeout_s": "timeouts.drain_s",
     "drain_notice_s": "timeouts.drain_notice_s",
-    **_moved(
+    "chunk_interval_s": "advanced.answers.chunk_interval_s",
+    "response_store_bytes": "advanced.answers.response_store_bytes",
+    **_advanced(
         "encode",
-        "advanced.encode",
         "from_media min_embeds max_outstanding_embeds attempts retry_encoders_after_s remember_s remember_items "
         "affinity_headroom",
     ),
-    **_moved("retry", "advanced.retry", "attempts ratio floor_per_s backoff_s"),
-    **_moved("ec", "advanced.ec", "max_age_s lease_s module_path extra_config"),
-    **_moved("kv", "advanced.kv", "buffer_device lease_s min_prompt_tokens module_path extra_config"),
-    **_moved(
-        "media",
-        "advanced.media",
-        "max_bytes max_pixels max_video_pixels max_frames max_seconds max_redirects remember_uuid_bytes",
+    **_advanced("retry", "attempts ratio floor_per_s backoff_s"),
+    **_advanced("ec", "max_age_s lease_s module_path extra_config"),
+    **_advanced("kv", "buffer_device lease_s min_prompt_tokens module_path extra_config"),
+    **_advanced(
+        "media", "max_bytes max_pixels max_video_pixels max_frames max_seconds max_redirects remember_uuid_bytes"
     ),
-    **_moved("", "advanced.answers", "chunk_interval_s response_store_bytes"),
-    **{
-        f"{stage}.{key}": f"advanced.{stage}.{key}"
-        for stage in Stage
-        for key in ("max_ongoing_requests", "max_queued_requests")
-    },
+    **_advanced("encoder", "max_ongoing_requests max_queued_requests"),
+    **_advanced("prefill", "max_ongoing_requests max_queued_requests"),
+    **_advanced("decode", "max_ongoing_requests max_queued_requests"),
 }
 
 
 def moved_keys(args: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each key of ``args`` that stands elsewhere now."""
+    """Yields a sentence for each key of ``args`` that stands elsewhere now."""
     for old, new in MOVED.items():
         group, _, key = old.rpartition(".")
         found = args.get(group) if group else args

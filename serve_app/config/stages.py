@@ -1,45 +1,90 @@
-"""One engine stage: its engine, what a replica of it claims, and where it runs."""
+"""One engine stage: its engine's arguments, what a replica of it claims, and where it runs."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from serve_app.config.base import Strict
-from serve_app.config.engine_args import PARALLEL_SIZES, EngineArgs, captures_encoder, check_own
+from serve_app.config.parts import Strict
 from serve_app.stage import Stage
 
 SIDE_CHANNEL_ENV = frozenset(f"VLLM_{kind}_SIDE_CHANNEL_{part}" for kind in ("NIXL", "EC") for part in ("HOST", "PORT"))
 """A replica's own addresses, which it sets itself (see ``transfer.side_channel_env``)."""
 
+ROLE_ARGS = frozenset({"ec_transfer_config", "kv_transfer_config", "mm_encoder_only", "mm_processor_cache_gb"})
+"""Engine arguments that the topology decides."""
+
+SHARED_ARGS = frozenset(
+    {
+        "model",
+        "served_model_name",
+        "tokenizer",
+        "revision",
+        "tokenizer_revision",
+        "trust_remote_code",
+        "dtype",
+        "max_model_len",
+        "hf_overrides",
+        "block_size",
+        "kv_cache_dtype",
+        "limit_mm_per_prompt",
+        "mm_processor_kwargs",
+        "media_io_kwargs",
+        "generation_config",
+        "override_generation_config",
+        "enable_lora",
+    }
+)
+"""Engine arguments that change token ids, item hashes or KV layout, and so must be equal on all stages."""
+
+PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+"""Their product is the cards of one engine: what its replica claims."""
+
+OWN_KEYS = {
+    "model": "`model:`",
+    "served_model_name": "`served_model_name:`",
+    "ec_transfer_config": "`ec:`",
+    "kv_transfer_config": "`kv:`",
+    "limit_mm_per_prompt": "`media.limits:`",
+    "mm_processor_kwargs": "`media.processor_kwargs:`",
+    "media_io_kwargs": "`media.io_kwargs:`",
+    "allowed_local_media_path": "`media.allowed_local_path:`",
+    "allowed_media_domains": "`media.allowed_domains:`",
+    "otlp_traces_endpoint": "`tracing.endpoint:`",
+    "mm_encoder_only": "the topology: a stage under `encoder:` is encoder-only",
+    "mm_processor_cache_gb": "the stages, which do not share a processor cache (it is off)",
+}
+"""Engine arguments that have a key, or an owner, of their own here."""
+
+
+def _refuse(args: dict[str, Any], *, elsewhere: Collection[str], why: str) -> dict[str, Any]:
+    for key in args:
+        if key in OWN_KEYS:
+            raise ValueError(f"`{key}` is set by {OWN_KEYS[key]}")
+        if key in elsewhere:
+            raise ValueError(f"`{key}` {why}")
+    return args
+
+
+_FOR_ALL = "must be equal on all stages: put it under the top-level `engine_args:`, not under one stage"
+_FOR_ONE = "is each stage's own: put it under `engine_args:` of the stages that need it"
+StageArgs = Annotated[dict[str, Any], AfterValidator(partial(_refuse, elsewhere=SHARED_ARGS, why=_FOR_ALL))]
+SharedArgs = Annotated[dict[str, Any], AfterValidator(partial(_refuse, elsewhere=PARALLEL_SIZES, why=_FOR_ONE))]
+"""Engine arguments that may stand under one stage, and those that may stand under the top-level ``engine_args:``."""
+
 
 class StageConfig(Strict):
     """One engine stage. Its replicas and autoscaling stand under ``deployments:``."""
 
-    engine_args: EngineArgs = Field({})
-    gpus_per_replica: float | None = Field(
-        None,
-        ge=0,
-        description="GPUs that one replica claims from Ray; below 1 to share a card. None: see placement.py.",
-    )
-    cpus_per_replica: float | None = Field(
-        None, ge=0, description="CPUs that one replica claims from Ray. None: 1, less on a small machine."
-    )
-    resources: dict[str, float] = Field(
-        {}, description="Custom Ray resources that one replica claims, to place a stage."
-    )
-    label_selector: dict[str, str] = Field(
-        {},
-        description="Labels of the Ray nodes that replicas run on, to place a stage: `in(a, b)`, `!a` and plain values.",
-    )
-    devices: str | None = Field(
-        None,
-        description='Cards by index, as in CUDA_VISIBLE_DEVICES ("0" or "0,1"), in place of the ones Ray would pick.',
-    )
-    env: dict[str, str] = Field(
-        {}, description="Environment variables of the replica and its engine, UCX_* for instance."
-    )
+    engine_args: StageArgs = Field({})
+    gpus_per_replica: float | None = Field(None, ge=0)
+    cpus_per_replica: float | None = Field(None, ge=0)
+    resources: dict[str, float] = Field({})
+    label_selector: dict[str, str] = Field({})
+    devices: str | None = None
+    env: dict[str, str] = Field({})
 
     @property
     def world_size(self) -> int:
@@ -51,11 +96,6 @@ class StageConfig(Strict):
         """The part of one card that a replica claims; None: it claims whole ones, or none."""
         claimed = self.gpus_per_replica or 0.0
         return claimed if 0 < claimed < 1 else None
-
-    @field_validator("engine_args")
-    @classmethod
-    def _no_shared_args(cls, args: dict[str, Any]) -> dict[str, Any]:
-        return check_own(args)
 
     @field_validator("env")
     @classmethod
@@ -121,3 +161,9 @@ def check_encoder(args: Mapping[str, Any]) -> None:
             "not be able to read its answers: leave it out, or set `mm_processor_device: cpu` with it. More replicas "
             "prepare more: `gpus_per_replica: 0.5` puts two encoders on a card"
         )
+
+
+def captures_encoder(args: Mapping[str, Any]) -> bool:
+    """Whether the encoder's CUDA graphs are asked for; there are none in an eager engine, as ours are by default."""
+    compilation = args.get("compilation_config")
+    return isinstance(compilation, Mapping) and bool(compilation.get("cudagraph_mm_encoder"))
