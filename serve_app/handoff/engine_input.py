@@ -1,4 +1,4 @@
-"""Prompts of ours from vLLM's renderer, over handles, and to vLLM's engine core."""
+"""Conversions between vLLM's objects and ours: from its renderer, over handles, and to its engine core."""
 
 import copyreg
 import threading
@@ -7,7 +7,6 @@ from pickle import PickleBuffer
 from typing import Any
 
 import torch
-from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
@@ -18,10 +17,7 @@ from serve_app.handoff.types import Item, Prompt, Source, StageRequest
 
 
 def from_engine_input(engine_input: Any) -> Prompt:
-    """The prompt that vLLM's renderer made, items in prompt order.
-
-    Raises ``BadRequest`` for inputs that no stage can hand on.
-    """
+    """The prompt that vLLM's renderer made. Raises ``BadRequest`` for inputs that no stage can hand on."""
     if engine_input["type"] == "token":
         return Prompt(list(engine_input["prompt_token_ids"]), cache_salt=engine_input.get("cache_salt"))
     if engine_input["type"] != "multimodal" or "encoder_prompt_token_ids" in engine_input:
@@ -45,7 +41,7 @@ def from_engine_input(engine_input: Any) -> Prompt:
 
 
 class _Codec(threading.local):
-    """vLLM's, of an item's tensors; it is not to be shared between threads."""
+    """vLLM's codec for an item's tensors. It is not thread-safe, so each thread has one."""
 
     def __init__(self) -> None:
         self.encode = MsgpackEncoder().encode
@@ -56,14 +52,13 @@ _codec = _Codec()
 
 
 def _pack(item: Item) -> tuple[Any, ...]:
-    """How an item is pickled: its tensors as vLLM sends them to an engine's core. By itself pickle has PyTorch write a file
-    of each, which takes 0.1 ms at either end."""
+    """Pickles an item's tensors as vLLM sends them to an engine's core. PyTorch's own way takes 0.1 ms at either end."""
     frames = [PickleBuffer(frame) for frame in _codec.encode((item.data, item.is_embed))]
     return _unpack, (item.modality, item.hash, item.offset, item.length, frames, item.source)
 
 
 def _unpack(modality: str, item_hash: str, offset: int, length: int, frames: list[Any], source: Source | None) -> Item:
-    """PyTorch warns of tensors in memory that cannot be written to, as Ray's object store is."""
+    # Copies, because PyTorch warns of tensors in read-only memory such as Ray's object store.
     data, is_embed = _codec.decode([frame if isinstance(frame, bytearray) else bytearray(frame) for frame in frames])
     return Item(modality, item_hash, offset, length, is_embed, data, source)
 
@@ -72,15 +67,14 @@ copyreg.pickle(Item, _pack)
 
 
 def to_core_request(request: StageRequest, processor: Any) -> EngineCoreRequest:
-    """What an engine core takes. The ingress has had vLLM's ``InputProcessor`` check and complete the sampling parameters:
-    here only what the engine's own one (``processor``) knows is added.
-    """
-    lora: LoRARequest | None = request.options.get("lora_request")
+    """The request for an engine core. The ingress has checked and completed the sampling parameters; this adds what only
+    the engine's own ``InputProcessor`` (``processor``) knows."""
+    options: dict[str, Any] = {"lora_request": None} | request.options
     features = [
         MultiModalFeatureSpec(
             data=item.data,
             modality=item.modality,
-            identifier=processor._get_mm_identifier(item.hash, lora),
+            identifier=processor._get_mm_identifier(item.hash, options["lora_request"]),
             mm_position=PlaceholderRange(item.offset, item.length, item.is_embed),
             mm_hash=item.hash,
         )
@@ -97,7 +91,7 @@ def to_core_request(request: StageRequest, processor: Any) -> EngineCoreRequest:
         arrival_time=time.time(),
         cache_salt=request.prompt.cache_salt,
         data_parallel_rank=None,
-        **{"lora_request": None} | request.options,
+        **options,
     )
 
 

@@ -40,7 +40,7 @@ class ConfigError(EPDError):
 
 
 class CannotStart(EPDError):
-    """A replica does not start, and would not if it were started again; the message is a sentence that says why."""
+    """A replica does not start and would not at a second try; the message is a sentence that says why."""
 
 
 class StageError(EPDError):
@@ -62,22 +62,21 @@ class StageUnavailable(StageError):
 
 
 class EngineDead(StageUnavailable):
-    """The engine of the replica is dead: it answers no call any more, until Serve has replaced it."""
+    """The engine of the replica is dead; Serve will replace the replica."""
 
 
 class OtherVersion(StageUnavailable):
-    """The replica refuses a request that began with another version: it would go on from what it cannot know as its own."""
+    """The replica refuses a request that began with another version, whose work it cannot continue."""
 
     def __init__(self, stage: Stage, message: str, replica: str = "", version: tuple[str, ...] = ()) -> None:
         super().__init__(stage, message)
         self.args = (stage, message, replica, version)  # what is pickled
         self.replica = replica
-        self.version = version
-        """The replica's own (``handoff.Version``)."""
+        self.version = version  # of the replica, as a ``handoff.types.Version``
 
 
 class HandoffLost(StageError):
-    """What an earlier stage handed over is no longer there. The request can be sent again."""
+    """The embeddings or KV blocks of an earlier stage are gone. The request can be sent again."""
 
 
 class StageTimeout(StageError):
@@ -87,7 +86,7 @@ class StageTimeout(StageError):
 
 
 class Overloaded(EPDError):
-    """The ingress has as much under way as it takes; status 503 with Retry-After, at once."""
+    """The ingress has as much under way as it takes; status 503 with Retry-After."""
 
 
 class BadRequest(EPDError):

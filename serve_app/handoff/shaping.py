@@ -20,24 +20,24 @@ Call = TypeVar("Call", bound=StageRequest | MediaRequest)
 
 
 def traced(call: Call, headers: dict[str, str] | None) -> Call:
-    """The call, whose engine continues the trace that the headers name."""
+    """The call with trace headers, so its engine continues the trace that they name."""
     if headers is None:
         return call
     return msgspec.structs.replace(call, options=call.options | {"trace_headers": headers})
 
 
 def salted(prompt: Prompt, salt: str | None) -> Prompt:
-    """The prompt of a tenant whose items are its own: their hashes cover the salt too.
+    """The prompt with item hashes that cover the tenant's salt too.
 
-    The hash is the item's name on every stage (encoder caches, EC connector, prefix caches), so a tenant neither gets nor
-    finds out about what was encoded for another. A keyed hash: from a name nobody can tell the salt or the content.
+    The hash names the item on every stage (encoder caches, EC connector, prefix caches), so tenants share no item and
+    cannot probe for one. The hash is keyed: it tells neither the salt nor the content.
     """
     if not salt:
         return prompt
     secret = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=32).digest()
 
     def own(item: Item) -> Item:
-        if item.source is not None:  # named with the salt where it was processed
+        if item.source is not None:  # the encoder has salted its hash
             return item
         digest = hashlib.blake2b(item.hash.encode(errors="surrogatepass"), key=secret, digest_size=32).hexdigest()
         return msgspec.structs.replace(item, hash=digest)
@@ -46,7 +46,7 @@ def salted(prompt: Prompt, salt: str | None) -> Prompt:
 
 
 def unique_id(request_id: str) -> str:
-    """Id of a call of prefill or decode, ``<id>-<short>`` as vLLM makes them: an engine may get two of one request."""
+    """Id of a call of prefill or decode, ``<id>-<short>`` as vLLM makes them: an engine may get two calls of a request."""
     return f"{request_id}-{uuid.uuid4().hex[:8]}"
 
 
@@ -78,10 +78,7 @@ def distinct(items: tuple[Item, ...]) -> dict[str, int]:
 def without_pixels(prompt: Prompt, declared: Callable[[str], Collection[str]], encoded: Collection[str]) -> Prompt:
     """The prompt for an engine that gets the embeddings of the items ``encoded`` (hashes) through the EC connector.
 
-    An item that may still have to be encoded keeps its pixels. The others keep the fields that token positions depend on:
-    those marked ``keep_on_cpu`` (M-RoPE grids) and those that the model declares as placeholder metadata
-    (``declared(modality)``). An item of a model that declares neither keeps all its data: nothing says that its engine
-    can do without.
+    An item that may still have to be encoded keeps its pixels. ``declared``: see ``metadata_only``, by modality.
     """
     items = tuple(
         metadata_only(item, declared(item.modality)) if item.hash in encoded else item for item in prompt.items
@@ -90,33 +87,36 @@ def without_pixels(prompt: Prompt, declared: Callable[[str], Collection[str]], e
 
 
 def without_sources(prompt: Prompt) -> Prompt:
-    """The prompt as an engine gets it: the media that items came from stay at the ingress."""
+    """The prompt as an engine gets it: the sources of items stay at the ingress."""
     items = tuple(msgspec.structs.replace(item, source=None) if item.source else item for item in prompt.items)
     return msgspec.structs.replace(prompt, items=items)
 
 
 def has_pixels(item: Item, declared: Collection[str]) -> bool:
     """Whether an engine could encode the item: it has more than the fields that token positions depend on."""
-    fields = {} if item.data is None else item.data
-    return any(key not in declared and not field.field.keep_on_cpu for key, field in fields.items())
+    return item.data is not None and len(_metadata(item.data, declared)) < len(item.data)
 
 
 def metadata_only(item: Item, declared: Collection[str]) -> Item:
-    """The item without pixels, for an engine that gets its embedding."""
-    if item.data is None:
-        return item
-    kept = {key: field for key, field in item.data.items() if key in declared or field.field.keep_on_cpu}
-    if not kept and not declared:
+    """The item without pixels, for an engine that gets its embedding.
+
+    It keeps the fields that token positions depend on: those marked ``keep_on_cpu`` (M-RoPE grids) and those that the model
+    declares as placeholder metadata. An item of a model with neither keeps all, for its engine may need it.
+    """
+    if item.data is None or not ((kept := _metadata(item.data, declared)) or declared):
         return item
     return msgspec.structs.replace(item, data=type(item.data)(kept))
+
+
+def _metadata(data: Any, declared: Collection[str]) -> dict[str, Any]:
+    return {key: field for key, field in data.items() if key in declared or field.field.keep_on_cpu}
 
 
 def merge_ec_params(replies: dict[int, EncodeReply], prompt: Prompt) -> dict[str, Any]:
     """``ec_transfer_params`` of a prompt from the encoders' replies by item index.
 
-    ``item_indices`` are put back to the places of the item in this prompt: each encoder saw its item alone, at 0.
-
-    Raises ``ValueError`` when a reply does not name its item: never a guess.
+    ``item_indices`` become the places of the item in this prompt: each encoder saw its item alone, at 0. Raises
+    ``ValueError`` when a reply does not name its item.
     """
     merged: dict[str, Any] = {}
     for index, reply in replies.items():
@@ -128,15 +128,15 @@ def merge_ec_params(replies: dict[int, EncodeReply], prompt: Prompt) -> dict[str
     return merged
 
 
-OF_THE_PROMPT = ("prompt_logprobs", "flat_logprobs", "skip_reading_prefix_cache", "skip_clone")
-"""Sampling parameters that prefill needs. All others are about the answer."""
+PROMPT_PARAMS = ("prompt_logprobs", "flat_logprobs", "skip_reading_prefix_cache", "skip_clone")
+"""Sampling parameters that prefill needs."""
 
 
 def prefill_params(params: Any, ec_transfer_params: dict[str, Any] | None) -> Any:
-    """Sampling parameters of the prefill call: one token that nobody reads, and the blocks held for decode.
+    """Sampling parameters of the prefill call: it makes one token that nobody reads, and holds the blocks for decode.
 
-    Its token must not stop the request by itself: NIXL holds blocks of requests that ran to their end, and decode samples
-    the first token again from the last prompt position, with the client's own parameters.
+    No stop rule may end the request: NIXL holds blocks only of requests that ended by length. Decode samples the first
+    token again from the last prompt position, with the client's own parameters.
     """
     return type(params)(
         max_tokens=1,
@@ -146,16 +146,16 @@ def prefill_params(params: Any, ec_transfer_params: dict[str, Any] | None) -> An
         detokenize=False,
         output_kind=type(params.output_kind).FINAL_ONLY,
         extra_args=_extra(params, kv_transfer_params=REMOTE_DECODE, ec_transfer_params=ec_transfer_params),
-        **{name: getattr(params, name) for name in OF_THE_PROMPT},
+        **{name: getattr(params, name) for name in PROMPT_PARAMS},
     )
 
 
 def decode_params(
     params: Any, kv_transfer_params: dict[str, Any] | None, ec_transfer_params: dict[str, Any] | None
 ) -> Any:
-    """Sampling parameters of the decode call of a choice with these ``params``: its text is made at the ingress.
+    """Sampling parameters of the decode call of a choice with these ``params``: the ingress makes its text.
 
-    Where prefill ran elsewhere, the logits of the prompt are there and not here.
+    Where prefill ran elsewhere, only prefill has the logits of the prompt.
     """
     decode = copy.copy(params)
     decode.output_kind = type(params.output_kind).FINAL_ONLY
@@ -166,7 +166,7 @@ def decode_params(
     return decode
 
 
-TELLS_APART = (
+NOT_RESUMABLE = (
     "bad_words",
     "extra_args",
     "frequency_penalty",
@@ -175,19 +175,18 @@ TELLS_APART = (
     "structured_outputs",
     "trace_decode_token_ids",
 )
-"""Sampling parameters that look at the answer and not at the prompt, or have a state of their own in the engine."""
+"""Sampling parameters that treat output tokens unlike prompt tokens, or have a state of their own in the engine."""
 
 
 def can_resume(params: Any) -> bool:
-    """Whether an answer that broke off resumes as if its output tokens had been the end of the prompt."""
-    seeded = params.seed is not None and params.temperature > 0
-    return not (
-        seeded or params.thinking_token_budget is not None or any(getattr(params, name) for name in TELLS_APART)
-    )
+    """Whether an answer that broke off can resume with its output tokens as the end of the prompt."""
+    if params.thinking_token_budget is not None or (params.seed is not None and params.temperature > 0):
+        return False
+    return not any(getattr(params, name) for name in NOT_RESUMABLE)
 
 
 def resumed(request: StageRequest, tokens: list[int]) -> StageRequest:
-    """The request for what comes after the output ``tokens`` so far."""
+    """The request for the rest of the answer, after its output ``tokens`` so far."""
     if not tokens:
         return request
     rest = copy.copy(request.params)
@@ -215,6 +214,5 @@ def hand_off_id(kv_transfer_params: dict[str, Any] | None) -> str | None:
 
 
 def _extra(params: Any, **transfer: dict[str, Any] | None) -> dict[str, Any] | None:
-    extra = dict(params.extra_args or {})
-    extra.update({key: dict(value) for key, value in transfer.items() if value is not None})
-    return extra or None
+    given = {key: dict(value) for key, value in transfer.items() if value is not None}
+    return (params.extra_args or {}) | given or None

@@ -1,10 +1,7 @@
-"""What crosses a handle between stages. How a request is shaped for each stage is in ``handoff.shaping``.
+"""The types that cross a handle between stages.
 
-Small frozen types; tensors only where a stage has to see pixels. Fields typed ``Any`` hold vLLM's own objects, which this
-module passes on without importing vLLM.
-
-Sources: ``vllm/distributed/ec_transfer/ec_connector/utils.py`` (what a consumer must know of an item),
-``vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py`` (the keys of ``kv_transfer_params``).
+They are small and frozen, and hold tensors only where a stage has to see pixels. Fields typed ``Any`` hold vLLM's own
+objects, without an import of vLLM.
 """
 
 import hashlib
@@ -23,18 +20,16 @@ REMOTE_DECODE = {
 """``kv_transfer_params`` of a prefill request: hold the blocks until a decode engine has pulled them."""
 
 READ_S = "read_s"
-"""In the ``ec_transfer_params`` that a consumer's engine answers with: seconds to read the embeddings of the request."""
-
+"""Key in the ``ec_transfer_params`` of a consumer engine's answer: seconds to read the embeddings of the request."""
 
 VERSION_KEY = "epd_version"
-"""In the extra config of a connector of ours: the version of its engine, as text."""
+"""Key in the extra config of a connector of ours: the version of its engine, as text."""
 
 
 class Version(NamedTuple):
-    """What an engine or an ingress was started from, in digests (``launch.fingerprint``), or what a call asks its engine
-    for.
+    """Digests of what an engine or an ingress was started from (``launch.fingerprint``), or of what a call asks for.
 
-    Empty is what one does not know, or does not ask for.
+    An empty field is not known, or not asked for.
     """
 
     front: str = ""
@@ -43,12 +38,10 @@ class Version(NamedTuple):
     """The chat template that the config names."""
     weights: str = ""
     layout: str = ""
-    """Of KV blocks: what vLLM's connector compares."""
+    """Layout of KV blocks: what vLLM's connector compares."""
 
     def other_than(self, asked: "Version") -> list[str]:
-        """In which respects this is not what is asked for."""
-        if self == asked:
-            return []
+        """Names of the fields that differ from what is asked for."""
         pairs = zip(self._fields, self, asked, strict=True)
         return [name for name, ours, theirs in pairs if ours and theirs and ours != theirs]
 
@@ -56,7 +49,7 @@ class Version(NamedTuple):
         return not self.other_than(asked)
 
     def after(self, engine: "Version") -> "Version":
-        """What a call asks for that goes on from what an engine has made."""
+        """The version that a call asks for when it continues the work of ``engine``."""
         return self._replace(weights=engine.weights or self.weights, layout=engine.layout)
 
 
@@ -64,7 +57,7 @@ ANY = Version()
 
 
 class Media(msgspec.Struct, frozen=True):
-    """One image, video or audio as the client sent it: what an encoder decodes, transforms and encodes by itself."""
+    """One image, video or audio as the client sent it; an encoder decodes, transforms and encodes it."""
 
     modality: str
     data: bytes
@@ -72,16 +65,15 @@ class Media(msgspec.Struct, frozen=True):
     io: Any
     """vLLM's MediaIO that decodes them."""
     units: int
-    """What its cost is guessed from before an encoder has told: pixels of an image, else bytes."""
+    """Pixels of an image, else bytes: the cost is estimated from them until an encoder has answered."""
     digest: str
-    """Of the bytes."""
     processor_kwargs: dict[str, Any] = {}
     io_kwargs: dict[str, Any] = {}
-    """The request's own, which the item's hash covers."""
+    """Arguments of the request, which the item's hash covers."""
     salt: str | None = None
-    """Of the tenant, where embeddings of tenants are kept apart."""
+    """The tenant's, where embeddings of tenants are kept apart."""
     key: str = ""
-    """Names this content with these arguments, before it is decoded; see ``keyed``."""
+    """Equal for equal media of equal requests, and known before decoding (``keyed``)."""
 
 
 def digest_of(data: bytes) -> str:
@@ -89,13 +81,13 @@ def digest_of(data: bytes) -> str:
 
 
 def keyed(media: Media) -> Media:
-    """With the key that equal media of equal requests have in common."""
+    """The media with its ``key``."""
     named = repr((media.digest, media.modality, media.processor_kwargs, media.io_kwargs, media.salt))
     return msgspec.structs.replace(media, key=digest_of(named.encode(errors="surrogatepass")))
 
 
 class Source(msgspec.Struct, frozen=True):
-    """Where an item came from that was not processed at the ingress. Never leaves the ingress."""
+    """The origin of an item that was not processed at the ingress. It never leaves the ingress."""
 
     media: Media
     reply: "EncodeReply | None"
@@ -121,7 +113,7 @@ class Item(msgspec.Struct, frozen=True):
 
     @property
     def bare(self) -> bool:
-        """Without pixels: an engine must not get it unless the item's embedding is there."""
+        """Whether it has no pixels: an engine may get it only where its embedding is."""
         return self.source is not None and self.source.reply is not None
 
     @property
@@ -130,7 +122,7 @@ class Item(msgspec.Struct, frozen=True):
 
     @property
     def size_bytes(self) -> int:
-        """In memory: its tensors, and the media it came from."""
+        """Bytes of its tensors and of the media it came from."""
         tensors = 0 if self.data is None else sum(int(getattr(each.data, "nbytes", 0)) for each in self.data.values())
         return tensors + (len(self.source.media.data) if self.source is not None else 0)
 
@@ -147,14 +139,14 @@ class StageRequest(msgspec.Struct, frozen=True):
     """One call of a stage."""
 
     request_id: str
-    """Of this call alone: engines know it by that."""
+    """Unique to this call; engines know the request by it."""
     prompt: Prompt
     params: Any
     """vLLM's SamplingParams, as its InputProcessor completed them; transfer parameters are in its ``extra_args``."""
     options: dict[str, Any] = {}
     """Fields of vLLM's EngineCoreRequest: lora_request, priority, trace_headers, …"""
     version: Version = ANY
-    """Of the ingress, and of the engines that this call goes on from. An engine of another refuses it."""
+    """Of the ingress and the engines whose work this call continues. An engine of another version refuses it."""
 
 
 class MediaRequest(msgspec.Struct, frozen=True):
@@ -163,13 +155,13 @@ class MediaRequest(msgspec.Struct, frozen=True):
     request_id: str
     media: Media
     cost: int
-    """Embeddings that it will have, as far as the ingress can tell."""
+    """Embeddings that the ingress expects it to have."""
     options: dict[str, Any] = {}
     version: Version = ANY
 
 
 class Features(msgspec.Struct, frozen=True):
-    """One processed item: alone in a prompt, and what rendering another prompt around it needs."""
+    """One processed item, alone in a prompt, with what vLLM needs to render another prompt around it."""
 
     prompt: Prompt
     metadata: dict[str, Any]
@@ -181,32 +173,29 @@ class Features(msgspec.Struct, frozen=True):
 
 
 class EncodeReply(msgspec.Struct, frozen=True):
-    """``{hash: {"item_indices", "metadata", …}}`` as the EC connector of the encoder gave it; passed on verbatim."""
-
     ec_transfer_params: dict[str, Any]
+    """``{hash: {"item_indices", "metadata", …}}`` as the EC connector of the encoder gave it; passed on verbatim."""
     replica: str
     features: Features | None = None
-    """Of an item that went as media; without pixels."""
+    """Those of an item that went as media, without pixels."""
     ran_s: float = 0.0
-    """Seconds in the replica, less those in its engine's queue. What the call took besides is queueing and transfer."""
+    """Seconds in the replica without those in its engine's queue: the rest of the call is queueing and transfer."""
     version: Version = ANY
-    """Of its engine."""
 
 
 class PrefillReply(msgspec.Struct, frozen=True):
     kv_transfer_params: dict[str, Any]
-    """For one decode request, once."""
+    """Good for one decode request."""
     prompt_logprobs: Any | None
     """vLLM's LogprobsTensors, which the ingress gives to its OutputProcessor."""
     num_cached_tokens: int | None
     replica: str
     ran_s: float = 0.0
     ec_s: float = 0.0
-    """Of these, what reading embeddings took. 0 where none was read, or the connector does not tell."""
+    """Seconds of ``ran_s`` that reading embeddings took; 0 where none was read, or the connector does not tell."""
     node: str = ""
     """Ray's id of the node that holds the blocks."""
     version: Version = ANY
-    """Of its engine."""
 
 
 class DecodeReply(msgspec.Struct, frozen=True):
@@ -214,6 +203,5 @@ class DecodeReply(msgspec.Struct, frozen=True):
 
     replica: str
     tokens: int
-    """That were sent."""
+    """Number of tokens sent."""
     version: Version = ANY
-    """Of its engine."""

@@ -1,8 +1,7 @@
-"""Nothing waits for KV blocks that are gone, and no blocks go while somebody waits to decode from them.
+"""``HandOffs`` ends waits for KV blocks that are gone.
 
-Between prefill and the first token a request waits twice: at the ingress, which has its hand-off, for a place at decode;
-then at decode, until its engine has the blocks. ``HandOffs`` looks after such waits every now and then, and ends those that
-are in vain. The ingress' are made in ``ingress.leases``; what the engines do for both is in ``transfer.kv_lease``.
+Between prefill and the first token a request waits twice: at the ingress for a place at decode (``ingress.leases``), then
+at decode until its engine has the blocks (``pulls``). The engines' part is in ``transfer.kv_lease``.
 """
 
 import asyncio
@@ -22,14 +21,14 @@ HandOff = TypeVar("HandOff", bound=Hashable)
 
 @dataclass
 class HandOffs(Generic[HandOff]):
-    """Waits for hand-offs, looked after together by one task for as long as there are any."""
+    """Waits for hand-offs. One task checks all of them as long as there are any."""
 
     after_s: float
-    """A wait is looked after once it has taken so long, …"""
+    """Seconds that a wait takes before it is checked."""
     every_s: float
-    """… and then as often as this."""
+    """Seconds between checks."""
     lost: Callable[[list[HandOff]], Awaitable[Collection[HandOff]]]
-    """Of these, the ones that are known to be lost. May raise an ``EPDError`` where it cannot tell."""
+    """Returns those that are known to be lost. May raise an ``EPDError`` where it cannot tell."""
     why: str
 
     def __post_init__(self) -> None:
@@ -37,15 +36,14 @@ class HandOffs(Generic[HandOff]):
         self._looking: asyncio.Task[None] | None = None
 
     async def wait(self, hand_off: HandOff | None, work: Awaitable[T]) -> T:
-        """The result of ``work``, which waits for a hand-off, or for none. Raises ``HandoffLost`` once that is known to be
-        lost."""
+        """The result of ``work``. Raises ``HandoffLost`` once the hand-off that it waits for is known to be lost."""
         if hand_off is None:
             return await work
         try:
             async with asyncio.timeout(None) as patience:
                 self._waits[hand_off] = time.monotonic(), patience
                 if self._looking is None or self._looking.done():
-                    # Not of this request's context: Serve would cancel calls with it that are made for all.
+                    # In a context of its own: in the request's, Serve would cancel these calls with the request.
                     look = self._look()
                     self._looking = asyncio.get_running_loop().create_task(look, context=contextvars.Context())
                 try:
@@ -58,7 +56,7 @@ class HandOffs(Generic[HandOff]):
             raise HandoffLost(Stage.DECODE, self.why) from None
 
     def over(self, hand_off: HandOff | None) -> None:
-        """It has come: what is still to be done of the work does not wait for it any more."""
+        """End the wait, because the hand-off has come."""
         if hand_off is not None:
             self._waits.pop(hand_off, None)
 
@@ -74,8 +72,8 @@ class HandOffs(Generic[HandOff]):
 
 
 def pulls(overdue: Callable[[float], Awaitable[Collection[str]]], lease_s: float) -> HandOffs[str]:
-    """Of a decode replica: ends the wait for KV blocks that do not come. ``overdue``: the requests, by prefill's ids, whose
-    blocks its engine has been pulling for longer than so many seconds. In its queue a request waits as long as it has to."""
+    """The waits of a decode replica for KV blocks. ``overdue(seconds)``: the requests, by prefill's ids, whose blocks its
+    engine has been pulling for longer than that. Time in the engine's queue does not count."""
 
     async def lost(waiting: list[str]) -> Collection[str]:
         return set(waiting) & set(await overdue(lease_s))

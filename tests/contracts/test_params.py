@@ -68,7 +68,7 @@ def test_prefill_gets_of_the_sampling_params_what_the_prompt_needs_and_nothing_e
 def test_sampling_params_are_those_that_we_know_to_go_on_or_not() -> None:
     from vllm.sampling_params import SamplingParams
 
-    from serve_app.handoff.shaping import TELLS_APART
+    from serve_app.handoff.shaping import NOT_RESUMABLE
 
     alike = (
         "temperature top_p top_k min_p repetition_penalty logit_bias allowed_token_ids min_tokens max_tokens ignore_eos"
@@ -82,7 +82,7 @@ def test_sampling_params_are_those_that_we_know_to_go_on_or_not() -> None:
     asked = "seed logprobs logprob_token_ids flat_logprobs thinking_token_budget _bad_words_token_ids"
     engines = "watermarking _watermarking_skipped"
     ingress = "stop"
-    known = set(f"{alike} {shape} {prompt} {asked} {engines} {ingress}".split()) | set(TELLS_APART)
+    known = set(f"{alike} {shape} {prompt} {asked} {engines} {ingress}".split()) | set(NOT_RESUMABLE)
     assert set(SamplingParams.__struct_fields__) == known, (
         "serve_app/handoff/types.py can_resume: may an answer go on with it?"
     )
