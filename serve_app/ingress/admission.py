@@ -1,6 +1,6 @@
-"""What an ingress replica takes on at a time: requests, items, bytes of media and embeddings. Above that it says so at once.
+"""Bounds what an ingress replica has under way: requests, items, bytes of media and embeddings.
 
-Text is bound by the number of requests alone, so it keeps flowing when media are at their limit.
+Only the number of requests bounds text, so it keeps flowing when media are at their limit.
 """
 
 import threading
@@ -14,9 +14,9 @@ from serve_app.handoff.types import Item, Media
 
 
 class Admission:
-    """Counts what is outstanding. One object per ingress replica. ``embed_bytes``: size of one embedding.
+    """Counts what is outstanding at one ingress replica, and calls ``changed`` after each change.
 
-    ``changed`` is called when it has.
+    ``embed_bytes``: size of one embedding.
     """
 
     def __init__(
@@ -30,16 +30,16 @@ class Admission:
         self.arrived_items = self.arrived_bytes = 0
 
     def load(self) -> dict[str, float]:
-        """What is under way, in the unit of the ingress: requests."""
+        """The load of the ingress, whose unit is a request."""
         return {"calls": float(self.requests), "outstanding": float(self.requests)}
 
     def check_request(self) -> None:
-        """Before anything is rendered. Raises ``Overloaded``."""
+        """Raises ``Overloaded`` where no request more fits in. Called before rendering."""
         self._check("requests", self.requests, 1, self._config.max_requests)
 
     @contextmanager
     def admit(self, items: tuple[Item, ...]) -> Iterator[None]:
-        """Hold the places of one request. Raises ``Overloaded`` where it does not fit in."""
+        """Count one request. Raises ``Overloaded`` where it does not fit in."""
         self.check_request()
         self.requests += 1
         try:
@@ -52,17 +52,16 @@ class Admission:
             self._changed(self)
 
     def admit_media(self, media: Collection[Media]) -> AbstractContextManager[None]:
-        """Hold the places of items that are encoded before their request is rendered. Raises ``Overloaded``."""
+        """Count items that are encoded before their request is rendered. Raises ``Overloaded``."""
         return self._hold(len(media), sum(len(each.data) for each in media), 0)
 
     def arrives(self, intake: "Intake", items: int = 0, size_bytes: int = 0) -> None:
-        """Count what is about to be in memory for a request. From any thread. Raises ``Overloaded``, and ``BadRequest``
-        where the request alone has more than fits.
+        """Count what is about to be in memory for a request, apart from whole items. From any thread.
 
-        By themselves, beside what is counted once items are whole: by then they are in memory.
+        Raises ``Overloaded``, and ``BadRequest`` where the request alone has more than fits.
         """
         with self._arriving:
-            if intake.closed:  # a thread that goes on after its request was cancelled
+            if intake.closed:  # this thread has outlived its request
                 return
             own_items, own_bytes = intake.items + items, intake.size_bytes + size_bytes
             if own_items > 1:
@@ -117,7 +116,7 @@ class Admission:
 
 @dataclass
 class Intake:
-    """The media of one request on their way in, and here until it ends."""
+    """The media that one request has in memory, until it ends."""
 
     admission: Admission
     items: int = 0
@@ -125,7 +124,7 @@ class Intake:
     closed: bool = False
 
     def begin(self) -> None:
-        """One more item."""
+        """Count one more item."""
         self.admission.arrives(self, items=1)
 
     def add(self, size_bytes: int) -> None:

@@ -1,6 +1,4 @@
-"""What vLLM would take from a client and nothing behind it should get: refused as the client's mistake, before any stage
-is called. Media from URLs have a guard of their own in ``media.py``.
-"""
+"""Refuses parameters that vLLM would take from a client and that no stage should get, before any stage is called."""
 
 import msgspec
 from vllm.exceptions import VLLMValidationError
@@ -12,11 +10,11 @@ from serve_app.ingress.request import current
 
 TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
 MAX_LENGTH_PENALTY = 10.0
-"""The score of a beam divides by its length to this power, which must be a float for the longest context."""
+"""The score of a beam is divided by its length to this power, which must be a float for the longest context."""
 
 
 class GuardedInputProcessor(InputProcessor):
-    """vLLM's checks, and one of beam searches: they come here only to have their watermark resolved, first of all."""
+    """vLLM's checks, and one more for beam searches, which call only ``resolve_watermarking``, before all else."""
 
     def resolve_watermarking(self, params: SamplingParams | BeamSearchParams) -> bool:
         if isinstance(params, BeamSearchParams) and not abs(params.length_penalty) <= MAX_LENGTH_PENALTY:
@@ -28,12 +26,11 @@ class GuardedInputProcessor(InputProcessor):
             if (request := current.get()) is not None:
                 request.fail(error)
             raise error
-        resolved: bool = super().resolve_watermarking(params)
-        return resolved
+        return bool(super().resolve_watermarking(params))
 
 
 def check_params(params: SamplingParams) -> None:
-    """Raise ``BadRequest`` for what no stage could take, and for what the stages say to each other."""
+    """Raise ``BadRequest`` for parameters that no stage can take, or that only stages may set."""
     for key in TRANSFER_KEYS:
         if params.extra_args and key in params.extra_args:
             raise BadRequest(f"`{key}` is passed between the stages of this server and cannot be set by a client.")

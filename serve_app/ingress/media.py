@@ -7,8 +7,8 @@
     bytes ──> pixels, frames, seconds in bounds?     media/check.py      at the ingress, or on an encoder
     bytes ──> image, frames, samples                 media/decoding.py   likewise (see rendering.py)
 
-vLLM makes a connector per request (``seams.install_media``). The rules are those of the configuration that it is installed
-with; what vLLM passes along of them (``shared_args`` gives it the same folder and domains) is not read.
+vLLM makes a connector per request (``seams.install_media``). Its rules come from our configuration; the folder and domains
+that vLLM passes along are not read.
 """
 
 from pathlib import Path
@@ -67,7 +67,7 @@ class EPDMediaConnector(MediaConnector):
             raise to_vllm_error(error) from error
 
     async def _load_named(self, url: Named, media_io: MediaIO[Any], room: Room) -> Any:
-        """The item of that name: what is remembered; else what the URL gives, which is remembered once it could be read."""
+        """The remembered item of that name; else the item behind the URL, which is remembered once it is decoded."""
         key = key_of(url, MODALITY_OF.get(type(media_io)))
         content = None if url.inline else self._names.get(key)
         if content is None and not len(url):
@@ -93,7 +93,7 @@ class EPDMediaConnector(MediaConnector):
                 raise VLLMValidationError("A media URL must begin with https:, http:, data: or file:.")
 
     def _room(self) -> Room:
-        """Asks for room for bytes of an item, until its request has ended."""
+        """Begin an item of the request; the result counts the item's bytes until the request ends."""
         request = current.get()
         if self._admission is None or request is None:
             return unlimited
@@ -104,11 +104,11 @@ class EPDMediaConnector(MediaConnector):
         return request.intake.add
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
-        """vLLM's offline API. No server calls it, and without a fetch of ours it would be a way around the guard."""
+        """vLLM's offline API, which no server calls: inherited, it would be a way around the guard."""
         raise NotImplementedError
 
     async def _fetch(self, url: str, room: Room) -> bytes:
-        """Through vLLM's cache of downloads, where the operator set ``VLLM_MEDIA_CACHE``."""
+        """Fetch through vLLM's cache of downloads, where the operator set ``VLLM_MEDIA_CACHE``."""
         self._fetcher.check_url(url)
         cached: bytes | None = await in_thread(self._get_cached_bytes, url)
         if cached is not None:

@@ -1,14 +1,14 @@
-"""Media that its client has given a name: vLLM's ``uuid`` beside an item of a chat.
+"""Remembers media by the names that clients give: vLLM's ``uuid`` beside an item of a chat.
 
 ::
 
     {"type": "image_url", "image_url": {"url": "https://…"}, "uuid": "cat-7"}    loaded, and remembered under its name
     {"type": "image_url", "image_url": None,                 "uuid": "cat-7"}    the same item; a URL is not fetched again
 
-A name stands for the bytes of an item, at the door and nowhere behind it: to encoders, caches and engines an item is known
-by its content, so a name can put nothing in another's place. (vLLM takes it for the hash of the item.) Names are a tenant's
-own: the key of one is a hash with what tells the tenant apart, the request's ``cache_salt`` and the API key it came with.
-Another ingress replica may remember what this one does not, and is asked.
+A name stands for the bytes of an item at the ingress alone. Encoders, caches and engines know an item by its content, so a
+name cannot replace another's item, as it could in vLLM, where it is the item's hash. Tenants have names of their own: the
+key of a name is a hash that covers the request's ``cache_salt`` and API key. Where this ingress replica does not know a
+name, it asks the others.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ from serve_app.ingress.peers import Peers
 from serve_app.ingress.request import current
 
 WHAT = "media"
-"""By which ingress replicas ask each other for it."""
+"""The subject under which ingress replicas ask each other."""
 
 ENTRY_BYTES = 1024
-"""What an item takes besides its own bytes, generously: or many small ones would take more than the bound."""
+"""Bytes that an item takes besides its own, rounded up: they bound the number of small items."""
 
 salt: ContextVar[str] = ContextVar("epd_cache_salt", default="")
 """``cache_salt`` of the request whose prompt is rendered."""
 
 
 class Named(str):
-    """The URL of an item that has a name; empty where the client sends the name alone. True even then: there is an item."""
+    """The URL of an item that has a name; empty, but true, where the client sends the name alone."""
 
     uuid: str
 
@@ -50,17 +50,17 @@ class Named(str):
 
 
 class Content(NamedTuple):
-    """What was behind a URL."""
+    """The bytes behind a URL."""
 
     data: bytes
     jpegs: bool = False
-    """A video as the text of a ``data:video/jpeg`` URL: JPEGs in base64, with commas in between."""
+    """Whether they are the text of a ``data:video/jpeg`` URL: JPEGs in base64, with commas in between."""
 
 
 class MediaNames:
-    """What one ingress replica remembers, up to ``max_bytes``; least recently used goes first. Used in its event loop only.
+    """The media that one ingress replica remembers, up to ``max_bytes``; least recently used goes first.
 
-    An item lives on for the requests that use it when it is forgotten.
+    Used in its event loop only.
     """
 
     def __init__(self, max_bytes: int, peers: Peers | None = None) -> None:
@@ -77,17 +77,16 @@ class MediaNames:
         return content
 
     async def find(self, url: Named, key: str) -> Content:
-        """Of a name without bytes. Raises ``BadRequest`` where no replica knows it, or does any more."""
-        content = self.get(key) or await self._peers.find(WHAT, key)
+        """The content of a name that came without bytes. Raises ``BadRequest`` where no replica remembers it."""
+        content: Content | None = self.get(key) or await self._peers.find(WHAT, key)
         if content is None:
             raise BadRequest(
                 f"No media is remembered under the uuid {url.uuid[:80]!r}, or not any more: send it with its URL or data."
             )
-        found: Content = content
-        return found
+        return content
 
     def remember(self, url: Named, key: str, content: Content) -> None:
-        """Raises ``BadRequest`` where the name is another item's: one of the two answers would be about the wrong one."""
+        """Keep an item under its name. Raises ``BadRequest`` where the name is another item's."""
         if (known := self.get(key)) is not None:
             if known != content:
                 raise BadRequest(
@@ -107,7 +106,7 @@ class MediaNames:
 
 
 def key_of(url: Named, modality: str | None) -> str:
-    """Of an item of the request in context. From a key nobody can tell the name, or find the key of another tenant's."""
+    """Key of an item of the current request: it does not tell the name, and other tenants cannot compute it."""
     request = current.get()
     tenant = repr((salt.get(), request.credentials if request is not None else ""))
     secret = hashlib.blake2b(tenant.encode(errors="surrogatepass"), digest_size=32).digest()

@@ -1,9 +1,8 @@
-"""The way from media: an item goes to an encoder as the bytes that the client sent, not as processed tensors.
+"""Renders prompts around items that go to an encoder as the bytes that the client sent, not as processed tensors.
 
-A 1080p image is 0.3 MB as media and 13 MB as tensors, and making those is work. So the ingress only fetches the bytes (one
-guard, one fetch however often an item is tried). An encoder decodes, transforms and encodes them; it answers with the
-item's name and the few fields that size its placeholder range, and vLLM renders the prompt around those, as it does on any
-consumer of embeddings.
+A 1080p image is 0.3 MB as media and 13 MB as tensors, which are costly to make. So the ingress only fetches the bytes, once.
+An encoder decodes, transforms and encodes them. It answers with the item's hash and the few fields that size its placeholder
+range, and vLLM renders the prompt around those, as it does on any consumer of embeddings.
 
 ::
 
@@ -11,7 +10,7 @@ consumer of embeddings.
                                            <── EncodeReply ──
                           vLLM's processor: placeholders from metadata ──> EPDClient.generate
 
-For models that declare such fields (``MultiModalDataParser.embedding_fields``); items of others are processed here, by vLLM.
+It takes a model that declares such fields (``MultiModalDataParser.embedding_fields``); vLLM processes items of others here.
 """
 
 import itertools
@@ -33,8 +32,8 @@ logger = logging.getLogger("ray.serve")
 class FromMedia:
     """Renders the prompts of an ingress replica around the encoders' answers.
 
-    ``render`` takes the place of a method of vLLM's renderer (``seams.install_rendering``). ``encode``: asks encoders for
-    distinct items. ``salted``: items of tenants are kept apart by their ``cache_salt``.
+    ``render`` replaces a method of vLLM's renderer (``seams.install_rendering``). ``encode`` asks encoders for distinct
+    items. ``salted``: the ``cache_salt`` keeps items of tenants apart.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class FromMedia:
         try:
             placed = await self._processor.in_turn(self._place, prompt, items)
         except Exception as error:
-            # vLLM says what is wrong, or does better. The encoders' work is not lost: items keep their names.
+            # vLLM succeeds, or says what is wrong. The encoders' work is not lost, for items keep their hashes.
             logger.warning(f"a prompt is rendered from its media, for its metadata did not do: {error!r}")
             return await self._processed_here(prompt, raw, skip_mm_cache)
         for modality, those in items.items():
@@ -101,17 +100,16 @@ class FromMedia:
                 raise RuntimeError(
                     f"{modality} items of {lengths} placeholders by their metadata differ from the items"
                 )
-            placed["mm_hashes"][modality] = hashes[modality]  # arguments of the request are in them already
+            placed["mm_hashes"][modality] = hashes[modality]  # they cover the request's arguments already
         return placed
 
     async def _processed_here(self, prompt: dict[str, Any], raw: dict[str, list[Any]], skip_mm_cache: bool) -> Any:
-        """By vLLM, from decoded media, as if no encoder took any."""
-
-        async def decoded_of(item: Any) -> Any:
-            return await self._processor.decoded(item) if is_media(item) else item
-
-        decoded = {modality: [await decoded_of(item) for item in items] for modality, items in raw.items()}
-        whole = {**prompt, "multi_modal_data": {**prompt["multi_modal_data"], **decoded}}
+        """The engine input that vLLM makes from decoded media, as if no encoder took any."""
+        decoded = {
+            modality: [await self._processor.decoded(item) if is_media(item) else item for item in items]
+            for modality, items in raw.items()
+        }
+        whole = prompt | {"multi_modal_data": prompt["multi_modal_data"] | decoded}
         return await self._by_vllm(whole, skip_mm_cache=skip_mm_cache)
 
 
@@ -120,9 +118,7 @@ def is_media(item: Any) -> bool:
 
 
 def stand_alone(prompt: Mapping[str, Any], items: Mapping[str, list[Any]]) -> bool:
-    """Whether a prompt can be rendered around its items: each came as media, and none is interleaved with another.
-
-    A video that came as JPEGs (`data:video/jpeg`) is decoded already, whatever stands beside it.
-    """
+    """Whether a prompt can be rendered around its items: each came as media (a `data:video/jpeg` URL does not), and none is
+    interleaved with another."""
     together = (prompt.get("mm_processor_kwargs") or {}).get("use_audio_in_video") or prompt.get("_prompt_embeds")
     return not together and all(map(is_media, itertools.chain(*items.values())))

@@ -1,6 +1,6 @@
-"""Where the ingress process changes what vLLM, FastAPI and Pillow do: all of it, for vLLM 0.32.0.
+"""All changes that the ingress process makes to vLLM 0.32.0, FastAPI and Pillow.
 
-Calls named ``install_…`` stand here unless the table names another place. Each row has a test in ``tests/contracts``
+Functions ``install_…`` stand here unless the table names another place. Each row has a test in ``tests/contracts``
 (``test_seams.py`` says which). The table of the engines' processes and of Serve's proxy is in ``serve_app/hooks``.
 
 ==============================================  =========================================  ============================
@@ -66,8 +66,7 @@ CONNECTOR = "epd"
 
 
 def install_renderer_guard(renderer: Any) -> None:
-    """Let no client name an item behind the door, tell whose names it may use there, and say what is wrong where a prompt
-    cannot be processed."""
+    """Refuse names of items outside chats, tell tenants' names apart, and say why a prompt cannot be processed."""
     process_uuids, process = renderer._process_mm_uuids, renderer._process_multimodal_async
     render_chat = renderer.render_chat_async
 
@@ -77,8 +76,7 @@ def install_renderer_guard(renderer: Any) -> None:
         return process_uuids(mm_data, mm_data_items, mm_uuid_items, mm_req_id)
 
     async def processed(*args: Any, **kwargs: Any) -> Any:
-        """Only the prompt and its items go in."""
-        try:
+        try:  # only the prompt and its items can be wrong
             return await process(*args, **kwargs)
         except (AssertionError, ValueError) as error:
             raise VLLMValidationError(why_not_processed(error)) from error
@@ -96,7 +94,7 @@ def install_renderer_guard(renderer: Any) -> None:
 
 
 def install_rendering(renderer: Any, render: Callable[..., Awaitable[Any]]) -> None:
-    """Have tokenized prompts become engine inputs by ``render``, whichever API they come through."""
+    """Let ``render`` turn tokenized prompts of all APIs into engine inputs."""
     renderer._process_tokens_async = render
 
 
@@ -108,8 +106,8 @@ def install_media(
 ) -> Fetcher:
     """Make vLLM load media by the rules of a config, in this process. The caller closes the fetcher at the end.
 
-    ``undecoded``: modalities whose items are left as ``Media``, for an encoder to decode. ``admission`` counts what comes.
-    ``peers`` may remember media by the names that clients gave it.
+    ``undecoded``: modalities whose items stay ``Media``, for an encoder to decode. ``admission`` counts the media.
+    ``peers`` may remember media by name.
     """
     rules, limits = config.media, config.advanced.media
     fetcher = Fetcher(rules, limits, config.timeouts.media_fetch_s)
@@ -123,21 +121,20 @@ def install_media(
 
 
 def install_names() -> None:
-    """Have the parser of messages refuse what would go past the connector, and pass it the names of all else."""
+    """Make the parser of messages refuse images that would bypass the connector, and pass names to the connector."""
     AsyncMultiModalContentParser.parse_image_pil = _parse_decoded
     for name, parse in PARSE.items():
         setattr(AsyncMultiModalContentParser, name, naming(parse))
 
 
 PARSE = {name: getattr(AsyncMultiModalContentParser, name) for name in ("parse_image", "parse_video", "parse_audio")}
-"""vLLM's own. Of these every part with a URL comes to the connector, `input_audio` too."""
+"""vLLM's own methods, through which every part with a URL reaches the connector, `input_audio` too."""
 
 _parse_image_pil = AsyncMultiModalContentParser.parse_image_pil
 
 
 def naming(parse: Any) -> Any:
-    """A method of the parser that takes an item's URL and ``uuid``: the name goes along with the URL, to the connector, and
-    no further."""
+    """A method of the parser that passes an item's ``uuid`` with its URL to the connector, and no further."""
 
     def named(parser: Any, url: Any, uuid: str | None = None) -> None:
         if uuid is not None and (isinstance(url, str) or not url):

@@ -23,7 +23,7 @@ PRIVATE = [
         "fc00::/7",  # unique local, RFC 4193
     )
 ]
-"""What ``media.allow_private_addresses`` opens."""
+"""Networks that ``media.allow_private_addresses`` opens."""
 
 NEVER = [
     ip_network(network)
@@ -59,7 +59,7 @@ NAT64 = IPv6Network("64:ff9b::/96")
 
 
 def may_dial(host: str, allow_private: bool = False) -> bool:
-    """Whether an address (no name) may be dialled for a client. What cannot be read as an address may not."""
+    """Whether an address may be dialled for a client. A text that is no address may not."""
     try:
         address = _unwrapped(ip_address(host))
     except ValueError:

@@ -1,7 +1,7 @@
-"""What an item declares about itself, checked before vLLM decodes it: pixels, frames, seconds.
+"""Checks the pixels, frames and seconds that an item declares, before vLLM decodes it.
 
-A small file can decode to any amount of memory. Headers are read here, without decoding, and refused in words of ours; the
-limits that vLLM keeps while it decodes are set to the same numbers, for headers that lie (``install_limits``).
+A small file can decode to any amount of memory, so headers are read first. They can lie, so ``install_limits`` gives the
+decoders the same limits.
 """
 
 import copy
@@ -25,28 +25,27 @@ from serve_app.config import MediaLimits
 from serve_app.media.fetch import decode_base64
 
 PROBE_BYTES = 1 << 20
-"""How much of a file FFmpeg looks at to tell its format (PROBE_BUF_MAX in libavformat/internal.h)."""
+"""Bytes of a file that FFmpeg reads to tell its format (PROBE_BUF_MAX in libavformat/internal.h)."""
 
 MANIFESTS = (b"#extm3u", b"ffconcat version", b"c=in ip", b"dash:profile", b"profile:dash1", b"<compositionplaylist")
-"""What makes FFmpeg take a file for HLS, a concat script, SDP, DASH or IMF: lists of other files and addresses, which it
-then opens itself, past every guard (libavformat's ``*_probe`` functions). In lower case."""
+"""Signs of HLS, concat scripts, SDP, DASH and IMF for FFmpeg (libavformat's ``*_probe`` functions), in lower case. FFmpeg
+opens the files and addresses that these list, past every guard."""
 
 
 def install_limits(limits: MediaLimits) -> None:
-    """Make vLLM and Pillow, in this process, keep to the same limits while they decode."""
+    """Give the decoders of vLLM and Pillow, in this process, the same limits."""
     envs.VLLM_MAX_IMAGE_PIXELS = limits.max_pixels
     envs.VLLM_MAX_AUDIO_DECODE_DURATION_S = limits.max_seconds
     envs.VLLM_MAX_AUDIO_CLIP_FILESIZE_MB = limits.max_bytes / MiB_bytes
-    # Pillow refuses from twice this on. It looks inside containers (ICO, ICNS) whose own header can lie; it would warn
-    # from half of our limit on.
+    # Pillow warns above this and refuses above twice this, inside containers (ICO, ICNS) with false headers too.
     Image.MAX_IMAGE_PIXELS = math.ceil(limits.max_pixels / 2)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def check(data: bytes, media_io: MediaIO[Any], limits: MediaLimits) -> MediaIO[Any]:
-    """Raise ``VLLMValidationError`` for what is over a limit; else return the IO that may decode it.
+    """The IO that may decode the item. Raises ``VLLMValidationError`` for one over a limit.
 
-    Sounds are not opened here: each of vLLM's audio loaders compares the header with its limit first.
+    vLLM's audio loaders themselves compare the header with its limit first.
     """
     if isinstance(media_io, ImageMediaIO):
         check_image(data, limits)
@@ -57,7 +56,7 @@ def check(data: bytes, media_io: MediaIO[Any], limits: MediaLimits) -> MediaIO[A
 
 
 def check_image(data: bytes, limits: MediaLimits) -> int:
-    """Number of the image's pixels."""
+    """Number of the image's pixels. Raises ``VLLMValidationError`` for one that is broken or over a limit."""
     try:
         with open_image(BytesIO(data)) as image:
             pixels: int = image.width * image.height
@@ -76,10 +75,7 @@ def check_image(data: bytes, limits: MediaLimits) -> int:
 
 
 def has_more_frames(image: Image.Image, data: bytes, limit: int) -> bool:
-    """Whether an image has more than ``limit`` frames, in time that a hostile file cannot stretch.
-
-    Pillow has the number from the header, except for GIF and TIFF, which it would read to the end.
-    """
+    """Whether an image has more than ``limit`` frames, in bounded time: Pillow would read GIF and TIFF to the end."""
     if image.format == "GIF":
         return gif_has_more_frames(data, limit)
     if image.format == "TIFF":
@@ -94,11 +90,10 @@ def has_more_frames(image: Image.Image, data: bytes, limit: int) -> bool:
 def gif_has_more_frames(data: bytes, limit: int) -> bool:
     """Counts the image blocks of a GIF (89a specification), up to the limit."""
 
-    def colours(flags: int) -> int:
-        """Bytes of a colour table."""
+    def table_bytes(flags: int) -> int:
         return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
-    frames, at = 0, 13 + colours(data[10])
+    frames, at = 0, 13 + table_bytes(data[10])
     while at < len(data):
         match data[at]:
             case 0x2C:  # image: descriptor, colour table, code size
@@ -106,7 +101,7 @@ def gif_has_more_frames(data: bytes, limit: int) -> bool:
                 if frames > limit:
                     return True
                 at += 10
-                at += colours(data[at - 1]) + 1 if at <= len(data) else 0
+                at += table_bytes(data[at - 1]) + 1 if at <= len(data) else 0
             case 0x21:  # extension: label
                 at += 2
             case _:
@@ -118,13 +113,11 @@ def gif_has_more_frames(data: bytes, limit: int) -> bool:
 
 
 MAX_FPS = 240
-"""From here on a rate is not believed: FFmpeg gives the container's unit of time where it finds none, as in what browsers
-record."""
+"""A rate from here on is not believed: without one, as in browsers' recordings, FFmpeg gives the container's time unit."""
 
 
 def check_video(data: bytes, media_io: VideoMediaIO, limits: MediaLimits) -> VideoMediaIO:
-    """Opens the video as vLLM's default backend does, which decodes no more frames than the header declares, or are counted
-    here."""
+    """Check a video; the result decodes no more frames than the header declares or than are counted here."""
     # Never release() a capture of bytes: OpenCV 5.0.0 crashes the process. It closes with its last reference.
     capture = OpenCVVideoBackendMixin.open_video_capture(data)
     width, height = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
@@ -145,10 +138,9 @@ def check_video(data: bytes, media_io: VideoMediaIO, limits: MediaLimits) -> Vid
 
 
 def counted_frames(data: bytes, limits: MediaLimits) -> VideoSourceMetadata:
-    """Of a video whose container does not say, as one that was written to a pipe, or says what cannot be.
+    """The metadata of a video whose container has none that can be true, such as one that was written to a pipe.
 
-    All are decoded, once: a recording may break off anywhere. But first its packets, which cost little, say whether they are
-    too many.
+    A recording may break off anywhere, so all frames are decoded, once the packets, which cost little, are not too many.
     """
     packets = OpenCVVideoBackendMixin.open_video_capture(data)
     packets.set(cv2.CAP_PROP_FORMAT, -1)  # undecoded
@@ -176,11 +168,10 @@ def counted_frames(data: bytes, limits: MediaLimits) -> VideoSourceMetadata:
 def _limited(
     loader: Any, frame_pixels: int, max_pixels: int, counted: VideoSourceMetadata | None, unread: list[Any]
 ) -> Any:
-    """A video loader of vLLM's that refuses to take more frames than fit: only it knows how many it samples.
+    """vLLM's video loader with a bound on the frames that it samples.
 
-    ``counted``: what is so, where the container does not say. ``unread``: a capture of the video, for the loader to read
-    frames from. Its own has been at the end, to look for the last frame, and of some files (a single frame, MPEG-TS, IVF) no
-    or few frames come after that.
+    ``counted`` replaces the container's metadata. ``unread``: a fresh capture of the video to read frames from. The loader's
+    own has been at the end, and some files (a single frame, MPEG-TS, IVF) give few or no frames after that.
     """
 
     class Limited(loader):
@@ -193,12 +184,11 @@ def _limited(
 
         @classmethod
         def _prepare_source(cls, source: VideoSourceMetadata) -> VideoSourceMetadata:
-            prepared: VideoSourceMetadata = super()._prepare_source(counted or source)
-            return prepared
+            return super()._prepare_source(counted or source)
 
         @classmethod
         def compute_frames_index_to_sample(cls, source: VideoSourceMetadata, *args: Any, **kwargs: Any) -> list[int]:
-            # Samplers that take frames in pairs take none of one.
+            # Samplers that take pairs of frames take none of a single one.
             indices: list[int] = (
                 [0] if source.total_frames_num == 1 else super().compute_frames_index_to_sample(source, *args, **kwargs)
             )
@@ -224,7 +214,7 @@ def _not_decodable() -> VLLMValidationError:
 
 
 def check_jpegs(text: str, limits: MediaLimits) -> None:
-    """A ``data:video/jpeg`` URL: frames as JPEGs, each in base64, with commas in between (vLLM's own format)."""
+    """Check a ``data:video/jpeg`` URL, vLLM's own format: JPEGs in base64, with commas in between."""
     if text.count(",") >= limits.max_frames:
         too_much(f"The video has {text.count(',') + 1} frames", f"{limits.max_frames} frames")
     pixels = 0

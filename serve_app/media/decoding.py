@@ -1,4 +1,4 @@
-"""From the bytes of an item to an image, frames or samples: vLLM's decoders, behind the checks of ``check``."""
+"""Decodes an item to an image, frames or samples: vLLM's decoders, behind the checks of ``check``."""
 
 import asyncio
 import re
@@ -13,7 +13,7 @@ from serve_app.media.check import check
 
 
 def decode(data: bytes, media_io: MediaIO[Any], limits: MediaLimits) -> Any:
-    """Raises ``VLLMValidationError`` for media that is broken or over a limit."""
+    """The image, frames or samples. Raises ``VLLMValidationError`` for media that is broken or over a limit."""
     try:
         return check(data, media_io, limits).load_bytes(data)
     except Exception as error:
@@ -21,7 +21,7 @@ def decode(data: bytes, media_io: MediaIO[Any], limits: MediaLimits) -> Any:
 
 
 async def in_thread(function: Any, *args: Any) -> Any:
-    """In vLLM's pool for media (``VLLM_MEDIA_LOADING_THREAD_COUNT``)."""
+    """Call a function in vLLM's thread pool for media (``VLLM_MEDIA_LOADING_THREAD_COUNT``)."""
     return await asyncio.get_running_loop().run_in_executor(global_thread_pool, function, *args)
 
 
@@ -29,11 +29,11 @@ VLLM_LIMITS = {
     "VLLM_MAX_IMAGE_PIXELS": "`advanced.media.max_pixels`",
     "VLLM_MAX_AUDIO_DECODE_DURATION_S": "`advanced.media.max_seconds`",
 }
-"""vLLM's names for limits of ours."""
+"""By vLLM's name for a limit: our key."""
 
 
 def to_client_error(error: Exception) -> VLLMError:
-    """Whatever decoding raises is about the client's bytes: nothing else went in."""
+    """The error for the client: only its bytes went into decoding, so every failure is about them."""
     if isinstance(error, VLLMError):
         return error
     # vLLM's ValueErrors are sentences; other libraries' texts may be about this process.

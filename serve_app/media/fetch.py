@@ -1,8 +1,8 @@
-"""The bytes behind a client's URL: over HTTP with a guard, from the allowed folder, or out of the URL itself.
+"""Gets the bytes behind a client's URL: over HTTP with a guard, from the allowed folder, or out of the URL itself.
 
-Everything raised here is the client's: ``VLLMValidationError`` (400) for what may not be read, and
-``VLLMUnprocessableEntityError`` (422) for what could not be fetched. No message tells a path, an address or a redirect of
-the server's side, and a name that leads to a private address is answered like one that leads nowhere.
+Every error is the client's: ``VLLMValidationError`` (400) for what may not be read, ``VLLMUnprocessableEntityError`` (422)
+for what could not be fetched. No message tells a path, an address or a redirect of the server's side, and a name with a
+private address gets the same answer as a name that does not exist.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class ForbiddenAddress(Exception):
 
 
 def short(url: str) -> str:
-    """A URL as it stands in messages."""
+    """A URL for messages."""
     return url if len(url) <= 80 else url[:77] + "…"
 
 
@@ -53,13 +53,8 @@ def too_large(what: str, limits: MediaLimits) -> VLLMValidationError:
 # ---- http:, https:
 
 
-def plain_socket(info: aiohttp.AddrInfoType) -> socket.socket:
-    family, kind, proto, _, _ = info
-    return socket.socket(family, kind, proto)
-
-
 class _GuardedResolver(AbstractResolver):
-    """Refuses a name if any of its addresses is forbidden: which one is dialled is not ours to say."""
+    """Refuses a name if any of its addresses is forbidden: aiohttp chooses which one it dials."""
 
     def __init__(self, inner: AbstractResolver, allow_private: bool) -> None:
         self._inner = inner
@@ -83,11 +78,9 @@ class _GuardedResolver(AbstractResolver):
 class Fetcher:
     """Fetches over HTTP, with one pool of connections.
 
-    The guard stands where a socket is made for the very address that will be dialled, so nothing can change between check
-    and dial, and numbers in any notation, names and redirects all pass it. There is no proxy (a proxy would dial for us,
-    unguarded), no cookie jar and no ``netrc``: clients share the pool, and nothing else.
-
-    ``resolver`` and ``make_socket`` replace the system's, in tests.
+    The guard checks the very address that a socket is made for, so nothing can change between check and dial, and numbers
+    in any notation, names and redirects all pass it. A proxy would dial for us, unguarded, so there is none. Clients share
+    the pool, but no cookies and no ``netrc``. Tests replace the system's ``resolver`` and ``make_socket``.
     """
 
     def __init__(
@@ -97,7 +90,7 @@ class Fetcher:
         timeout_s: float,
         *,
         resolver: AbstractResolver | None = None,
-        make_socket: aiohttp.SocketFactoryType = plain_socket,
+        make_socket: aiohttp.SocketFactoryType = lambda info: socket.socket(*info[:3]),
     ) -> None:
         self._rules = rules
         self._limits = limits
@@ -115,14 +108,15 @@ class Fetcher:
             raise
         except TimeoutError as error:
             raise VLLMUnprocessableEntityError(f"Could not fetch {short(url)}: it took too long.") from error
-        except ForbiddenAddress as error:
-            raise _no_public_address(url) from error
-        except aiohttp.ClientConnectorDNSError as error:
-            if error.errno == socket.EAI_AGAIN:
+        except (ForbiddenAddress, aiohttp.ClientConnectorDNSError) as error:
+            if isinstance(error, aiohttp.ClientConnectorDNSError) and error.errno == socket.EAI_AGAIN:
                 raise VLLMUnprocessableEntityError(
                     f"Could not fetch {short(url)}: names cannot be looked up at the moment, try again."
                 ) from error
-            raise _no_public_address(url) from error
+            raise VLLMValidationError(
+                f"{short(url)} is not fetched: its host, or one that it redirects to, has no address that is open to this "
+                "server. Use a public URL, or send the media as a data: URL."
+            ) from error
         except ValueError as error:  # yarl's, and aiohttp.InvalidURL
             raise VLLMValidationError(f"{short(url)} is no valid URL, or redirects to one that is not.") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -131,7 +125,7 @@ class Fetcher:
             ) from error
 
     def check_url(self, url: str) -> None:
-        """Raise if a URL may not be fetched whatever its host's address is."""
+        """Raise where a URL may not be fetched, whatever the address of its host."""
         try:
             self._check(URL(url), url)
         except ValueError as error:
@@ -173,7 +167,7 @@ class Fetcher:
             )
 
     def _pool(self) -> aiohttp.ClientSession:
-        """Made on first use, in the event loop that uses it."""
+        """The pool, made on first use in the event loop that uses it."""
         if self._session is None:
             resolver = _GuardedResolver(
                 self._resolver or aiohttp.ThreadedResolver(), self._rules.allow_private_addresses
@@ -183,7 +177,7 @@ class Fetcher:
                     resolver=resolver, socket_factory=self._guarded_socket, limit=MAX_CONNECTIONS
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                # Media is compressed already; what comes compressed all the same is counted after decompression.
+                # Media is compressed already. A body that is compressed again is counted after decompression.
                 headers={"User-Agent": f"vLLM/{vllm_version}", "Accept-Encoding": "identity"},
                 timeout=aiohttp.ClientTimeout(total=None),  # fetch() has one for all redirects together
             )
@@ -207,13 +201,6 @@ class Fetcher:
             if len(body) > self._limits.max_bytes:
                 raise too_large(short(url), self._limits)
         return bytes(body)
-
-
-def _no_public_address(url: str) -> VLLMValidationError:
-    return VLLMValidationError(
-        f"{short(url)} is not fetched: its host, or one that it redirects to, has no address that is open to this server. "
-        "Use a public URL, or send the media as a data: URL."
-    )
 
 
 # ---- data:
@@ -243,8 +230,8 @@ def decode_base64(text: str, limits: MediaLimits) -> bytes:
 def read_file(url: str, allowed: Path | None, limits: MediaLimits, room: Room = unlimited) -> bytes:
     """A regular file below ``media.allowed_local_path``; ``file:///path`` as in RFC 8089.
 
-    Links are followed, and where they lead is what counts. The path is checked before it is opened (opening a device can
-    act on it), and what was opened is checked again, so a link that changes in between does not help.
+    The target of links counts. The path is checked before it is opened, because opening a device can act on it, and the
+    open file is checked again, because a link can change in between.
     """
     if allowed is None:
         raise VLLMValidationError(

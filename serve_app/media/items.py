@@ -1,4 +1,4 @@
-"""From an item's bytes to the tensors that an encoder takes: vLLM's multimodal processor, for one item at a time.
+"""Turns an item's bytes into the tensors that an encoder takes, with vLLM's multimodal processor.
 
 Encoders call it for items that come as media, and an ingress for those that no encoder takes.
 """
@@ -27,7 +27,7 @@ MODALITIES = ("image", "video", "audio")
 
 
 def declared_fields(renderer: Any) -> Callable[[str], frozenset[str]]:
-    """By modality: the fields that the model declares as placeholder metadata; none for models that declare none."""
+    """The fields that the model declares as placeholder metadata, by modality."""
 
     @functools.cache
     def declared(modality: str) -> frozenset[str]:
@@ -38,7 +38,7 @@ def declared_fields(renderer: Any) -> Callable[[str], frozenset[str]]:
 
 
 class ItemProcessor:
-    """vLLM's multimodal processor for items one by one; on an encoder, and on the ingress for those no encoder takes."""
+    """vLLM's multimodal processor for items one by one."""
 
     def __init__(self, renderer: Any, limits: MediaLimits) -> None:
         self.renderer = renderer
@@ -48,11 +48,11 @@ class ItemProcessor:
 
     @property
     def modalities(self) -> frozenset[str]:
-        """Those whose items can go as media."""
+        """The modalities whose items can go as media."""
         return frozenset(modality for modality in MODALITIES if self.declared(modality))
 
     async def features(self, media: Media) -> Features:
-        """Decode and transform an item. Raises ``BadRequest`` where it is broken or over a limit."""
+        """Decode and transform an item. Raises ``BadRequest`` for one that is broken or over a limit."""
         try:
             features: Features = await self.in_turn(self._process, media, await self.decoded(media))
             return features
@@ -65,11 +65,10 @@ class ItemProcessor:
         return await in_thread(decode, media.data, media.io, self._limits)
 
     async def in_turn(self, function: Callable[..., Any], *args: Any) -> Any:
-        """In the renderer's single thread for multimodal processing: vLLM's processors take one caller at a time.
+        """Call a function in the renderer's single thread for multimodal processing.
 
-        vLLM warms them up there; some call numba, which ends a process that two threads enter it from; and the tokenizer
-        inside is lent to one caller. A 1080p image spends about 20 ms here (``benchmarks.prepare``): more images a second
-        want more replicas.
+        vLLM's processors and their tokenizer take one caller at a time, and some call numba, which ends a process that
+        enters it from two threads. A 1080p image takes about 20 ms here (``benchmarks.prepare``).
         """
         return await asyncio.get_running_loop().run_in_executor(self.renderer._mm_executor, function, *args)
 
@@ -81,9 +80,9 @@ class ItemProcessor:
         processor_kwargs: dict[str, Any],
         io_kwargs: dict[str, Any],
     ) -> Any:
-        """vLLM's engine input of a prompt, its placeholders expanded. Items without a hash get that of their content."""
+        """vLLM's engine input of a prompt, with placeholders expanded. Items without a hash get that of their content."""
         processor = self.renderer.get_mm_processor()
-        # Not validated: that would refuse metadata unless clients may send embeddings, and items were counted before.
+        # Validation would refuse metadata unless clients may send embeddings. Items were counted before.
         items = processor.info.parse_mm_data(mm_data, validate=False)
         inputs = ProcessorInputs(
             token_ids, items, hashes, hf_processor_mm_kwargs=processor_kwargs, media_io_kwargs=io_kwargs
@@ -115,9 +114,8 @@ class ItemProcessor:
 
 
 def why_not_processed(error: Exception) -> str:
-    """What is wrong with a prompt or item that vLLM cannot process, for the client.
+    """Text for the client about a prompt or item that vLLM cannot process, such as a truncated prompt.
 
-    vLLM asserts that a prompt and its items fit together, which they do not where the prompt was truncated. Of a failure in
-    the model's processor, its message lists the data, and the cause says what it was.
+    Where the model's processor fails, only the error's cause says why: its message lists the data.
     """
     return f"The prompt and its media cannot be processed: {error.__cause__ or error}"
