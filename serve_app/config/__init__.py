@@ -1,9 +1,7 @@
-"""The configuration of one application: what stands under ``args:`` in ``serve_config.yaml``.
+"""The configuration of one application, which stands under ``args:`` in ``serve_config.yaml``.
 
-Replica counts and ``autoscaling_config`` are Ray Serve's own and stand under ``deployments:``. Everything here is checked
-when the application is built, so a mistake is a sentence at start-up and not a failing replica ten minutes later.
-
-docs/configuration.md says what each key means. Others import the names from here.
+Replica counts and ``autoscaling_config`` are Ray Serve's own and stand under ``deployments:``. All keys are checked when the
+application is built, so a mistake is a sentence at start-up. docs/configuration.md says what each key means.
 """
 
 from serve_app.config.advanced import AdvancedConfig, EncodeConfig, MediaLimits, QueueConfig, RetryConfig

@@ -1,4 +1,4 @@
-"""``advanced:``: what few need, by its subject. docs/configuration.md says what each key means."""
+"""``advanced:``, the keys that few need. docs/configuration.md says what each key means."""
 
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ class AdvancedKV(Strict):
 
 
 class MediaLimits(Strict):
-    """How much one item may be, whatever its URL."""
+    """Bounds of one item, whatever its URL."""
 
     max_bytes: int = Field(128 * 1024 * 1024, ge=1024)
     max_pixels: int = Field(89_478_485, ge=1)  # where Pillow begins to warn of a decompression bomb: 256 MiB as RGB

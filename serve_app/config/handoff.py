@@ -1,4 +1,4 @@
-"""What moves from engine to engine, embeddings (``ec:``) and KV blocks (``kv:``), and how the keys fit a connector."""
+"""The connectors that move embeddings (``ec:``) and KV blocks (``kv:``) from engine to engine."""
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ EC_USED = {
     "ECExampleConnector": {"ec.storage_path"},
     "ECCPUConnector": {"ec.max_bytes"},
 }
-"""By connector: the keys that have an effect with it and not with every other."""
+"""The keys that only some connectors use, by connector."""
 
 EC_ANY = {"ec.connector", "ec.salt_by_tenant", "advanced.ec.extra_config"}
 """Keys that have an effect with every connector."""

@@ -1,4 +1,4 @@
-"""The parts that most set and that need no check against each other. docs/configuration.md says what each key means."""
+"""The groups of keys that need no check against each other. docs/configuration.md says what each key means."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ class Strict(BaseModel):
 
 
 class AdmissionConfig(Strict):
-    """What one ingress replica has under way at most; above that it answers 503 with Retry-After at once."""
+    """Bounds of what one ingress replica has under way; above them it answers 503 with Retry-After at once."""
 
     max_requests: int = Field(1024, ge=1)
     max_items: int = Field(2048, ge=1)
@@ -63,7 +63,7 @@ class ItemLimit(Strict):
 
 
 class MediaConfig(Strict):
-    """What a client may send, and from where the ingress fetches it. How large an item may be: ``MediaLimits``."""
+    """Rules for the media of clients and their hosts. ``MediaLimits`` bounds the size of an item."""
 
     allowed_local_path: Folder | None = None
     allowed_domains: list[str] = Field([])

@@ -1,1 +1,1 @@
-"""What crosses a handle or the channel between processes, and how a request is shaped for each stage."""
+"""The types that cross a handle or the channel between processes, and the shape of a request for each stage."""

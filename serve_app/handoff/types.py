@@ -146,7 +146,7 @@ class StageRequest(msgspec.Struct, frozen=True):
     options: dict[str, Any] = {}
     """Fields of vLLM's EngineCoreRequest: lora_request, priority, trace_headers, …"""
     version: Version = ANY
-    """Of the ingress and the engines whose work this call continues. An engine of another version refuses it."""
+    """The version of the ingress and the engines whose work this call continues. An engine of another one refuses it."""
 
 
 class MediaRequest(msgspec.Struct, frozen=True):
@@ -177,7 +177,7 @@ class EncodeReply(msgspec.Struct, frozen=True):
     """``{hash: {"item_indices", "metadata", …}}`` as the EC connector of the encoder gave it; passed on verbatim."""
     replica: str
     features: Features | None = None
-    """Those of an item that went as media, without pixels."""
+    """The features of an item that went as media, without pixels."""
     ran_s: float = 0.0
     """Seconds in the replica without those in its engine's queue: the rest of the call is queueing and transfer."""
     version: Version = ANY

@@ -43,7 +43,7 @@ class HandOffs(Generic[HandOff]):
             async with asyncio.timeout(None) as patience:
                 self._waits[hand_off] = time.monotonic(), patience
                 if self._looking is None or self._looking.done():
-                    # In a context of its own: in the request's, Serve would cancel these calls with the request.
+                    # It needs a context of its own: in the request's, Serve would cancel its calls with the request.
                     look = self._look()
                     self._looking = asyncio.get_running_loop().create_task(look, context=contextvars.Context())
                 try:

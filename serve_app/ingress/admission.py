@@ -34,7 +34,7 @@ class Admission:
         return {"calls": float(self.requests), "outstanding": float(self.requests)}
 
     def check_request(self) -> None:
-        """Raises ``Overloaded`` where no request more fits in. Called before rendering."""
+        """Raise ``Overloaded`` where one more request does not fit in. Called before rendering."""
         self._check("requests", self.requests, 1, self._config.max_requests)
 
     @contextmanager

@@ -1,1 +1,1 @@
-"""From bytes to an item: fetched, checked, decoded. Used by the ingress and by encoders."""
+"""Fetches, checks and decodes media. The ingress and encoders use it."""

@@ -29,7 +29,7 @@ VLLM_LIMITS = {
     "VLLM_MAX_IMAGE_PIXELS": "`advanced.media.max_pixels`",
     "VLLM_MAX_AUDIO_DECODE_DURATION_S": "`advanced.media.max_seconds`",
 }
-"""By vLLM's name for a limit: our key."""
+"""vLLM's names of limits, and our keys for them."""
 
 
 def to_client_error(error: Exception) -> VLLMError:

@@ -17,10 +17,10 @@ def test_item_fields_say_whether_they_stay_on_the_cpu() -> None:
     from vllm.multimodal.inputs import BaseMultiModalField, MultiModalFieldElem, MultiModalKwargsItem
 
     assert "keep_on_cpu" in fields(BaseMultiModalField), (
-        "serve_app/handoff/types.py _metadata_only; ec_connector.py _can_encode"
+        "serve_app/handoff/shaping.py _metadata; ec_connector.py _can_encode"
     )
-    assert {"data", "field"} <= fields(MultiModalFieldElem), "serve_app/handoff/types.py _metadata_only"
-    assert dict(MultiModalKwargsItem({})) == {}, "serve_app/handoff/types.py _metadata_only makes one from a dict"
+    assert {"data", "field"} <= fields(MultiModalFieldElem), "serve_app/handoff/shaping.py _metadata"
+    assert dict(MultiModalKwargsItem({})) == {}, "serve_app/handoff/shaping.py _metadata makes one from a dict"
 
 
 def test_engine_inputs_have_the_keys_that_we_read() -> None:

@@ -36,7 +36,7 @@ def test_no_token_stops_a_prefill(make_client: Any) -> None:
     for token in stops:
         assert status(decode_params(completed, None, None), token) == RequestStatus.FINISHED_STOPPED
         assert status(prefill_params(completed, None), token) == RequestStatus.FINISHED_LENGTH_CAPPED, (
-            "serve_app/handoff/types.py prefill_params"
+            "serve_app/handoff/shaping.py prefill_params"
         )
 
 
@@ -55,7 +55,7 @@ def test_prefill_that_reaches_its_length_is_what_nixl_hands_over() -> None:
     missing = [key for key in keys if key not in source]
     assert not missing, f"serve_app/handoff/types.py REMOTE_DECODE: {missing} unknown to NixlConnector"
     assert "FINISHED_LENGTH_CAPPED" in source, (
-        "serve_app/handoff/types.py prefill_params: which prefills are handed over"
+        "serve_app/handoff/shaping.py prefill_params: which prefills are handed over"
     )
     assert "kv_lease_duration" in source, "serve_app/launch/connectors.py kv_transfer_config"
 

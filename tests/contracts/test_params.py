@@ -14,9 +14,9 @@ def test_sampling_params_have_the_fields_that_we_set() -> None:
     set_by_us = {"n", "seed", "temperature", "max_tokens", "min_tokens", "ignore_eos", "watermarking"}
     set_by_us |= {"prompt_logprobs", "detokenize", "extra_args", "output_kind"}
     missing = set_by_us - set(SamplingParams.__struct_fields__)
-    assert not missing, f"serve_app/handoff/types.py prefill_params, decode_params: SamplingParams lacks {missing}"
+    assert not missing, f"serve_app/handoff/shaping.py prefill_params, decode_params: SamplingParams lacks {missing}"
     assert {kind.name for kind in RequestOutputKind} == {"CUMULATIVE", "DELTA", "FINAL_ONLY"}, (
-        "serve_app/handoff/types.py is_streamed: output kinds"
+        "serve_app/handoff/shaping.py is_streamed: output kinds"
     )
 
 
@@ -53,7 +53,7 @@ def test_prefill_gets_of_the_sampling_params_what_the_prompt_needs_and_nothing_e
     nowhere |= {"_watermarking_skipped": True}
     dropped = drawn | ends | told | nowhere
     assert set(SamplingParams.__struct_fields__) == kept.keys() | dropped.keys() | {"detokenize"}, (
-        "serve_app/handoff/types.py prefill_params: does prefill need it?"
+        "serve_app/handoff/shaping.py prefill_params: does prefill need it?"
     )
     client = SamplingParams()
     for name, value in (kept | dropped).items():
@@ -61,8 +61,8 @@ def test_prefill_gets_of_the_sampling_params_what_the_prompt_needs_and_nothing_e
         setattr(client, name, value)
     ours, usual = prefill_params(client, None), prefill_params(SamplingParams(), None)
     changed = {name for name in client.__struct_fields__ if getattr(ours, name) != getattr(usual, name)}
-    assert changed == kept.keys(), "serve_app/handoff/types.py prefill_params"
-    assert ours.detokenize is False, "serve_app/handoff/types.py prefill_params: text is made at the ingress"
+    assert changed == kept.keys(), "serve_app/handoff/shaping.py prefill_params"
+    assert ours.detokenize is False, "serve_app/handoff/shaping.py prefill_params: text is made at the ingress"
 
 
 def test_sampling_params_are_those_that_we_know_to_go_on_or_not() -> None:
@@ -84,7 +84,7 @@ def test_sampling_params_are_those_that_we_know_to_go_on_or_not() -> None:
     ingress = "stop"
     known = set(f"{alike} {shape} {prompt} {asked} {engines} {ingress}".split()) | set(NOT_RESUMABLE)
     assert set(SamplingParams.__struct_fields__) == known, (
-        "serve_app/handoff/types.py can_resume: may an answer go on with it?"
+        "serve_app/handoff/shaping.py can_resume: may an answer go on with it?"
     )
 
 
