@@ -1,6 +1,6 @@
 """Calls of a stage over its Ray Serve handle: cancelled with their caller, and failing only with errors of ours.
 
-Which replica takes a call is the matter of ``routing.routers``.
+``routing.routers`` chooses the replica of a call.
 """
 
 import asyncio
@@ -26,12 +26,16 @@ from serve_app.handoff.errors import EngineDead, EPDError, HandoffLost, OtherVer
 from serve_app.handoff.types import ANY, MediaRequest, StageRequest, Version
 from serve_app.stage import Stage
 
-routers: WeakValueDictionary[tuple[str, str], RequestRouter] = WeakValueDictionary()
-"""The routers of this process' handles, by application and deployment."""
-
-
 LIGHT_BYTES = 1 << 20
 """Ray Serve's gRPC transport takes messages of 4 MiB (``RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH``)."""
+
+SILENT_S = 10.0
+"""Seconds without a sign of life after which a call asks Ray whether what it waits for still lives."""
+
+AVOID_S = 60.0
+"""Serve stops routing to a replica after three failed health checks, by default one each 10 s."""
+
+REMEMBERED_REPLICAS = 1024
 
 
 def is_light(argument: Any) -> bool:
@@ -50,20 +54,16 @@ def is_light(argument: Any) -> bool:
     return True
 
 
-SILENT_S = 10.0
-"""After so long without a sign of life, a call asks Ray whether those it waits for still live."""
-
-
 @dataclass(eq=False)
 class Call:
     """One call of a replica, while it is under way."""
 
     source: str = ""
-    """The node that holds what it waits for: ``HandoffLost`` if Ray loses it before anything was heard."""
+    """The node that holds what the call waits for: ``HandoffLost`` if Ray loses it before the replica begins to answer."""
     seen: float = field(default_factory=time.monotonic)
-    """When it last gave a sign of life."""
+    """Time of its last sign of life."""
     replica: str = ""
-    """Where it was sent, as Ray names its actor: told by its router (``routing.routers``)."""
+    """Ray's name of the replica it was sent to. Its router sets this (``routing.routers``)."""
     response: Any = None
     lost: Exception | None = None
 
@@ -85,49 +85,8 @@ sending: contextvars.ContextVar[Call | None] = contextvars.ContextVar("sending",
 """The call whose replica is being chosen. A router runs in the context of the call."""
 
 
-AVOID_S = 60.0
-"""After three failed health checks, one each 10 s unless set otherwise, Serve routes to a replica no more."""
-
-_avoided: dict[str, float] = {}
-
-
-def avoid(replica: str) -> None:
-    """Have routers of this process pass by a replica whose engine is dead: always idle, it would be taken first."""
-    _avoided[replica] = time.monotonic() + AVOID_S
-
-
-REMEMBERED_REPLICAS = 1024
-
-_versions: dict[str, Version] = {}
-"""By Ray's name of a replica: what it answered last."""
-
-_kinds: set[Version] = set()
-
-
-def learn(replica: str, version: Version) -> None:
-    """Of which version a replica is, as it has told."""
-    if _versions.get(replica) == version:
-        return
-    _versions.pop(replica, None)
-    _versions[replica] = version
-    if len(_versions) > REMEMBERED_REPLICAS:
-        del _versions[next(iter(_versions))]
-    _kinds.clear()
-    _kinds.update(_versions.values())
-
-
-def of_version(asked: Version, replicas: list[RunningReplica]) -> list[RunningReplica]:
-    """Those that may be of the version that a call asks for: all that have not told of another.
-
-    Routers ask with each call. As nearly always, all that have told fit, and there are as few kinds as stages.
-    """
-    if all(kind.fits(asked) for kind in _kinds):
-        return replicas
-    return [each for each in replicas if _versions.get(each.replica_id.to_full_id_str(), ANY).fits(asked)]
-
-
 def asked_version(args: Iterable[Any]) -> Version:
-    """What the arguments of a call ask for: a request does, or a version among them."""
+    """The version that a call asks for: that of its request, or a version among its arguments."""
     for arg in args:
         if isinstance(arg, StageRequest | MediaRequest):
             return arg.version
@@ -136,20 +95,58 @@ def asked_version(args: Iterable[Any]) -> Version:
     return ANY
 
 
-def sound(replicas: list[RunningReplica], asked: Version = ANY) -> list[RunningReplica]:
-    """Those that are not to be avoided, of the version that is asked for if there are such: a call that no replica fits
-    goes to any, which refuses it. Routers ask with each call: next to nothing where none is, as nearly always."""
-    replicas = of_version(asked, replicas) or replicas
-    if not _avoided:
-        return replicas
-    now = time.monotonic()
-    for replica in [replica for replica, until in list(_avoided.items()) if until < now]:
-        _avoided.pop(replica, None)
-    return [replica for replica in replicas if replica.replica_id.to_full_id_str() not in _avoided]
+class KnownReplicas:
+    """What a process knows of replicas, by Ray's names of them. Routers ask it with each call."""
+
+    def __init__(self) -> None:
+        self.routers: WeakValueDictionary[tuple[str, str], RequestRouter] = WeakValueDictionary()
+        """The routers of this process' handles, by application and deployment."""
+        self.avoided: dict[str, float] = {}
+        """Replicas whose engines are dead, and until when routers pass them by."""
+        self.versions: dict[str, Version] = {}
+        """The version that each replica told last."""
+        self.kinds: set[Version] = set()
+        """All versions in ``versions``: as few as there are stages, as long as no deploy goes on."""
+
+    def avoid(self, replica: str) -> None:
+        """Have routers pass by a replica whose engine is dead: it is always idle, and would be chosen first."""
+        self.avoided[replica] = time.monotonic() + AVOID_S
+
+    def learn(self, replica: str, version: Version) -> None:
+        if self.versions.get(replica) == version:
+            return
+        self.versions.pop(replica, None)
+        self.versions[replica] = version
+        if len(self.versions) > REMEMBERED_REPLICAS:
+            del self.versions[next(iter(self.versions))]
+        self.kinds = set(self.versions.values())
+
+    def of_version(self, asked: Version, replicas: list[RunningReplica]) -> list[RunningReplica]:
+        """The replicas that may be of a version: all that have not told another."""
+        if all(kind.fits(asked) for kind in self.kinds):
+            return replicas
+        return [each for each in replicas if self.versions.get(each.replica_id.to_full_id_str(), ANY).fits(asked)]
+
+    def healthy(self, replicas: list[RunningReplica], args: Iterable[Any] = ()) -> list[RunningReplica]:
+        """The replicas that are not avoided and of the version that a call's arguments ask for.
+
+        If no replica is of that version, the version does not count: the one that is called refuses.
+        """
+        replicas = self.of_version(asked_version(args), replicas) or replicas
+        if not self.avoided:
+            return replicas
+        now = time.monotonic()
+        for replica in [replica for replica, until in list(self.avoided.items()) if until < now]:
+            self.avoided.pop(replica, None)
+        return [replica for replica in replicas if replica.replica_id.to_full_id_str() not in self.avoided]
+
+
+known = KnownReplicas()
+"""That of this process: Ray makes a handle's router by itself, with nothing but the two names of its deployment."""
 
 
 def is_alive(replica: str) -> bool:
-    """Whether Ray has a replica, by the name of its actor; True where Ray cannot say. Waits for Ray."""
+    """Whether Ray has an actor of this name; True where Ray cannot say. Waits for Ray."""
     try:
         ray.get_actor(replica, namespace=SERVE_NAMESPACE)
     except ValueError:
@@ -160,7 +157,7 @@ def is_alive(replica: str) -> bool:
 
 
 def dead_nodes() -> set[str]:
-    """Ids of the nodes that Ray has lost or let go. Waits for Ray."""
+    """Ids of the nodes that Ray has lost or removed. Waits for Ray."""
     try:
         return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
     except RayError:
@@ -184,27 +181,27 @@ class StageHandle:
 
     @property
     def absent(self) -> bool:
-        """Whether no replica takes calls now, so that a call would wait for one to start. Known of encoders only."""
+        """Whether a call would wait for a replica to start, as none takes calls now. Only of encoders; else False."""
         router = self._router if self.stage is Stage.ENCODER else None
         return router is not None and not router.curr_replicas
 
     @property
     def weights(self) -> frozenset[str]:
-        """Of the replicas that take calls now, as far as they have told; empty while all that ever told had the same."""
-        if len({kind.weights for kind in _kinds}) < 2 or self._router is None:
+        """Weights that replicas which take calls now have told; empty while no two replicas have told different ones."""
+        if len({kind.weights for kind in known.kinds}) < 2 or self._router is None:
             return frozenset()
-        told = (_versions.get(replica.to_full_id_str()) for replica in self._router.curr_replicas)
-        return frozenset(version.weights for version in told if version is not None and version.weights)
+        told = {known.versions.get(replica.to_full_id_str(), ANY).weights for replica in self._router.curr_replicas}
+        return frozenset(told - {""})
 
     @property
     def _router(self) -> RequestRouter | None:
-        return routers.get((self._unary.app_name, self._unary.deployment_name))
+        return known.routers.get((self._unary.app_name, self._unary.deployment_name))
 
     async def call(self, method: str, *args: Any, call: Call | None = None) -> Any:
-        """Call one replica, and where it refuses as it is of another version the next. Cancelling the caller cancels the
-        call, and with it the replica's engine request.
+        """Call one replica, and the next while they refuse because they are of another version.
 
-        ``call``: the caller's own record of it, where the caller hears of it by other ways too.
+        Cancelling the caller cancels the call, and with it the replica's engine request. A caller that hears of the call
+        in other ways too passes its own record of it, ``call``.
         """
         handle = self._method(method, all(map(is_light, args)))
         for refusals in itertools.count(1):
@@ -220,28 +217,27 @@ class StageHandle:
                 return reply
 
     def learn(self, replica: str, version: Version) -> None:
-        """A replica, by its id, has told its version."""
-        learn(self.actor(replica), version)
+        """The replica with this id has told its version."""
+        known.learn(self.actor(replica), version)
 
     def _others_may_fit(self, refused: OtherVersion, args: tuple[Any, ...], refusals: int) -> bool:
-        """Whether a call that a replica refused as it is of another version may find one that takes it.
+        """Whether another replica may take a call that one has refused because it is of another version.
 
-        Each replica refuses once: from then on routers pass it by. Ray may still send a call where another one was to go,
-        hence the bound.
+        Routers pass by a replica that has refused. The bound is for calls that Ray sends there although no router chose it.
         """
         self.learn(refused.replica, Version(*refused.version))
         replicas = list(self._router.curr_replicas.values()) if self._router is not None else []
-        return refusals <= 2 * len(replicas) and bool(of_version(asked_version(args), replicas))
+        return refusals <= 2 * len(replicas) and bool(known.of_version(asked_version(args), replicas))
 
     def _method(self, name: str, light: bool) -> DeploymentHandle[Any]:
-        """Kept: Ray makes a handle each time that one looks for a method."""
+        """The handle of a method. It is kept, as Ray would make a new one each time."""
         if (bound := self._methods.get((name, light))) is None:
             bound = self._methods[name, light] = getattr(self._light if light else self._unary, name)
         return bound
 
     @contextmanager
     def _calling(self, handle: DeploymentHandle[Any], args: tuple[Any, ...], call: Call) -> Iterator[Call]:
-        """Make a call: watched while it is under way, cancelled with its caller, failing only with errors of ours."""
+        """Make a call and watch it while it is under way."""
         token = sending.set(call)
         try:
             try:
@@ -252,7 +248,7 @@ class StageHandle:
             yield call
         except (Exception, asyncio.CancelledError) as error:
             task = asyncio.current_task()
-            if task is not None and task.cancelling():  # whatever it looks like: Ray has errors of its own for it
+            if task is not None and task.cancelling():  # Ray has other errors for this too
                 call.cancel()
                 raise asyncio.CancelledError from error
             if call.lost is not None:
@@ -260,7 +256,7 @@ class StageHandle:
             if isinstance(error, Exception):
                 mapped = to_stage_error(self.stage, error)
                 if isinstance(mapped, EngineDead):
-                    avoid(call.replica)
+                    known.avoid(call.replica)
                 raise mapped from error
             call.cancel()
             raise
@@ -268,12 +264,11 @@ class StageHandle:
             self._calls.discard(call)
 
     def _watch(self, call: Call) -> None:
-        """Notice when a replica that a call waits for is gone without a word.
+        """Notice when the node of a replica that a call waits for loses power or its network.
 
-        Where a process ends, its connections say so. Where a node loses power or its network nothing does for minutes (the
-        keepalive of Ray's gRPC clients: 300 s and 120 s; UCX, which moves KV blocks, has none that would notice). Ray knows
-        earlier, so a call that has been silent asks Ray. Of the source of blocks only its node is asked for: a replica that
-        ends in order has had them pulled.
+        A process that ends closes its connections. The loss of a node shows in none for minutes (the keepalive of Ray's
+        gRPC clients is 300 s and 120 s, and UCX, which moves KV blocks, has none), but Ray knows it earlier: a call that has
+        been silent asks Ray. It asks for the node of its blocks, not for their replica, whose end waits for their pull.
         """
         self._calls.add(call)
         if self._watching is None or self._watching.done():
@@ -286,7 +281,7 @@ class StageHandle:
             silent = [call for call in self._calls if call.seen < since and call.lost is None]
             for replica in {call.replica for call in silent if call.replica}:
                 if not await asyncio.to_thread(is_alive, replica):
-                    avoid(replica)
+                    known.avoid(replica)
                     for call in silent:
                         if call.replica == replica:
                             call.lose(to_stage_error(self.stage, RayActorError()))
@@ -308,25 +303,22 @@ class StageHandle:
 
 def to_stage_error(stage: Stage, error: Exception) -> EPDError:
     """The error of ours for whatever a handle raised."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause if isinstance(error.cause, Exception) else error
-        return (
-            cause
-            if isinstance(cause, EPDError)
-            else StageUnavailable(stage, f"failed: {type(cause).__name__}: {cause}")
-        )
+    cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+    if isinstance(cause, EPDError):
+        return cause
     match error:
-        case EPDError():
-            return error
+        case RayTaskError():
+            reason = f"failed: {type(cause).__name__}: {cause}"
         case BackPressureError():
-            return StageUnavailable(stage, "is full: its queue takes no more requests now")
+            reason = "is full: its queue takes no more requests now"
         case DeploymentUnavailableError():
-            return StageUnavailable(stage, "could not be deployed: see `serve status`")
+            reason = "could not be deployed: see `serve status`"
         case TaskCancelledError():
-            return StageUnavailable(stage, "cancelled the request")
+            reason = "cancelled the request"
         case RayActorError():
-            return StageUnavailable(stage, "lost the replica that worked on the request")
+            reason = "lost the replica that worked on the request"
         case RayError() | RayServeException() | TimeoutError():
-            return StageUnavailable(stage, f"did not answer: {type(error).__name__}")
+            reason = f"did not answer: {type(error).__name__}"
         case _:
-            return StageUnavailable(stage, f"failed: {type(error).__name__}: {error}")
+            reason = f"failed: {type(error).__name__}: {error}"
+    return StageUnavailable(stage, reason)

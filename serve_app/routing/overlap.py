@@ -1,7 +1,7 @@
-"""Which way a request takes while a deploy goes on and replicas of several weights run: one with the same all along.
+"""How a request keeps to replicas of the same weights while a deploy goes on and replicas of several run.
 
-What the next stage would refuse is not made in the first place: an encode or a prefill costs, and blocks that nobody
-pulls are held until their lease ends.
+A call that the next stage would refuse is not made: it would cost an encode or a prefill, and hold blocks until their lease
+ends.
 """
 
 import random
@@ -13,16 +13,18 @@ from serve_app.stage import Stage
 
 class Way(NamedTuple):
     weights: str = ""
-    """All stages are to have these. Empty: whatever comes first fits."""
+    """The weights that all stages are to have. Empty: any."""
     without: frozenset[Stage] = frozenset()
-    """Stages that have none that the next one could go on from."""
+    """Stages to leave out: the next stage can go on from none of their replicas."""
 
 
 def way(
     told: Mapping[Stage, Collection[str]], weights: str = "", choose: Callable[[Sequence[str]], str] = random.choice
 ) -> Way:
-    """``told``: the weights of each stage's replicas, as far as they are known, and ``weights`` those of the tokens that the
-    request has said. Seen from its end: decode goes on from prefill, which goes on from encoders."""
+    """The way of a request, found from its end: decode goes on from prefill, which goes on from encoders.
+
+    ``told``: known weights of each stage's replicas; ``weights``: those that made the output tokens so far.
+    """
     without = set()
     taken = {weights} if weights else set(told.get(Stage.DECODE, ()))
     for stage in (Stage.PREFILL, Stage.ENCODER):

@@ -1,7 +1,6 @@
-"""Request routers of Ray Serve: which replica gets a call, chosen in each ingress replica, which sees its own calls only.
+"""Request routers of Ray Serve: which replica gets a call. Each ingress replica has its own, which sees its calls only.
 
-Of prefill and decode it is Ray Serve's choice, the fewer calls in flight of two at random; of encoders the one that
-``routing.rules`` names.
+Prefill and decode keep Ray Serve's rule, the fewer calls in flight of two at random. ``routing.rules`` is that of encoders.
 """
 
 import time
@@ -10,24 +9,19 @@ from typing import Any
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
-from serve_app.handoff.types import ANY, MediaRequest, StageRequest, Version
+from serve_app.handoff.types import MediaRequest, StageRequest
 from serve_app.routing import handles
 from serve_app.routing.rules import Loads, rank, tiers, work_of
 
 
-def asked_by(request: PendingRequest | None) -> Version:
-    """The version that a call asks for."""
-    return handles.asked_version(request.args) if request is not None else ANY
-
-
-class _Tells(RequestRouter):
+class _KnownRouter(RequestRouter):
     """A router that tells each call where it is sent, and its handle where calls can go.
 
-    Ray pickles this module by value: what has to be one thing in a process is in ``routing``.
+    Ray pickles this module by value, so what has to be one object in a process is in ``routing.handles``.
     """
 
     def _make_known(self) -> None:
-        handles.routers[self.app_name, self._deployment_id.name] = self
+        handles.known.routers[self.app_name, self._deployment_id.name] = self
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)
@@ -35,12 +29,10 @@ class _Tells(RequestRouter):
             call.replica = replica_id.to_full_id_str()
 
 
-class TwoChoicesRouter(_Tells, PowerOfTwoChoicesRequestRouter):
-    """Ray Serve's request router of the Prefill and Decode deployments: its own, which passes by replicas to be avoided, or
-    of another version than the call's.
+class TwoChoicesRouter(_KnownRouter, PowerOfTwoChoicesRequestRouter):
+    """The request router of the Prefill and Decode deployments: Ray Serve's, for healthy replicas of the call's version.
 
-    ``waits``: where there are only replicas to be avoided, a call waits for another. Otherwise it goes there, and fails at
-    once.
+    Where no replica is healthy, a call ``waits`` for one, or else goes to any and fails at once.
     """
 
     def initialize_state(self, waits: bool = False) -> None:
@@ -51,19 +43,18 @@ class TwoChoicesRouter(_Tells, PowerOfTwoChoicesRequestRouter):
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
     ) -> list[list[Any]]:
         chosen: list[list[Any]] = await super().choose_replicas(candidate_replicas, pending_request)
-        asked = asked_by(pending_request)
-        sound = handles.sound(candidate_replicas, asked)
-        if len(sound) == len(candidate_replicas) or not (self._waits or sound):
+        healthy = handles.known.healthy(candidate_replicas, pending_request.args if pending_request else ())
+        if len(healthy) == len(candidate_replicas) or not (self._waits or healthy):
             return chosen
-        # Of two at random, those that are sound; of all, where neither is.
-        return [[each for each in replicas if each in sound] or sound for replicas in chosen]
+        # The healthy ones of the two; all healthy ones where neither of the two is.
+        return [[each for each in replicas if each in healthy] or healthy for replicas in chosen]
 
 
-class LeastCostRouter(_Tells):
-    """Ray Serve's request router of the Encoder deployment.
+class LeastCostRouter(_KnownRouter):
+    """The request router of the Encoder deployment.
 
-    Needs calls with internal request ids of their own (``ingress.encoding`` makes them in fresh contexts): Serve matches
-    choice and call by that id.
+    Serve matches choice and call by the call's internal request id, so each call needs its own: ``ingress.encoding`` makes
+    calls in fresh contexts.
     """
 
     def initialize_state(self, headroom: float = 1.25) -> None:
@@ -74,11 +65,12 @@ class LeastCostRouter(_Tells):
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
     ) -> list[list[Any]]:
-        candidate_replicas = handles.sound(candidate_replicas, asked_by(pending_request)) or candidate_replicas
+        args = pending_request.args if pending_request else ()
+        candidate_replicas = handles.known.healthy(candidate_replicas, args) or candidate_replicas
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas] if candidate_replicas else []
         pending_request.routing_context.should_backoff = True
-        request = next((arg for arg in pending_request.args if isinstance(arg, StageRequest | MediaRequest)), None)
+        request = next((arg for arg in args if isinstance(arg, StageRequest | MediaRequest)), None)
         if request is None:
             return [candidate_replicas]
         (key, cost), now = work_of(request), time.monotonic()
@@ -88,7 +80,7 @@ class LeastCostRouter(_Tells):
         loads = self._loads.of(list(replicas), now)
         order = rank(key, cost, loads, self._headroom)
         self._loads.chosen(call, order[0], cost, now)
-        # Of a tier Ray takes the replica with the shortest queue, of equal ones the first.
+        # Ray takes the replica of a tier with the shortest queue; of equal ones the first.
         return [[replicas[replica] for replica in tier] for tier in tiers(order, loads)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:

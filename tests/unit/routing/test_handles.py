@@ -31,7 +31,7 @@ from vllm import SamplingParams
 from serve_app.handoff.errors import BadRequest, EngineDead, EPDError, HandoffLost, OtherVersion, StageUnavailable
 from serve_app.handoff.types import Item, Media, MediaRequest, PrefillReply, Prompt, StageRequest, Version
 from serve_app.routing import handles
-from serve_app.routing.handles import Call, StageHandle, to_stage_error
+from serve_app.routing.handles import Call, KnownReplicas, StageHandle, to_stage_error
 from serve_app.stage import Stage
 from tests.fakes import FakeBroadcast, FakeHandle, FakeResponse
 
@@ -122,7 +122,7 @@ def test_replica_whose_engine_is_dead_is_avoided(
     monkeypatch: pytest.MonkeyPatch, error: Exception, avoided: bool
 ) -> None:
     """Of a replica that is gone itself Serve knows at once."""
-    monkeypatch.setattr(handles, "_avoided", {})
+    monkeypatch.setattr(handles, "known", KnownReplicas())
     failure = RayTaskError("f", "traceback", error).as_instanceof_cause() if avoided else error
 
     def send(*_: Any, streaming: bool) -> FakeResponse:
@@ -134,9 +134,9 @@ def test_replica_whose_engine_is_dead_is_avoided(
     replicas: Any = [
         SimpleNamespace(replica_id=ReplicaID(each, DeploymentID("Prefill", "shop"))) for each in ("r1", "r2")
     ]
-    assert handles.sound(replicas) == replicas[avoided:]
+    assert handles.known.healthy(replicas) == replicas[avoided:]
     monkeypatch.setattr(handles.time, "monotonic", lambda: 1e12)
-    assert handles.sound(replicas) == replicas
+    assert handles.known.healthy(replicas) == replicas
 
 
 def test_cancelling_the_caller_cancels_the_call() -> None:
@@ -194,7 +194,7 @@ def test_silent_call_ends_when_what_it_waits_for_is_gone_without_a_word(
 
         monkeypatch.setattr(handles, "is_alive", is_alive)
         monkeypatch.setattr(handles, "dead_nodes", dead_nodes)
-        monkeypatch.setattr(handles, "_avoided", {})
+        monkeypatch.setattr(handles, "known", KnownReplicas())
         stage = StageHandle(Stage.DECODE, FakeHandle(send))  # type: ignore[arg-type]
         actor = stage.actor("r1")
         call = None if kind == "a call" else Call("source")
@@ -207,7 +207,7 @@ def test_silent_call_ends_when_what_it_waits_for_is_gone_without_a_word(
                 error = pytest.raises(HandoffLost, match="waits for KV blocks of a node that is gone")
             with error:
                 await asyncio.wait_for(caller, 5)
-            assert bool(handles._avoided) == (gone == "replica")
+            assert bool(handles.known.avoided) == (gone == "replica")
         else:
             seen = {await asyncio.wait_for(asked.get(), 5) for _ in range(2 * len(waits_for))}
             assert seen == waits_for
@@ -359,18 +359,17 @@ class Versions:
     """Replicas of a stage by name. As ours, its router passes by those that have told of another version."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **replicas: Version) -> None:
-        monkeypatch.setattr(handles, "_versions", {})
-        monkeypatch.setattr(handles, "_kinds", set())
+        monkeypatch.setattr(handles, "known", KnownReplicas())
         self.replicas = replicas
         self.asked: list[str] = []
         self.handle = StageHandle(Stage.PREFILL, FakeHandle(self._send))  # type: ignore[arg-type]
         ids = {name: ReplicaID(name, DeploymentID("Stage", "shop")) for name in replicas}
         self.wrappers: Any = {name: SimpleNamespace(replica_id=of) for name, of in ids.items()}
         self.curr_replicas = {of: self.wrappers[name] for name, of in ids.items()}
-        monkeypatch.setattr(handles, "routers", {("shop", "Stage"): self})
+        handles.known.routers["shop", "Stage"] = self  # type: ignore[assignment]
 
     def _send(self, method: str, request: StageRequest, streaming: bool) -> FakeResponse:
-        candidates = handles.sound(list(self.wrappers.values()), request.version)
+        candidates = handles.known.healthy(list(self.wrappers.values()), [request])
         name = candidates[0].replica_id.unique_id
         self.asked.append(name)
         handles.sending.get().replica = self.handle.actor(name)  # type: ignore[union-attr]
@@ -416,7 +415,7 @@ def test_call_that_every_replica_refuses_fails_and_asks_each_once(monkeypatch: p
 
 def test_calls_that_ray_sends_elsewhere_than_they_were_to_go_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Versions(monkeypatch, a=OLD, b=NEW)
-    monkeypatch.setattr(handles, "sound", lambda replicas, asked: replicas)
+    monkeypatch.setattr(handles.known, "healthy", lambda replicas, args: replicas)
     with pytest.raises(OtherVersion):
         stage.ask(NEW)
     assert stage.asked == ["a"] * 5
@@ -452,9 +451,9 @@ def test_weights_of_a_stage_are_those_of_its_replicas_of_now_once_there_are_two(
 def test_what_is_known_of_replicas_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     Versions(monkeypatch)
     for number in range(2 * handles.REMEMBERED_REPLICAS):
-        handles.learn(f"r{number}", NEW if number % 2 else OLD)
-    assert len(handles._versions) == handles.REMEMBERED_REPLICAS
-    assert handles._kinds == {OLD, NEW}
+        handles.known.learn(f"r{number}", NEW if number % 2 else OLD)
+    assert len(handles.known.versions) == handles.REMEMBERED_REPLICAS
+    assert handles.known.kinds == {OLD, NEW}
 
 
 def test_refusal_comes_out_of_a_replica_as_it_went_in() -> None:

@@ -13,7 +13,7 @@ from ray.serve.config import RequestRouterConfig
 
 from serve_app.handoff.types import ANY, Item, Prompt, StageRequest, Version
 from serve_app.routing import handles
-from serve_app.routing.handles import Call, StageHandle, routers, sending
+from serve_app.routing.handles import Call, KnownReplicas, StageHandle, sending
 from serve_app.routing.routers import LeastCostRouter, TwoChoicesRouter
 from serve_app.routing.rules import FORGET_UNROUTED_S, Loads, rank, tiers
 from serve_app.stage import Stage
@@ -152,11 +152,11 @@ def test_an_answered_call_frees_its_replica(router: LeastCostRouter) -> None:
 
 @pytest.fixture
 def avoided(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    monkeypatch.setattr(handles, "_avoided", {})
+    monkeypatch.setattr(handles, "known", KnownReplicas())
 
     def avoid(*replicas: Replica) -> None:
         for replica in replicas:
-            handles.avoid(replica.replica_id.to_full_id_str())
+            handles.known.avoid(replica.replica_id.to_full_id_str())
 
     return avoid
 
@@ -198,9 +198,8 @@ OLD, NEW = Version("f", weights="old"), Version("f", weights="new")
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Callable[[Replica, Version], None]:
     """Have a replica tell its version."""
-    monkeypatch.setattr(handles, "_versions", {})
-    monkeypatch.setattr(handles, "_kinds", set())
-    return lambda replica, version: handles.learn(replica.replica_id.to_full_id_str(), version)
+    monkeypatch.setattr(handles, "known", KnownReplicas())
+    return lambda replica, version: handles.known.learn(replica.replica_id.to_full_id_str(), version)
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -269,7 +268,7 @@ def as_ray_sends_it(name: str) -> Any:
 def test_the_router_is_known_to_the_handle_as_ray_sends_it(name: str) -> None:
     made = as_ray_sends_it(name)
     made.initialize_state()
-    assert routers["sent", "Encoder"] is made
+    assert handles.known.routers["sent", "Encoder"] is made
 
 
 @pytest.mark.parametrize("name", ["LeastCostRouter", "TwoChoicesRouter"])
