@@ -1,4 +1,4 @@
-"""The end of a channel at an ingress replica: it listens for decode replicas, and tells those apart that know its secret."""
+"""The ingress replica's end of a channel: it listens for decode replicas, and takes those that know its secret."""
 
 import asyncio
 import hmac
@@ -26,13 +26,13 @@ class Link:
         self._writer = writer
 
     def abort(self, keys: list[str]) -> None:
-        """Have the replica end calls: nobody reads their tokens any more."""
+        """Have the replica end calls whose tokens nobody reads any more."""
         if not self._writer.is_closing():
             self._writer.writelines(framed([msgspec.msgpack.encode(keys)]))
 
 
 class Inlet(Generic[Output]):
-    """Where the decode replicas of all requests of one ingress replica bring their tokens."""
+    """Receives the tokens of all requests of one ingress replica."""
 
     def __init__(
         self,
@@ -40,18 +40,18 @@ class Inlet(Generic[Output]):
         received: Callable[[Link, Frame[Output]], None],
         lost: Callable[[Link], None],
     ) -> None:
-        """``decode`` makes a frame of its buffers; ``received`` takes each, and ``lost`` is called once per link that ends.
-        A link whose frames cannot be taken ends."""
+        """``decode`` makes a frame of its buffers, ``received`` takes each frame; where either fails, the link ends.
+        ``lost`` is called once for each link that ends."""
         self._decode = decode
         self._received = received
         self._lost = lost
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
         self.reply_to = ReplyTo("", 0, secrets.token_hex(16))
-        """Of a call whose tokens are to come here."""
+        """The address to put into calls whose tokens are to come here."""
 
     async def listen(self, host: str) -> None:
-        """On a free port of an address of this node."""
+        """Listen on a free port of an address of this node."""
         self._server = await asyncio.start_server(self._connected, host, 0)
         port = self._server.sockets[0].getsockname()[1]
         self.reply_to = msgspec.structs.replace(self.reply_to, host=host, port=port)

@@ -1,10 +1,11 @@
-"""The end of a channel at a decode replica: what its engine puts out goes on in frames, to the ingress that asked for it.
+"""The decode replica's end of a channel: it sends its engine's outputs in frames to the ingress that asked for them.
 
-An ingress that reads slowly gets more tokens per frame, and holds up nobody: while its connection takes no more, outputs
-are added up per request.
+While the connection of a slow ingress takes no more, outputs are added up per request: its frames have more tokens, and
+nobody else waits.
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,9 +20,9 @@ from serve_app.stage import Stage
 
 CONNECT_S = 5.0
 STUCK_S = 15.0
-"""An ingress that has taken nothing for so long is hung up on. Less than ``SILENT_S``, by which the kernel would."""
+"""Seconds in which an ingress takes nothing, before its connection ends. The kernel would end it after ``SILENT_S``."""
 WAITING_BYTES = 256 << 20
-"""Of outputs that cannot be added up (logprobs), for one ingress. With more it is hung up on."""
+"""Size of outputs that cannot be added up (logprobs) and wait for one ingress, before its connection ends."""
 ABORTS_BYTES = 1 << 20
 
 
@@ -30,10 +31,9 @@ class Codec(Generic[Output]):
     """What a channel has to know of the outputs that it carries."""
 
     encode: Callable[[Frame[Output]], Sequence[Any]]
-    """The buffers of a frame."""
+    """Makes the buffers of a frame."""
     add: Callable[[list[Output], Output], int]
-    """Adds an output to those of its request that wait; returns the bytes that these take more, 0 where it was added to the
-    last one's tokens."""
+    """Adds an output to the waiting ones of its request; returns by how many bytes they grow, 0 if only by tokens."""
 
 
 class Outlet(Generic[Output]):
@@ -47,7 +47,7 @@ class Outlet(Generic[Output]):
         interval_s: float,
         abort: Callable[[list[str]], Awaitable[None]],
     ) -> None:
-        """``abort`` ends calls by their keys: those that the ingress names and, where it is gone, all that are under way."""
+        """``abort`` ends calls by their keys: those that the ingress names and, once it is gone, all that are under way."""
         self._reader = reader
         self._writer = writer
         self._codec = codec
@@ -68,8 +68,8 @@ class Outlet(Generic[Output]):
 
     @contextmanager
     def call(self, key: str) -> Iterator[None]:
-        """While it is under way its outputs may be put. Raises ``StageUnavailable`` where the key is under way already, or
-        the ingress is gone."""
+        """A call under way, whose outputs may be put. Raises ``StageUnavailable`` if its key is under way already, or the
+        ingress is gone."""
         if key in self.keys:
             raise StageUnavailable(Stage.DECODE, "works on the request already: Ray Serve sent it twice")
         if self.gone:
@@ -81,7 +81,7 @@ class Outlet(Generic[Output]):
             self.keys.discard(key)
 
     def put(self, key: str, output: Output, first: First | None = None, last: bool = False) -> None:
-        """Outputs go with ``flush``. The first and the last of a call make it due."""
+        """Keep an output for the next frame. The first and the last of a call make it due with the next ``flush``."""
         if self.gone:
             return
         self._waiting_bytes += self._codec.add(self._waiting.setdefault(key, []), output)
@@ -92,7 +92,7 @@ class Outlet(Generic[Output]):
             self.hang_up()
 
     def flush(self) -> None:
-        """After each step of the engine. There is no timer: what waits goes on with the first step after the interval."""
+        """Called after each step of the engine: there is no timer, the first step after the interval sends a frame."""
         if self._waiting and (self._urgent or time.monotonic() >= self._due):
             self._wake.set()
 
@@ -100,7 +100,7 @@ class Outlet(Generic[Output]):
         self._writer.transport.abort()
 
     async def close(self) -> None:
-        """Hang up once the kernel has everything that was put."""
+        """End the connection once the kernel has everything that was put."""
         with suppress(OSError, TimeoutError):
             if self._waiting and not self.gone:
                 await self._send_waiting()
@@ -109,7 +109,7 @@ class Outlet(Generic[Output]):
         self._writer.close()
 
     async def _send(self) -> None:
-        self._writer.transport.set_write_buffer_limits(0)  # drained is what the kernel has
+        self._writer.transport.set_write_buffer_limits(0)  # `drain` then waits until the kernel has all
         try:
             while True:
                 await self._wake.wait()
@@ -121,8 +121,7 @@ class Outlet(Generic[Output]):
             self.hang_up()
 
     async def _send_waiting(self) -> None:
-        outputs = [output for waiting in self._waiting.values() for output in waiting]
-        frame = Frame(outputs, self._firsts)
+        frame = Frame(list(itertools.chain.from_iterable(self._waiting.values())), self._firsts)
         self._waiting, self._firsts, self._waiting_bytes, self._urgent = {}, [], 0, False
         self._due = time.monotonic() + self._interval_s
         self._writer.writelines(framed(self._codec.encode(frame)))
@@ -149,7 +148,7 @@ class Outlets(Generic[Output]):
     def __init__(
         self, replica: str, codec: Codec[Output], interval_s: float, abort: Callable[[list[str]], Awaitable[None]]
     ) -> None:
-        """``interval_s``: between two frames, unless one is urgent."""
+        """``interval_s``: least time between two frames, unless one is urgent."""
         self._replica = replica
         self._codec = codec
         self._interval_s = interval_s
@@ -158,21 +157,17 @@ class Outlets(Generic[Output]):
         self._connecting: dict[ReplyTo, asyncio.Task[Outlet[Output]]] = {}
 
     async def to(self, reply_to: ReplyTo) -> Outlet[Output]:
-        """Raises ``StageUnavailable`` where nobody listens."""
-        made = self._made.get(reply_to)
-        if made is not None and not made.gone:
+        """The connection to an ingress, made if need be. Raises ``StageUnavailable`` where nobody listens."""
+        if (made := self._made.get(reply_to)) is not None and not made.gone:
             return made
-        connecting = self._connecting.get(reply_to)
-        if connecting is None:
+        if (connecting := self._connecting.get(reply_to)) is None:
             connecting = self._connecting[reply_to] = asyncio.create_task(self._connect(reply_to))
             connecting.add_done_callback(lambda _: self._connecting.pop(reply_to, None))
         try:
             return await asyncio.shield(connecting)
         except (OSError, TimeoutError) as error:
-            where = f"{reply_to.host}:{reply_to.port}"
-            raise StageUnavailable(
-                Stage.DECODE, f"cannot reach the ingress that asked, at {where}: {error!r}"
-            ) from error
+            what = f"cannot reach the ingress that asked, at {reply_to.host}:{reply_to.port}: {error!r}"
+            raise StageUnavailable(Stage.DECODE, what) from error
 
     async def _connect(self, reply_to: ReplyTo) -> Outlet[Output]:
         self._made = {key: made for key, made in self._made.items() if not made.gone}
@@ -188,6 +183,6 @@ class Outlets(Generic[Output]):
             made.flush()
 
     async def close(self) -> None:
-        """Before the replica ends: the last tokens of its calls are on their way."""
+        """Send the last tokens of calls, before the replica ends."""
         for made in self._made.values():
             await made.close()

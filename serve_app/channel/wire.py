@@ -1,6 +1,6 @@
-"""What the two ends of a channel say to each other, and how it is framed: a count, that many lengths, that many buffers.
+"""The messages of a channel, and its frames: a count, that many lengths, that many buffers.
 
-TCP keeps order and tells of a process that ends at once; of a node that is gone, keep-alive tells within ``SILENT_S``.
+TCP keeps order and shows the end of a process at once; keep-alive shows the loss of a node within ``SILENT_S``.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ SILENT_S = 20
 
 
 class ReplyTo(msgspec.Struct, frozen=True):
-    """Where an ingress replica takes the tokens of its requests. Whoever knows the secret may send some."""
+    """Where an ingress replica takes the tokens of its requests, from whoever knows the secret."""
 
     host: str
     port: int
@@ -41,12 +41,11 @@ class First(msgspec.Struct, array_like=True, frozen=True):
     key: str
     replica: str
     ran_s: float = 0.0
-    """Seconds in the replica up to them, less those in its engine's queue."""
+    """Seconds in the replica before them, less those in its engine's queue."""
     kv_s: float | None = None
-    """Seconds until the KV blocks of its prefill were there, where these can be told from the wait for a place in the
-    engine."""
+    """Seconds until prefill's KV blocks were there; None if that cannot be told from the wait for a place in the engine."""
     version: Version = ANY
-    """Of the engine that makes them."""
+    """The version of the engine that makes them."""
 
 
 class Frame(msgspec.Struct, Generic[Output], array_like=True):
@@ -57,15 +56,15 @@ class Frame(msgspec.Struct, Generic[Output], array_like=True):
 
 
 def framed(buffers: Sequence[Any]) -> list[Any]:
-    """The buffers (bytes or what has a buffer) as they go over the wire."""
+    """The buffers as they go over the wire."""
     views = [memoryview(buffer).cast("B") for buffer in buffers]
     return [struct.pack(f"<{len(views) + 1}I", len(views), *(view.nbytes for view in views)), *views]
 
 
 async def receive(reader: asyncio.StreamReader, limit_bytes: int) -> list[bytearray]:
-    """The buffers of the next frame. They are writable: PyTorch warns of tensors over others.
+    """The buffers of the next frame. They are writable, as PyTorch warns of tensors over buffers that are not.
 
-    Raises ``ValueError`` for a frame larger than the limit, before it is in memory, and ``IncompleteReadError`` at the end.
+    Raises ``ValueError`` for a frame larger than the limit, before it is read, and ``IncompleteReadError`` at the end.
     """
     (count,) = COUNT.unpack(await reader.readexactly(COUNT.size))
     if count > MAX_BUFFERS:
@@ -77,8 +76,8 @@ async def receive(reader: asyncio.StreamReader, limit_bytes: int) -> list[bytear
 
 
 def tell_when_gone(sock: socket.socket, silent_s: int = SILENT_S) -> None:
-    """Have the kernel end a connection whose other end has been silent for so long: a node that lost power says nothing. Of
-    a socket that listens, connections inherit it."""
+    """Have the kernel end a connection whose other end, such as a node without power, has been silent for so long. The
+    connections of a listening socket inherit this."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {"TCP_KEEPIDLE": silent_s // 4, "TCP_KEEPINTVL": silent_s // 4, "TCP_KEEPCNT": 3}
     for name, value in (options | {"TCP_USER_TIMEOUT": silent_s * 1000}).items():
