@@ -12,7 +12,8 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.scaling.rules import Load, queue_s
 from serve_app.stage import Stage
-from serve_app.stages import workload
 from tools.harness import record
 from tools.harness.cases import Case, chat, image, text
 from tools.harness.servers import Server, serve_run
@@ -138,22 +138,31 @@ class Driver:
                 worker.result()
 
 
+def queue_s(replicas: Collection[Mapping[str, float]]) -> float:
+    """Seconds that new work would wait for, from the signals of a stage's replicas; 0 while no rate is known."""
+    rates = [replica["rate"] for replica in replicas if replica["rate"]]
+    if not rates:
+        return 0.0
+    mean_rate = sum(rates) / len(rates)
+    return sum(replica["outstanding"] for replica in replicas) / (mean_rate * len(replicas))
+
+
+def read(metrics: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Signals of replicas (``stages.workload.page``), by stage and replica."""
+    found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for family in text_string_to_metric_families(metrics):
+        if family.name.startswith("epd:work_"):
+            for sample in family.samples:
+                replica = found[sample.labels["stage"]][sample.labels["replica"]]
+                replica[family.name.removeprefix("epd:work_")] = sample.value
+    return found
+
+
 def look(driver: Driver, began: float) -> Sample:
     """Replicas that answer, and what they say of their work."""
-    told = workload.read(driver.server.get("/metrics").text)
+    told = read(driver.server.get("/metrics").text)
     signals = {stage: told.get(stage, {}) for stage in Stage}
-    queues = {}
-    for stage, replicas in signals.items():
-        rates = [replica["rate"] for replica in replicas.values() if replica["rate"]]
-        load = Load(
-            outstanding=sum(replica["outstanding"] for replica in replicas.values()),
-            calls=sum(replica["calls"] for replica in replicas.values()),
-            queued_calls=0,
-            mean_work=0,
-            carried=0,
-            rate=sum(rates) / len(rates) if rates else None,
-        )
-        queues[stage] = queue_s(load, len(replicas)) or 0.0
+    queues = {stage.value: queue_s(replicas.values()) for stage, replicas in signals.items()}
     counts = {stage: len(replicas) for stage, replicas in signals.items()}
     return Sample(time.monotonic() - began, driver.phase, driver.completed, len(driver.failures), counts, queues)
 

@@ -9,10 +9,10 @@
     autoscaling_policy:                                 # above them one for the application, where GPUs are short
       {policy_function: serve_app.autoscaling:SharedGPUs}
 
-Bounds, delays and factors are Ray's, from ``autoscaling_config``; its window (``look_back_period_s``) is the one that
-signals are averaged over. The arithmetic is in ``scaling.rules``.
+Bounds, delays, factors and the window that signals are averaged over (``look_back_period_s``) are Ray's. The arithmetic is
+in ``scaling.rules``.
 
-These run in Serve's controller, for all applications: whatever they raise would stop its control loop. So a mistake in
+Policies run in Serve's controller, and an exception would stop its control loop for all applications. So a mistake in
 ``policy_kwargs`` is an error in the controller's log, again every minute, and Ray's rule for calls decides. Ray pickles this
 module by value: nothing here may depend on the identity of its classes.
 """
@@ -47,7 +47,7 @@ COMPLAIN_EVERY_S = 60.0
 
 
 class WorkPolicy:
-    """Encoder and Prefill: replicas by outstanding work and the rate at which a replica does it."""
+    """Scales Encoder and Prefill by outstanding work and the rate at which a replica does it."""
 
     TARGETS: ClassVar[type[BaseModel]] = Targets
     takes_cards: ClassVar[bool] = True
@@ -61,17 +61,15 @@ class WorkPolicy:
             self.mistake = mistake
 
     def __call__(self, ctx: AutoscalingContext) -> Decision:
-        if self.mistake is not None:
-            if ctx.current_time - self._complained_at >= COMPLAIN_EVERY_S:
-                self._complained_at = ctx.current_time
-                logging.getLogger("ray.serve").error(
-                    f"{ctx.deployment_name} is scaled by calls: its `policy_kwargs` cannot be used. {self.mistake}"
-                )
-            wished = None
-        else:
-            wished = self._wished(ctx)
+        if self.mistake is None and (wished := self._wished(ctx)) is not None:
+            return wished, {}
+        if self.mistake is not None and ctx.current_time - self._complained_at >= COMPLAIN_EVERY_S:
+            self._complained_at = ctx.current_time
+            logging.getLogger("ray.serve").error(
+                f"{ctx.deployment_name} is scaled by calls: its `policy_kwargs` cannot be used. {self.mistake}"
+            )
         by_ray: Decision = by_calls(ctx)
-        return by_ray if wished is None else (wished, {})
+        return by_ray
 
     def _wished(self, ctx: AutoscalingContext) -> float | None:
         assert isinstance(self._targets, Targets)
@@ -79,7 +77,7 @@ class WorkPolicy:
 
 
 class DecodePolicy(WorkPolicy):
-    """Decode: replicas by sequences that run or wait, and by how full the KV caches are."""
+    """Scales Decode by the sequences that run or wait, and by how full the KV caches are."""
 
     TARGETS = DecodeTargets
 
@@ -95,14 +93,13 @@ class DecodePolicy(WorkPolicy):
 
 
 class NoTargets(BaseModel):
-    """``policy_kwargs`` of ``IngressPolicy``: none. Its target is Ray's ``target_ongoing_requests``."""
+    """``IngressPolicy`` takes no ``policy_kwargs``. Its target is Ray's ``target_ongoing_requests``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class IngressPolicy(WorkPolicy):
-    """Ingress: replicas by the requests that they have under way. With ``http: replicas`` these do not pass through Ray
-    Serve, which would count none."""
+    """Scales the ingress by its requests under way, which Ray Serve does not see with ``http: replicas``."""
 
     TARGETS = NoTargets
     takes_cards = False
@@ -117,7 +114,7 @@ class IngressPolicy(WorkPolicy):
 
 
 def signals(ctx: AutoscalingContext) -> dict[str, Any]:
-    """What the replicas of a stage reported (``stages.workload.Meter.stats``), together, as arguments of ``Load``."""
+    """Arguments of ``Load``, from the reports of a stage's replicas (``stages.workload.Meter.stats``)."""
     metrics = ctx.aggregated_metrics or {}
     series = ctx.raw_metrics or {}
     return {
@@ -126,7 +123,7 @@ def signals(ctx: AutoscalingContext) -> dict[str, Any]:
         "queued_calls": ctx.total_queued_requests or 0.0,
         "mean_work": mean(value for value in metrics.get("mean_work", {}).values() if value) or 0.0,
         "carried": sum(per_second(points) for points in series.get("done", {}).values()),
-        # The latest, no mean: 0 stands for a rate that is not known, of calls like those of that moment.
+        # The latest only: it is the rate for calls like those of this moment, and 0 while it is not known.
         "rate": mean(points[-1].value for points in series.get("rate", {}).values() if points and points[-1].value),
     }
 
@@ -137,7 +134,7 @@ def mean(values: Iterable[float]) -> float | None:
 
 
 def per_second(points: Any) -> float:
-    """By how much a count went up per second, over the window that Ray keeps of it."""
+    """Growth of a count per second, over the window that Ray keeps of it."""
     if len(points) < 2:
         return 0.0
     first, last = points[0], points[-1]
@@ -157,11 +154,11 @@ class Budget(BaseModel):
 
 
 class SharedGPUs:
-    """All deployments of an application: each as its own policy says, and where that takes more GPUs than there are, each
-    next card goes to the stage that waits longest for its target.
+    """Scales all deployments of an application by their own policies, and shares the GPUs where these want too many: each
+    next one goes to the stage that would wait longest, by its own target.
 
-    Where a stage has not reported what its replicas claim, no card can be counted: then their own policies decide alone.
-    Of a stage without ``autoscaling_config`` Ray tells it nothing: its cards are to be left out of ``gpus``.
+    While a stage has not reported what its replicas claim, its GPUs cannot be counted, and the own policies decide alone.
+    Ray tells nothing of stages without ``autoscaling_config``: ``gpus`` must not include theirs.
     """
 
     def __init__(self, **budget: Any) -> None:
@@ -181,8 +178,7 @@ class SharedGPUs:
         answers = {key: self._policy(key, ctx)(ctx) for key, ctx in contexts.items()}
         decisions = {key: decided for key, (decided, _) in answers.items()}
         states = {key: state for key, (_, state) in answers.items()}
-        wishes = self._wishes(contexts, decisions)
-        if wishes:
+        if wishes := self._wishes(contexts, decisions):
             gpus = self._gpus(next(iter(contexts.values())).current_time)
             wanted = sum(wish.gpus * ceil(wish.replicas) for wish in wishes.values())
             if wanted > gpus + 1e-6:
@@ -192,15 +188,14 @@ class SharedGPUs:
     def _policy(self, key: Any, ctx: AutoscalingContext) -> Callable[[AutoscalingContext], Decision]:
         """The deployment's own policy, as Ray would make it (``_resolve_policy_callable``)."""
         configured = ctx.config.policy
-        known = self._own.get(key)
-        if known is None or known[0] is not configured:
+        if key not in self._own or self._own[key][0] is not configured:
             policy = configured.get_policy()
-            known = configured, policy(**configured.policy_kwargs) if isinstance(policy, type) else policy
-            self._own[key] = known
-        return known[1]
+            made = policy(**configured.policy_kwargs) if isinstance(policy, type) else policy
+            self._own[key] = configured, made
+        return self._own[key][1]
 
     def _wishes(self, contexts: Mapping[Any, AutoscalingContext], decisions: Mapping[Any, float]) -> dict[Any, Wish]:
-        """Of the stages, within their bounds; none where a claim is not known."""
+        """The wishes of the stages, within their bounds; none while a claim is not known."""
         wishes: dict[Any, Wish] = {}
         for key, ctx in contexts.items():
             if not getattr(self._policy(key, ctx), "takes_cards", False):
@@ -219,9 +214,6 @@ class SharedGPUs:
             return self._budget.gpus
         asked, gpus = self._asked
         if now - asked >= CLUSTER_EVERY_S:
-            gpus = self._gpus_of_cluster()
+            gpus = inf if is_elastic() else float(ray.cluster_resources().get("GPU", 0.0))
             self._asked = (now, gpus)
         return gpus
-
-    def _gpus_of_cluster(self) -> float:
-        return inf if is_elastic() else float(ray.cluster_resources().get("GPU", 0.0))

@@ -1,11 +1,11 @@
 """How many replicas a stage needs, from the work that waits for it. Pure arithmetic: no Ray, no clock.
 
-Two questions, with a gap between their answers, so that the number of replicas does not go up and down with every wave:
+There is a gap between two limits, so that the number of replicas does not go up and down with every wave:
 
-- More? If a newcomer would wait longer than ``target_queue_s``: as many as would have done all of it by then.
-- Fewer? Only if those that stay could carry what is being done now at ``max_utilization``, and what waits fits too.
+- It grows if new work would wait longer than ``target_queue_s``, to as many as would do all of it by then.
+- It shrinks only if those that stay could carry the present work at ``max_utilization``, and have room for what waits.
 
-``share`` is for when GPUs are short: which stage gets the next one. ``scaling.policies`` is their place in Ray Serve.
+``share`` decides which stage gets the next GPU when they are short. ``scaling.policies`` brings these rules to Ray Serve.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from math import ceil, inf
 from pydantic import BaseModel, ConfigDict, Field
 
 UP_MARGIN = 0.1
-"""A wish for more has to be clear by this share of the replicas that are there."""
+"""A wish for more replicas has to exceed their number by this share."""
 
 KEEP_MARGIN = 0.1
-"""A stage gives a card to another only if that one waits longer by this share."""
+"""A stage gives a GPU to another only if that one waits longer by this share."""
 
 
 class Targets(BaseModel):
@@ -41,12 +41,11 @@ class DecodeTargets(Targets):
 
 
 FULL_SLOTS = 0.25
-"""Of an engine's slots, where no number of sequences is named. Not all: sequences are decoded faster where few run, so while
-many replicas share them there are few at a time, and their number says too little of what fewer replicas would hold."""
-
+"""Share of an engine's slots that stands for ``target_running``. Not all: few sequences on each of many replicas are decoded
+faster, so that their number is lower than it would be on fewer replicas."""
 
 KEEP_REQUESTS = 0.7
-"""Share of ``target`` that fewer ingress replicas may have under way, before one goes."""
+"""Share of their target that fewer ingress replicas may have under way, before one goes."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,17 @@ class Load:
     """What a stage has to do. Work is in the unit of the stage; see ``stages.workload``."""
 
     outstanding: float
-    """Work of the calls that its replicas have."""
+    """Work of the calls that replicas have."""
     calls: float
-    """Those calls."""
+    """Calls that replicas have."""
     queued_calls: float
-    """Calls that wait for a replica, at the ingress."""
+    """Calls that wait at the ingress for a replica."""
     mean_work: float
     """Work of a call."""
     carried: float
-    """Work per second that its replicas do together."""
+    """Work per second of all replicas together."""
     rate: float | None
-    """Work per second that one replica can do; None: not measured yet."""
+    """Work per second that one replica can do; None until it is measured."""
 
     @property
     def work(self) -> float:
@@ -76,30 +75,21 @@ class DecodeLoad(Load):
     slots: float = 0.0
     """Sequences that one replica can run at a time; 0: not known."""
     kv_use: float = 0.0
-    """KV caches in use: the sum over the replicas."""
-
-
-def queue_s(load: Load, replicas: float) -> float | None:
-    """Seconds that new work would wait for; None: no rate is known."""
-    if load.work == 0:
-        return 0.0
-    if load.rate is None:
-        return None
-    return load.work / (load.rate * replicas) if replicas else inf
+    """Shares of KV caches in use, summed over the replicas."""
 
 
 def replicas_for_work(load: Load, current: int, targets: Targets) -> float | None:
-    """Replicas of an encoder or prefill stage, not rounded; None: no rate is known, and something else has to decide."""
+    """Replicas of an encoder or prefill stage, not rounded; None if no rate is known."""
     if load.rate is None:
         return None
-    # One call is never on two replicas: more of them than calls would not help.
+    # A call is on one replica: more replicas than calls would not help.
     queue = min(load.work / (load.rate * targets.target_queue_s), load.calls + load.queued_calls)
     carry = load.carried / (load.rate * targets.max_utilization)
     return steady(current, queue, max(carry, queue / targets.max_utilization))
 
 
 def replicas_for_sequences(load: DecodeLoad, current: int, targets: DecodeTargets) -> float | None:
-    """Replicas of a decode stage: it is full when its batch or its KV cache is; what is above its batch waits."""
+    """Replicas of a decode stage, not rounded; None if no batch size is known. What exceeds a replica's batch waits."""
     full = targets.target_running or FULL_SLOTS * load.slots
     if not full:
         return None
@@ -112,13 +102,13 @@ def replicas_for_sequences(load: DecodeLoad, current: int, targets: DecodeTarget
 
 
 def replicas_for_requests(requests: float, current: int, target: float) -> float:
-    """Replicas of the ingress, not rounded, where one is to have ``target`` requests under way."""
+    """Replicas of the ingress, not rounded, if each is to have ``target`` requests under way."""
     needed = requests / target
     return steady(current, needed, needed / KEEP_REQUESTS)
 
 
 def steady(current: int, more: float, keep: float) -> float:
-    """``more`` where that is clearly above ``current``, ``keep`` where that is at least one below, else ``current``."""
+    """``more`` if that is clearly above ``current``, ``keep`` if that is at least one below, else ``current``."""
     if more > current * (1 + UP_MARGIN):
         return more
     if ceil(keep) < current:
@@ -131,7 +121,7 @@ class Wish:
     """What a stage asks for."""
 
     replicas: float
-    """Not rounded. Over the replicas it has, this is its queueing time over its target."""
+    """Not rounded. Divided by the replicas that it has, it is the queueing time divided by its target."""
     current: int
     minimum: int
     gpus: float
@@ -139,14 +129,13 @@ class Wish:
 
 
 def share(wishes: Mapping[str, Wish], gpus: float) -> dict[str, int]:
-    """Replicas by stage, of wishes that may need more GPUs than there are.
+    """Replicas by stage, for wishes that may need more GPUs than there are.
 
-    Every stage gets its minimum, and nobody more than it wishes for. Each next card goes to the stage that would wait
-    longest by its own measure: so replicas stay in the proportion of the wishes. A stage keeps what it has unless another
-    waits clearly longer.
+    Every stage gets its minimum, and no other gets more than it wishes for. Each next GPU goes to the stage that would wait
+    longest by its own measure, which keeps replicas in the proportion of the wishes. A stage keeps what it has unless
+    another waits clearly longer.
     """
-    given = {name: min(wish.minimum, ceil(wish.replicas)) for name, wish in wishes.items()}
-    given = {name: max(count, wishes[name].minimum) for name, count in given.items()}
+    given = {name: wish.minimum for name, wish in wishes.items()}
     left = gpus - sum(wishes[name].gpus * count for name, count in given.items())
 
     def wait(name: str) -> float:

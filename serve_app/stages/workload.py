@@ -5,12 +5,10 @@ its prefix cache taken off), sequences of a decode.
 """
 
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-from prometheus_client.parser import text_string_to_metric_families
 
 WARM_UP_CALLS = 4
 """The first calls of an engine load kernels and fill allocators: no rate is measured from them."""
@@ -145,14 +143,3 @@ def page(stats: Mapping[str, float]) -> str:
         f"# HELP epd:work_{name} {HELP[name]}\n# TYPE epd:work_{name} gauge\nepd:work_{name} {value}\n"
         for name, value in stats.items()
     )
-
-
-def read(metrics: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Signals by stage and replica, from a page of metrics labelled with both."""
-    found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for family in text_string_to_metric_families(metrics):
-        if family.name.startswith("epd:work_"):
-            for sample in family.samples:
-                replica = found[sample.labels["stage"]][sample.labels["replica"]]
-                replica[family.name.removeprefix("epd:work_")] = sample.value
-    return found

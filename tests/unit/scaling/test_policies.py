@@ -180,7 +180,8 @@ def test_short_gpus_go_where_work_waits_longest() -> None:
 def test_the_gpus_of_the_cluster_are_asked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     policy = SharedGPUs()
-    monkeypatch.setattr(policy, "_gpus_of_cluster", lambda: asked.append(1) or 4.0)
+    monkeypatch.setattr("serve_app.scaling.policies.is_elastic", lambda: False)
+    monkeypatch.setattr("ray.cluster_resources", lambda: asked.append(1) or {"GPU": 4.0})
     for _ in range(3):
         assert decide_all(policy, *three()) == {"Encoder": 2, "Prefill": 1, "Decode": 1}
     assert asked == [1]

@@ -16,7 +16,6 @@ from serve_app.scaling.rules import (
     Load,
     Targets,
     Wish,
-    queue_s,
     replicas_for_requests,
     replicas_for_sequences,
     replicas_for_work,
@@ -26,14 +25,6 @@ from serve_app.scaling.rules import (
 TARGETS = Targets(target_queue_s=1.0, max_utilization=0.7)
 IDLE = Load(outstanding=0, calls=0, queued_calls=0, mean_work=100, carried=0, rate=1000)
 QUIET = DecodeLoad(outstanding=0, calls=0, queued_calls=0, mean_work=1, carried=0, rate=10, slots=32, kv_use=0)
-
-
-def test_queueing_time_is_work_over_the_rate_of_all() -> None:
-    load = replace(IDLE, outstanding=3000, calls=30, queued_calls=10)
-    assert queue_s(load, 2) == pytest.approx(2.0)
-    assert queue_s(replace(load, rate=None), 2) is None
-    assert queue_s(IDLE, 0) == 0
-    assert queue_s(load, 0) == float("inf")
 
 
 def test_more_replicas_when_work_waits_longer_than_the_target() -> None:
