@@ -1,1 +1,1 @@
-"""What can be seen of a server from outside. Here: what its processes count, and how that reaches Ray's metrics port."""
+"""Traces, spans, metrics and status: what can be seen of a server from outside."""

@@ -1,7 +1,7 @@
 """vLLM's metrics of an engine, and those of our connectors: on the page of its replica, and from there to Ray
 (``ray_vllm_*``, ``ray_epd_ec_*``, ``ray_epd_kv_transfer_mb_per_s``).
 
-vLLM has a logger for each. Here the page's counts, and Ray is told of the page: what both show is one and the same.
+vLLM has a logger for each. Here only the page's counts, and Ray is told what is on the page.
 """
 
 import threading
@@ -16,11 +16,11 @@ from serve_app.observe.metrics import PREFIXES
 from serve_app.observe.ray_metrics import Teller, serve_labels
 
 HELD = 4096
-"""Values of a histogram that wait at most, where nobody reads the page: a quarter of a second of a fast card."""
+"""Most values of a histogram that wait to be sorted: a quarter of a second of a fast card."""
 
 
 class Histogram(prometheus_client.Histogram):
-    """Finds the buckets of its values when it is read, all at once: per token that leaves an append of a list."""
+    """Sorts its values into buckets when it is read: a token costs it an append to a list."""
 
     def _metric_init(self) -> None:
         super()._metric_init()
@@ -33,7 +33,7 @@ class Histogram(prometheus_client.Histogram):
             self._sort()
 
     def _sort(self) -> None:
-        """Called by the thread that reads, too. Whatever is appended meanwhile stays for the next time."""
+        """The thread that reads calls this too. What is appended meanwhile stays for the next time."""
         with self._sorting:
             values = self._held[:]
             del self._held[: len(values)]
@@ -49,12 +49,12 @@ class Histogram(prometheus_client.Histogram):
 
 
 class PageLogger(PrometheusStatLogger):
-    """vLLM's, with a histogram that is cheap per token. For an engine's ``stat_loggers``: it takes the place of vLLM's."""
+    """vLLM's logger with a cheap histogram. In an engine's ``stat_loggers`` it replaces vLLM's own."""
 
     _histogram_cls = Histogram
 
 
 def tell_ray() -> None:
-    """From now on, of the engine of this process. ``ReplicaId``: as vLLM's own logger for Ray labels what it tells."""
+    """Tell Ray the metrics of this process' engine from now on, with the label ``ReplicaId`` of vLLM's logger for Ray."""
     labels = serve_labels()
     Teller(REGISTRY, labels | {"ReplicaId": labels["replica"]}, PREFIXES).start()

@@ -1,7 +1,7 @@
-"""What an ingress replica tells Ray of its requests, each stage's share apart: ``ray_epd_*`` on Ray's metrics port.
+"""What an ingress replica tells Ray of its requests, by stage: ``ray_epd_*`` on Ray's metrics port.
 
-Fed from a request's ``Trace`` when it ends, so nothing is counted per token. Samples have the labels ``application``,
-``deployment`` (here: the ingress) and ``replica``. What engines count reaches Ray through ``observe/engine_metrics.py``.
+It is counted from a request's ``Trace`` when it ends, not per token. Samples have the labels ``application``,
+``deployment`` (the ingress) and ``replica``. Metrics of engines reach Ray through ``observe/engine_metrics.py``.
 """
 
 from typing import Protocol
@@ -15,8 +15,6 @@ SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class Outstanding(Protocol):
-    """What admission has under way."""
-
     requests: int
     items: int
     media_bytes: int
@@ -24,8 +22,6 @@ class Outstanding(Protocol):
 
 
 class IngressMetrics:
-    """One object per ingress replica."""
-
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
 
@@ -55,7 +51,6 @@ class IngressMetrics:
         self._outstanding = {of: outstanding.labels(of) for of in ("requests", "items", "media_bytes", "embed_bytes")}
 
     def tell_ray(self) -> None:
-        """From now on, what is counted here."""
         Teller(self.registry, serve_labels()).start()
 
     def finished(self, record: Trace, status: int | str) -> None:
@@ -70,14 +65,11 @@ class IngressMetrics:
             self._items.labels(modality).inc(count)
         for rung in record.rungs:
             self._rungs.labels(rung).inc()
-        for counter, count in (
-            (self._remembered, record.remembered_items),
-            (self._media_bytes, record.media_bytes),
-            (self._prompt_tokens, record.prompt_tokens),
-            (self._cached_tokens, record.cached_tokens),
-            (self._output_tokens, record.output_tokens),
-        ):
-            counter.inc(count)
+        self._remembered.inc(record.remembered_items)
+        self._media_bytes.inc(record.media_bytes)
+        self._prompt_tokens.inc(record.prompt_tokens)
+        self._cached_tokens.inc(record.cached_tokens)
+        self._output_tokens.inc(record.output_tokens)
         if record.first_token is not None:
             self._first_token.observe(record.first_token - record.began)
         if (per_token := record.per_output_token()) is not None:

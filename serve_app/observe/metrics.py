@@ -11,7 +11,7 @@ PREFIXES = ("vllm:", "epd:")
 def merge_metrics(pages: Iterable[tuple[str, str, str]]) -> str:
     """One page in Prometheus' text format from ``(stage, replica, page)``, its samples labelled with stage and replica.
 
-    Only metrics of the engines: those of a replica's Python process are Ray's to report.
+    It has only metrics of the engines: Ray reports those of a replica's Python process.
     """
     families: dict[str, Metric] = {}
     for stage, replica, page in pages:

@@ -1,14 +1,13 @@
-"""What a process counts with ``prometheus_client``, told to Ray now and then.
+"""Tells Ray what a process counts with ``prometheus_client``.
 
-A record of ``ray.util.metrics`` costs 4 to 7 µs: with each token, that was a sixth of a decode replica. So nothing is
-recorded with Ray while work goes on. A thread reads the registry and tells Ray what stands there, 10 µs per sample:
+A record of ``ray.util.metrics`` costs 4 to 7 µs: with each token, that was a sixth of a decode replica. So a thread reads
+the registry now and then and tells Ray the values, at 10 µs per sample:
 
 - a counter: by how much it has grown;
-- a gauge: its value, again and again, because Ray forgets one that it has not been told for two reports;
-- a histogram: ``_bucket{le}``, ``_sum`` and ``_count`` under the names that Ray's own has, each as a gauge, because Ray
-  cannot be told many values at once. Its page calls them gauges; ``rate`` and ``histogram_quantile`` do not ask. All three
-  are exact (Ray's agent counts each value as the middle of its bucket, so its sums are a guess), and engines whose buckets
-  differ do not lose theirs.
+- a gauge: its value, each time anew, because Ray forgets one that it has not been told for two reports;
+- a histogram: ``_bucket{le}``, ``_sum`` and ``_count`` under the names that Ray uses, each as a gauge, because Ray takes
+  one value at a time. ``rate`` and ``histogram_quantile`` do not mind. All three are exact, where Ray's agent would count
+  each value as the middle of its bucket, and engines keep buckets that differ.
 """
 
 import logging
@@ -31,7 +30,7 @@ SERVE_LABELS = ("application", "deployment", "replica")
 
 
 def serve_labels() -> dict[str, str]:
-    """As Serve labels what it counts itself; empty values outside a replica."""
+    """The labels of Serve's own metrics; their values are empty outside a replica."""
     try:
         context = serve.get_replica_context()
     except RayServeException:
@@ -40,12 +39,12 @@ def serve_labels() -> dict[str, str]:
 
 
 def interval_s() -> float:
-    """Half of the time between two reports of this process to Ray's agent, so that none goes without a gauge."""
+    """Half of the time between two reports of this process to Ray's agent, so that each report has all gauges."""
     return max(float(ray._config.metrics_report_interval_ms()), 1000.0) / 1000 / 2
 
 
 class Teller:
-    """Tells Ray of a registry, those of its metrics whose names begin with one of ``prefixes``, with ``labels`` added."""
+    """Tells Ray a registry's metrics whose names begin with one of ``prefixes``, with ``labels`` added."""
 
     def __init__(self, registry: CollectorRegistry, labels: dict[str, str], prefixes: tuple[str, ...] = ("",)) -> None:
         self._registry = registry

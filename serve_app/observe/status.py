@@ -1,4 +1,4 @@
-"""What runs where: the replicas of each stage, those that come and go too, and their work. `/status` tells it as JSON."""
+"""The replicas of each stage, those that come and go included, and their work: `/status` as JSON."""
 
 import asyncio
 import time
@@ -10,20 +10,20 @@ from serve_app.routing.handles import StageHandle
 from serve_app.stage import Stage
 
 UNITS = {Stage.ENCODER: "media tokens", Stage.PREFILL: "prompt tokens", Stage.DECODE: "sequences"}
-"""What a stage's work is counted in, see ``stages.workload``."""
+"""The unit of a stage's work, see ``stages.workload``."""
 
 CACHE_S = 1.0
 TIMEOUT_S = 2.0
 
 Probe = Callable[[], Awaitable[dict[str, str]]]
-"""State per stage; ``healthy`` where it can serve."""
+"""The state of each stage: ``healthy`` if it can serve."""
 
 Census = Callable[[], Awaitable[dict[str, dict[str, int]]]]
-"""Number of replicas per stage, and of the ingress, by Serve's state: ``{"decode": {"RUNNING": 1, "STARTING": 1}}``."""
+"""Replicas of each stage and the ingress, by Serve's state: ``{"decode": {"RUNNING": 1, "STARTING": 1}}``."""
 
 
 class Status:
-    """As one ingress replica sees it. Replicas are asked at most once a second, however many look."""
+    """The status as one ingress replica sees it. It asks replicas at most once a second."""
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class Status:
     async def tell(self) -> list[dict[str, Any]]:
         """One object per stage in the order of the data, the ingress first.
 
-        Of the ingress it knows this replica alone; of a stage what each replica answers (``load`` of ``EngineReplica``),
-        or nothing where one hangs: a broadcast has no answer then.
+        The loads are this replica's for the ingress and those of all replicas for a stage (``EngineReplica.load``). A stage
+        has none if one of its replicas hangs, as a broadcast has no answer then.
         """
         async with self._asking:
             if self._clock() - self._told[0] >= CACHE_S:

@@ -1,7 +1,6 @@
-"""One request's way through the stages: who worked on it and for how long. Feeds the log line and the metrics.
+"""A request's trace: which replicas worked on it and for how long, for the log line, headers and metrics.
 
-Whatever works on a request writes to its trace. Nothing but what tells of it reads it. All times are seconds on
-``time.perf_counter``.
+Whatever works on a request writes to its trace; no control flow reads it. All times are seconds on ``time.perf_counter``.
 """
 
 import time
@@ -18,7 +17,7 @@ class Call:
 
     stage: str
     queue_s: float
-    """That it waited, in queues and on the way."""
+    """Seconds that it waited, in queues and on the way."""
     ran_s: float
 
 
@@ -26,27 +25,27 @@ class Call:
 class Trace:
     request_id: str
     span: tracing.Span = tracing.OFF
-    """Of the whole request; its children are made at each call of a stage."""
+    """The span of the whole request. Each call of a stage makes a child."""
     began: float = field(default_factory=time.perf_counter)
     rendered: float | None = None
-    """When the first engine call began; until then the ingress rendered: fetch, template, processor."""
+    """End of rendering (fetch, template, processor), when the first call of an engine began."""
     encoded_in_render: float = 0.0
-    """Seconds of that for which encoders worked on items that went as media."""
+    """Seconds of rendering in which encoders worked on items that went as media."""
     first_token: float | None = None
     last_token: float | None = None
     longest: dict[str, float] = field(default_factory=dict)
-    """Seconds by step (``encode``, ``prefill``, …): the longest of what runs at the same time or again."""
+    """Seconds by step (``encode``, ``prefill``, …): the longest of calls that run at the same time or again."""
     by_item: dict[int, tuple[float, str]] = field(default_factory=dict)
-    """Seconds that an encoder worked on an item, 0 where its answer was remembered, and which replica gave it."""
+    """Seconds that an encoder worked on an item, 0 if its answer was remembered, and the encoder's replica."""
     calls: list[Call] = field(default_factory=list)
     items: Counter[str] = field(default_factory=Counter)
     """Media items by modality."""
     remembered_items: int = 0
-    """Of these, those that no encoder was asked for: its answer was remembered."""
+    """Items for which an encoder's earlier answer was remembered."""
     media_bytes: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Of the prompt's, those that the first prefill of each prompt found in its cache."""
+    """Prompt tokens that the first prefill of each prompt found in its cache."""
     choices: int = 0
     output_tokens: int = 0
     rungs: list[str] = field(default_factory=list)
@@ -54,7 +53,7 @@ class Trace:
     replicas: dict[str, list[str]] = field(default_factory=dict)
     """Stage → replicas that worked on the request."""
     error: Exception | None = None
-    """The first failure of the pipeline, if any."""
+    """The first failure of the pipeline."""
 
     def saw(self, stage: str, replica: str) -> None:
         seen = self.replicas.setdefault(stage, [])
@@ -66,12 +65,12 @@ class Trace:
         self.span.event(name)
 
     def rungs_told(self) -> str:
-        """Each rung once, as often as it ran: ``encode-again,prefill-again*2``. A request can have a thousand choices."""
+        """Each rung with how often it ran: ``encode-again,prefill-again*2``. A request can have a thousand choices."""
         counted = Counter(self.rungs).items()
         return ",".join(f"{rung}*{count}" if count > 1 else rung for rung, count in counted)
 
     def generates(self, prompt: Prompt, choices: int) -> None:
-        """A prompt is rendered, and ``choices`` of its answer are begun. A request may have several prompts."""
+        """One of the request's prompts is rendered, and ``choices`` of its answer begin."""
         self.items.update(item.modality for item in prompt.items)
         self.media_bytes += sum(item.size_bytes for item in prompt.items)
         self.prompt_tokens += len(prompt.token_ids)
@@ -84,7 +83,7 @@ class Trace:
         self.longest[step] = max(self.longest.get(step, 0.0), seconds)
 
     def moved(self, step: str, seconds: float | None) -> None:
-        """What embeddings or KV blocks took on their way; nothing where none were, or nobody can tell."""
+        """Embeddings or KV blocks were transferred; 0 or None if there were none, or the time is unknown."""
         if seconds:
             self.took(step, seconds)
 
@@ -92,7 +91,7 @@ class Trace:
         self.by_item[item] = (ran_s, replica)
 
     def called(self, stage: str, took_s: float, ran_s: float) -> None:
-        """A call of a stage answered; its replica worked on it for ``ran_s``, the rest it waited."""
+        """A call of a stage has answered: its replica worked on it for ``ran_s``, and the rest it waited."""
         self.calls.append(Call(stage, max(took_s - ran_s, 0.0), ran_s))
         self.took(f"{stage} queue", self.calls[-1].queue_s)
 
@@ -103,7 +102,7 @@ class Trace:
         self.output_tokens += count
 
     def dropped(self, count: int) -> None:
-        """So many output tokens will not be sent."""
+        """Output tokens that were counted will not be sent."""
         self.output_tokens -= count
 
     def per_output_token(self) -> float | None:
@@ -114,12 +113,11 @@ class Trace:
         return (self.last_token - self.first_token) * max(self.choices, 1) / more
 
     def stage_times(self) -> dict[str, float]:
-        """Seconds of what has happened so far, one after the other: render, queue, encode, EC transfer, prefill, KV
-        transfer, first token.
+        """Seconds of the steps so far: render, queue, encode, EC transfer, prefill, KV transfer, first token.
 
-        ``queue`` is what calls of the stages waited, in queues and on the way; the other steps are without it. Items that
-        go as media are encoded while the prompt is rendered, which ``render`` does not count. Prefill reads embeddings
-        within its call. Decode's engine pulls KV blocks before it schedules a request, in its queue as vLLM counts.
+        ``queue`` is what calls of the stages waited, in queues and on the way; no other step includes it. ``render`` leaves
+        out encodes of media meanwhile, and ``prefill`` its read of embeddings. Decode's engine pulls KV blocks while the
+        request is in its queue, as vLLM counts, so ``queue`` leaves out their transfer.
         """
         waits = {stage: self.longest.get(f"{stage} queue", 0.0) for stage in ("encoder", "prefill", "decode")}
         ec, kv = (self.longest.get(step, 0.0) for step in ("ec_transfer", "kv_transfer"))
@@ -143,11 +141,8 @@ class Trace:
         total = (time.perf_counter() - self.began) * 1000
         rungs = f" rungs={self.rungs_told()}" if self.rungs else ""
         error = f' error="{self.error}"' if self.error is not None else ""
-        return (
-            (
-                f"request={self.request_id} status={status} items={self.items.total()} prompt_tokens={self.prompt_tokens} "
-                f"output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
-            ).rstrip()
-            + rungs
-            + error
+        line = (
+            f"request={self.request_id} status={status} items={self.items.total()} prompt_tokens={self.prompt_tokens} "
+            f"output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
         )
+        return line.rstrip() + rungs + error

@@ -1,7 +1,7 @@
 """Spans of a request with OpenTelemetry: one at the ingress, below it one per call of a stage, below those vLLM's own.
 
-Off unless ``tracing.endpoint`` is set: then every span is one that does nothing, and nobody has to ask. Spans are passed on
-by hand and never made current: the pipeline is made of generators, and encode calls run in contexts of their own.
+Without ``tracing.endpoint`` every span does nothing. Spans are passed on by hand and never made current: the pipeline is
+made of generators, and encode calls run in contexts of their own.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,15 +18,15 @@ W3C = TraceContextTextMapPropagator()
 
 
 class Span:
-    """A span that nobody sees: what there is where tracing is off."""
+    """A span while tracing is off: it does nothing."""
 
     @property
     def headers(self) -> dict[str, str] | None:
-        """``traceparent`` and ``tracestate`` for who continues below this span."""
+        """``traceparent`` and ``tracestate`` for spans below this one."""
         return None
 
     def set(self, **attributes: Any) -> None:
-        """Attributes ``epd.<name>``; what is not known, None, is left out."""
+        """Set attributes ``epd.<name>``; None is left out."""
 
     def event(self, name: str) -> None: ...
 
@@ -34,7 +34,7 @@ class Span:
 
     @contextmanager
     def child(self, name: str, **attributes: Any) -> Iterator["Span"]:
-        """The span of one call of a stage; a failure is its status, and a caller that leaves is ``epd.cancelled``."""
+        """The span of one call of a stage. A failure becomes its status, a cancelled call has ``epd.cancelled``."""
         yield self
 
 
@@ -80,7 +80,7 @@ class SeenSpan(Span):
 
 
 class Tracing:
-    """Makes the spans of an ingress replica. Without a tracer: none."""
+    """Makes the spans of an ingress replica; without a tracer, all are ``OFF``."""
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self._tracer = tracer
@@ -99,7 +99,7 @@ class Tracing:
 
 
 def tracing(config: TracingConfig) -> Tracing:
-    """Export through vLLM's own exporter: the protocol and all else by OpenTelemetry's variables, as in the engines."""
+    """Tracing through vLLM's exporter, which takes the protocol and all else from OpenTelemetry's variables."""
     if config.endpoint is None:
         return Tracing()
     from vllm.tracing import init_tracer
