@@ -37,7 +37,7 @@ class Decode(EngineReplica):
     async def decode(self, request: StageRequest, reply_to: ReplyTo) -> DecodeReply:
         """Make the tokens of a request, whose id is the key that they go by. Returns when the last one has been made, or the
         ingress wants no more."""
-        from serve_app.stages.tap import queue_s
+        from serve_app.stages.tap import queued_s
 
         self.refuse_other(request.version)
         began, key, blocks = time.perf_counter(), request.request_id, pulled_blocks(request.params)
@@ -47,7 +47,7 @@ class Decode(EngineReplica):
             nonlocal heard, tokens
             first = None
             if not heard:
-                heard, waited = True, queue_s(output)
+                heard, waited = True, queued_s(output)
                 ran_s = time.perf_counter() - began - waited
                 first = First(key, self.replica, ran_s, waited if tells else None, self.version)
                 self.pulls.over(hand_off)

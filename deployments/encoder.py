@@ -53,9 +53,9 @@ class Encoder(EngineReplica):
         return time.monotonic() < self._answered_at + self._lease_s
 
     async def _encode(self, request: StageRequest, began: float, features: Features | None = None) -> EncodeReply:
-        from serve_app.stages.tap import queue_s
+        from serve_app.stages.tap import queued_s
 
         output = await self.engine.run(request)
         self._answered_at = time.monotonic()
-        ran_s = time.perf_counter() - began - queue_s(output)
+        ran_s = time.perf_counter() - began - queued_s(output)
         return EncodeReply(output.ec_transfer_params or {}, self.replica, features, ran_s, self.version)

@@ -20,7 +20,7 @@ class Prefill(EngineReplica):
 
     async def prefill(self, request: StageRequest) -> PrefillReply:
         """Run the prompt; its blocks stay until decode has pulled them or the lease ends."""
-        from serve_app.stages.tap import queue_s
+        from serve_app.stages.tap import queued_s
 
         self.refuse_other(request.version)
         began, prompt_logprobs = time.perf_counter(), None
@@ -35,7 +35,7 @@ class Prefill(EngineReplica):
             call.done = call.asked - (output.num_cached_tokens or 0)
         if output.kv_transfer_params is None:
             raise HandoffLost(self.stage, "ended without KV blocks to hand over")
-        ran_s = time.perf_counter() - began - queue_s(output)
+        ran_s = time.perf_counter() - began - queued_s(output)
         ec_s = (output.ec_transfer_params or {}).get(READ_S, 0.0)
         return PrefillReply(
             output.kv_transfer_params,

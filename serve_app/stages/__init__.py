@@ -1,1 +1,1 @@
-"""The engine replicas: a vLLM engine per replica, and what it puts out on its way to the ingress."""
+"""The engine replicas: a vLLM engine each, and the way of its outputs to the ingress."""

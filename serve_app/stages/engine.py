@@ -1,7 +1,6 @@
 """The adapter around vLLM's ``AsyncLLM``: a request in, the outputs of the engine's core out.
 
-What leans on vLLM's internals is here and in the rooms that ``tests/repo/test_rooms.py`` names; ``tests/contracts`` says
-what broke when vLLM 0.32.0 is replaced.
+``tests/contracts`` shows which of vLLM's internals that it uses a version after 0.32.0 has changed.
 """
 
 import asyncio
@@ -38,17 +37,15 @@ from serve_app.transfer.kv_layout import KVLayout, layout_of
 
 def check_engine_args(args: dict[str, Any], where: str) -> None:
     """Refuse names that vLLM does not know, before anything is started."""
-    known = set(AsyncEngineArgs.__dataclass_fields__)
     for key in args:
-        if key not in known:
+        if key not in AsyncEngineArgs.__dataclass_fields__:
             raise ConfigError(
                 f"`{where}.{key}` is not an engine argument of this vLLM (`vllm serve --help` lists them)"
             )
 
 
 USAGE = UsageContext.OPENAI_API_SERVER
-"""It picks vLLM's table of batch sizes: that of `vllm serve`. By vLLM's default for this class an H100 gets 2,048 tokens and
-128 sequences in place of 8,192 and 1,024."""
+"""It gives batches the sizes of `vllm serve`: an H100 gets 8,192 tokens and 1,024 sequences, not 2,048 and 128."""
 
 
 def engine_config(args: AsyncEngineArgs) -> VllmConfig:
@@ -56,13 +53,13 @@ def engine_config(args: AsyncEngineArgs) -> VllmConfig:
 
 
 class KVUse(StatLoggerBase):
-    """The share of the KV cache that is in use, per engine core: the latest that its scheduler told."""
+    """The share of the KV cache in use that the scheduler of each engine core told last."""
 
     def __init__(self) -> None:
         self.by_core: dict[int, float] = {}
 
     def factory(self, vllm_config: Any, engine_index: int = 0) -> "KVUse":
-        """As vLLM asks for a logger of each engine core."""
+        """vLLM calls it for each engine core."""
         return self
 
     def record(
@@ -86,7 +83,7 @@ class StageEngine:
         hang_s: float = math.inf,
         check: Callable[[VllmConfig], None] = lambda config: None,
     ) -> None:
-        """``check`` refuses a configuration, by raising, before anything is loaded."""
+        """``check`` raises to refuse a configuration before anything is loaded."""
         self._stage = stage
         self._hang_s = hang_s
         self._ping: asyncio.Task[bool] | None = None
@@ -106,9 +103,7 @@ class StageEngine:
         envs.enable_envs_cache()  # vLLM asks for one with every token
         if metrics_in_ray and not parsed.disable_log_stats:
             tell_ray()
-        # As vLLM's own server does. The collector would look through all that has been imported: half a second in which no
-        # token goes on.
-        freeze_gc_heap()
+        freeze_gc_heap()  # as vLLM's server does: a look through all imports holds up tokens for half a second
 
     @property
     def renderer(self) -> Any:
@@ -116,18 +111,18 @@ class StageEngine:
         return self._llm.renderer
 
     async def run(self, request: StageRequest, hear: Hear | None = None) -> RequestOutput:
-        """Run a request to its end; cancelling aborts it. Returns its last output: no text, and no logprobs; of a request
-        that was aborted by its id, what it had by then. ``hear`` gets what the engine's core puts out, step by step.
+        """Run a request to its end; cancelling aborts it. Returns its last output, without text and logprobs, also after an
+        ``abort``. ``hear`` gets the outputs of the engine's core, step by step.
 
-        Raises ``BadRequest`` when the engine refuses it, ``EngineDead`` or, where it is full, ``StageUnavailable``, and
-        ``HandoffLost`` when what an earlier stage handed over could not be loaded.
+        Raises ``BadRequest`` if the engine refuses the request, ``HandoffLost`` if it could not load what an earlier stage
+        handed over, ``EngineDead``, and ``StageUnavailable`` for other failures.
         """
         llm = self._llm
         if llm.errored:
             raise EngineDead(self._stage, f"failed: {llm.dead_error}")
         if llm.vllm_config.cache_config.kv_sharing_fast_prefill and request.params.prompt_logprobs:
             raise BadRequest("Logprobs of the prompt are wrong with `kv_sharing_fast_prefill`: this engine has none.")
-        if llm.output_processor.has_request(request.request_id):  # vLLM would take it for more of that one's prompt
+        if llm.output_processor.has_request(request.request_id):  # vLLM would add it to that one's prompt
             raise StageUnavailable(self._stage, "works on the request already: Ray Serve sent it twice")
         llm._run_output_handler()
         queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, request.request_id)
@@ -153,24 +148,24 @@ class StageEngine:
         return output
 
     async def abort(self, request_ids: list[str]) -> None:
-        """End requests: ``run`` returns what they had."""
+        """End requests: their ``run`` returns the output so far."""
         await self._llm.abort(request_ids, internal=True)
 
     async def release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
-        """Free the blocks that prefill holds for a request which will never be decoded (called on a decode engine)."""
+        """Have a decode engine free the blocks that prefill holds for a request which will never be decoded."""
         await self._llm.notify_kv_transfer_request_rejected(request_id, kv_transfer_params)
 
     async def renew_leases(self, request_ids: list[str]) -> set[str]:
-        """Begin the leases of KV blocks anew; returns the requests whose leases have ended."""
+        """Renew the leases of KV blocks; returns the requests whose leases have ended."""
         return await self._ask_workers("renew_kv_leases", request_ids)
 
     async def overdue_pulls(self, seconds: float) -> set[str]:
-        """Prefill's ids of the requests whose KV blocks have been under way to here for longer than this."""
+        """Prefill's ids of the requests whose KV blocks this engine has been pulling for longer than this."""
         return await self._ask_workers("overdue_kv_pulls", seconds)
 
     async def _ask_workers(self, method: str, *args: Any) -> set[str]:
-        """Call a method of all workers (``kv_lease.answer_replica``); returns the requests that any of them names. By vLLM's
-        own ``collective_rpc`` one hears of the first data-parallel engine only."""
+        """The requests that any worker names in answer to a call (``kv_lease.answer_replica``). The ``collective_rpc`` of
+        ``AsyncLLM`` would answer for the first data-parallel engine only."""
         client: Any = self._llm.engine_core
         try:
             engines = await client.call_utility_all_async("collective_rpc", method, None, args, None)
@@ -179,10 +174,10 @@ class StageEngine:
         return {request for workers in engines for named in workers for request in named}
 
     async def check_health(self) -> None:
-        """Raises when the engine is dead or hangs, so that Serve replaces the replica. Does not wait for the engine.
+        """Raises if the engine is dead or hangs, so that Serve replaces the replica. Does not wait for the engine.
 
-        A question that its core answers between two steps is always under way. A core that does not for ``timeouts.hang_s``
-        is killed: what waits for it gets an error, and Serve, which kills the replica, would leave a process that hangs.
+        A question is always under way that the core answers between two steps. A core that does not answer for
+        ``timeouts.hang_s`` is killed here: its requests get an error, and Serve kills the replica's own process only.
         """
         await self._llm.check_health()
         if self._llm.errored:
@@ -190,7 +185,7 @@ class StageEngine:
         if self._ping is None or self._ping.done():
             self._pinged = time.monotonic()
             self._ping = asyncio.create_task(self._llm.is_sleeping())
-            # What it raises when the engine dies is told above.
+            # A dead engine is told above; this keeps asyncio from logging what the question raises then.
             self._ping.add_done_callback(lambda ping: ping.cancelled() or ping.exception())
         elif time.monotonic() - self._pinged > self._hang_s:
             for core in multiprocessing.active_children():
@@ -199,7 +194,7 @@ class StageEngine:
 
     @property
     def kv_use(self) -> float:
-        """Share of the KV cache that requests hold, those included whose blocks another engine has still to pull."""
+        """Share of the KV cache in use, including blocks that another engine has still to pull."""
         use = self._kv_use.by_core.values()
         return sum(use) / len(use) if use else 0.0
 
@@ -214,12 +209,12 @@ class StageEngine:
     @property
     def slots(self) -> int:
         """Sequences that run at a time."""
-        config = self._llm.vllm_config
+        config = self.vllm_config
         return int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
 
     @property
     def holds_blocks(self) -> bool:
-        """Whether there are KV blocks that somebody needs. A dead engine holds none."""
+        """Whether KV blocks are in use. A dead engine holds none."""
         return not self._llm.errored and self.kv_use > 0
 
     def metrics(self) -> str:

@@ -1,10 +1,10 @@
-"""Whether an engine fits its part of a card, told before it loads: in one sentence, with what would fit.
+"""Whether an engine fits its part of a card: checked before it loads, with an error that says what would fit.
 
-vLLM finds out by loading the weights and running its largest batch, after minutes. What decides is arithmetic::
+vLLM would find out after minutes, by loading the weights and running its largest batch. The rule is::
 
     weights + activations of the largest vision batch + encoder cache + one whole sequence of KV  <=  share of the card
 
-Everything unknown counts as nothing, so that what would run is never refused; vLLM's own check comes after this one.
+What is unknown counts as 0, so that an engine that fits is never refused; vLLM's own check comes after this one.
 """
 
 from typing import Any
@@ -16,16 +16,16 @@ from serve_app.stage import Stage
 from serve_app.stages.model_size import Demand, demand_of
 
 CARDS_GIB = {16: 14.7, 24: 22.0, 32: 31.3, 40: 39.4, 48: 44.4, 80: 79.1, 96: 94.5, 141: 139.8, 180: 178.4}
-"""Cards as they are sold, and the GiB that CUDA gives of each."""
+"""Cards by the GB that they are sold with, and the GiB that CUDA gives of each."""
 
 MIN_MODEL_LEN = 2048
 
 WHOLE = 0.92
-"""vLLM's default share of a card that an engine has for itself."""
+"""vLLM's default share of a card for an engine that is alone on it."""
 
 
 def check(config: EPDConfig, stage: Stage, vllm_config: Any) -> None:
-    """Raise ``ConfigError`` where an engine cannot do its part, or does not fit the card of this replica."""
+    """Raise ``ConfigError`` if an engine cannot do its part, or does not fit the card of this replica."""
     if stage is Stage.ENCODER and not vllm_config.model_config.supports_multimodal_inputs:
         raise ConfigError(
             f"nothing is left to encode: `media.limits` allows no item of {config.model}, or it is a model of text alone. "
@@ -61,14 +61,14 @@ def check_fit(config: EPDConfig, stage: Stage, demand: Demand, card_gib: float, 
 
 
 def room_gib(stage: Stage, claimed: float, card_gib: float, utilization: float | None = None) -> float:
-    """What an engine may use of its card. ``utilization``: its ``gpu_memory_utilization``, or None for what it gets by
-    itself; an encoder's says nothing."""
+    """What an engine may use of its card. ``utilization``: its ``gpu_memory_utilization``, which an encoder does not heed;
+    None: the default."""
     share = share_of(stage, claimed, card_gib) if claimed < 1 else Share(WHOLE, WHOLE)
     return card_gib * (share.cap if stage is Stage.ENCODER else utilization or share.utilization)
 
 
 def alternatives(config: EPDConfig, stage: Stage, demand: Demand, card_gib: float, utilization: float) -> list[str]:
-    """Changes of the config of which each makes it fit by the same arithmetic; last, the card that would hold it."""
+    """Changes of the config each of which would make the engine fit; last, the smallest card that it fits."""
     claimed = config.stages[stage].gpus_per_replica or 1.0
     found = []
     if config.prefill is not None and claimed < 1 and stage is not Stage.ENCODER:
@@ -93,8 +93,8 @@ def alternatives(config: EPDConfig, stage: Stage, demand: Demand, card_gib: floa
 
 
 def check_precision(model_config: Any, card: str) -> None:
-    """Refuse a card that has no bfloat16 where nobody has chosen another precision. vLLM would take float16 on this card
-    alone, and no other engine would find this one's embeddings, or take its KV blocks."""
+    """Refuse a card without bfloat16 unless a precision is configured: vLLM would take float16 on this card alone, and no
+    other engine would find this one's embeddings, or take its KV blocks."""
     import torch
 
     if getattr(model_config.hf_config, "dtype", None) is torch.bfloat16 and model_config.dtype is torch.float16:
@@ -105,7 +105,7 @@ def check_precision(model_config: Any, card: str) -> None:
 
 
 def check_encoder_options(config: EPDConfig, stage: Stage, vllm_config: Any) -> None:
-    """Refuse what vLLM would leave out with a line in its log: the model has to bring it."""
+    """Refuse options that the model does not support, which vLLM would leave out with a line in its log."""
     model = vllm_config.model_config
     asked = config.engine_args | config.stages[stage].engine_args
     if asked.get("mm_encoder_tp_mode") == "data" and model.multimodal_config.mm_encoder_tp_mode != "data":

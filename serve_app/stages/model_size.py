@@ -1,6 +1,6 @@
-"""What a model wants of a card, as vLLM and transformers know it before they load it.
+"""The memory that a model needs on a card, from what vLLM and transformers know before they load it.
 
-Sizes that cannot be told without the weights count as nothing.
+Sizes that are unknown without the weights count as 0.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from typing import Any
 from serve_app.launch.card_memory import GIB
 
 GRAPHS_GIB = 0.4
-"""CUDA graphs, the sampler's buffers and workspaces of an engine that has a language model: an estimate."""
+"""An estimate of the CUDA graphs, sampler's buffers and workspaces of an engine with a language model."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What one engine wants of each of its cards, in bytes; item sizes in tokens of the language model."""
+    """What one engine needs on each of its cards, in bytes; sizes of items are in tokens of the language model."""
 
     weights: int
     tokens_per_item: Mapping[str, int]
-    """The largest item of each modality that takes part, whatever the context."""
+    """Tokens of the largest item of each modality, not limited by ``max_model_len``."""
     max_model_len: int
     batch_tokens: int
-    """The least that vLLM makes of the vision batch and of the encoder cache (``max_num_batched_tokens``)."""
+    """Least size of the vision batch and of the encoder cache (``max_num_batched_tokens``)."""
     bytes_per_vision_token: int
     """Activations of the tower; 0: unknown."""
     bytes_per_embedding: int
@@ -37,7 +37,7 @@ class Demand:
     @property
     def bytes(self) -> int:
         cache = max(self.largest_item, self.batch_tokens) if self.tokens_per_item else 0
-        # An encoder's batch is as large as its budget; others are profiled with one largest item, or as many as fill it.
+        # An encoder's batch is as large as its budget; other engines are profiled with at least one largest item.
         need = self.weights + cache * (self.bytes_per_vision_token + self.bytes_per_embedding)
         if self.bytes_per_kv_token:
             need += self.max_model_len * self.bytes_per_kv_token + int(GRAPHS_GIB * GIB)
@@ -52,15 +52,11 @@ class Demand:
 
 
 def demand_of(vllm_config: Any) -> Demand:
-    """Of an engine's config, by vLLM's own budget of items. Takes a second of CPU."""
+    """The demand of an engine's config, by vLLM's own budget of items. Takes a second of CPU."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
-    model, scheduler, parallel = (
-        vllm_config.model_config,
-        vllm_config.scheduler_config,
-        vllm_config.parallel_config,
-    )
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     items: dict[str, int] = {}
     if model.is_multimodal_model:
         items = dict(MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False).mm_max_toks_per_item)
@@ -71,7 +67,7 @@ def demand_of(vllm_config: Any) -> Demand:
         weights=(tower if is_encoder else whole) // ranks,
         tokens_per_item=items,
         max_model_len=model.max_model_len,
-        batch_tokens=scheduler.max_num_batched_tokens if is_encoder else 0,
+        batch_tokens=vllm_config.scheduler_config.max_num_batched_tokens if is_encoder else 0,
         bytes_per_vision_token=bytes_per_vision_token(model.hf_config, parallel.tensor_parallel_size),
         bytes_per_embedding=model.get_inputs_embeds_size() * 2,
         bytes_per_kv_token=0 if is_encoder else kv_bytes_per_token(vllm_config),
@@ -79,7 +75,7 @@ def demand_of(vllm_config: Any) -> Demand:
 
 
 def bytes_per_vision_token(hf_config: Any, tensor_parallel_size: int) -> int:
-    """Live activations of one vision block per token that it ends as, for towers that merge patches (Qwen-VL); else 0.
+    """Live activations of one vision block per output token, for towers that merge patches (Qwen-VL); else 0.
 
     Three rows of the hidden size (the residual, attention's input and output) and three of the gated MLP's, in bf16, and the
     patch's own pixels; counted allocation by allocation on vLLM's CUDA path: 29,376 bytes per patch for Qwen2.5-VL-3B.
@@ -94,7 +90,7 @@ def bytes_per_vision_token(hf_config: Any, tensor_parallel_size: int) -> int:
 
 
 def kv_bytes_per_token(vllm_config: Any) -> int:
-    """Of the layers that attend to everything. Those with a window or a state hold less, which is left out."""
+    """KV cache of the layers with full attention. Layers with a window or a state hold less and are left out."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     kinds = getattr(model.hf_text_config, "layer_types", None) or []
     layers = model.get_num_layers(vllm_config.parallel_config)
@@ -108,8 +104,8 @@ def kv_bytes_per_token(vllm_config: Any) -> int:
 
 
 def weights_bytes(model_config: Any) -> tuple[int, int]:
-    """Of the whole model and of its towers: of the files where they are on this node, else by the model's class in
-    transformers, made without memory. 0: unknown."""
+    """Bytes of the whole model and of its towers; 0: unknown. They come from the files on this node, if any, else from the
+    model's class in transformers, made without memory."""
     params, tower = parameters(model_config.hf_config)
     size = model_config.dtype.itemsize
     folder = Path(model_config.model)

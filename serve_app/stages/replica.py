@@ -41,12 +41,12 @@ logger = logging.getLogger("ray.serve")
 
 DRAIN_POLL_S = 0.1
 PORT_TRIES = 3
-"""Starts of an engine whose ports, free when they were picked, another program takes before it."""
+"""Starts of an engine, when other programs take its ports between their choice and its start."""
 
 
 @contextmanager
 def ends_unless_done_in(seconds: float, what: str) -> Iterator[None]:
-    """End this process if the block takes longer: Serve would wait for ever, and goes on when it is gone."""
+    """End this process if the block takes longer: Serve would wait for it for ever."""
 
     def end() -> None:
         logger.error(f"{what} within {seconds:g} s (`timeouts.startup_s`): this replica ends")
@@ -63,10 +63,10 @@ def ends_unless_done_in(seconds: float, what: str) -> Iterator[None]:
 
 @contextmanager
 def alone_on(cards: Collection[int | str]) -> Iterator[None]:
-    """Wait until no other engine of this node starts on one of these cards, and keep others from it meanwhile.
+    """Wait until no other engine of this node starts on one of these cards, and lock them for the block.
 
-    An engine measures what it may take of a card's memory by what is free before and after it has loaded: what another one
-    loads in between counts as its own. The lock goes with the process.
+    An engine measures its memory by what is free on a card before and after it has loaded: what another one loads in
+    between would count as its own. The locks end with the process.
     """
     with ExitStack() as locks:
         for card in sorted(map(str, cards)):
@@ -78,13 +78,13 @@ def alone_on(cards: Collection[int | str]) -> Iterator[None]:
                 with suppress(PermissionError):
                     os.fchmod(descriptor, 0o666)
             locks.callback(os.close, descriptor)
-            locks.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child that was forked has the descriptor too
+            locks.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # forked children have the descriptor too
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 
 
 def started(*arguments: Any) -> "StageEngine":
-    """An engine, on ports of its own. Raises ``EngineFailed`` with what its processes say of a failure."""
+    """An engine on ports of its own. Raises ``EngineFailed`` with the errors of its processes."""
     from serve_app.stages.engine import StageEngine
 
     for tries_left in reversed(range(PORT_TRIES)):
@@ -106,7 +106,7 @@ class EngineReplica:
     work: Meter
     version: Version = ANY
     layout: KVLayout | None = None
-    """Of its KV blocks, where it hands such over or takes them."""
+    """The layout of its KV blocks, if it hands them over or takes them."""
 
     def __init__(self, config: EPDConfig) -> None:
         self._config = config
@@ -140,13 +140,7 @@ class EngineReplica:
             alone_on(shared_cards(config.stages[self.stage], ray.get_gpu_ids())),
             ends_unless_done_in(config.timeouts.startup_s, f"{self.stage} does not start"),
         ):
-            self.engine = started(
-                self.stage,
-                args,
-                config.metrics.engines_in_ray,
-                config.timeouts.hang_s,
-                self._check,
-            )
+            self.engine = started(self.stage, args, config.metrics.engines_in_ray, config.timeouts.hang_s, self._check)
         self._check_unchanged()
         self._tell_layout()
         engine_s = time.perf_counter() - imported
@@ -155,7 +149,7 @@ class EngineReplica:
         self._gpus = config.stages[self.stage].gpus_per_replica or 0.0
 
     def _check(self, vllm_config: Any) -> None:
-        """Of an engine that is about to load."""
+        """Check and tell the version of an engine that is about to load."""
         from serve_app.launch.fingerprint import version_of
 
         fit.check(self._config, self.stage, vllm_config)
@@ -163,7 +157,7 @@ class EngineReplica:
         tell_version(self._config, vllm_config, self.version)
 
     def _check_unchanged(self) -> None:
-        """Raises ``CannotStart`` where files were replaced while the engine loaded: nobody knows what it has of which."""
+        """Raises ``CannotStart`` if files were replaced while the engine loaded: it may have parts of both."""
         from serve_app.launch.fingerprint import version_of
 
         if others := version_of(self._config, self.engine.vllm_config).other_than(self.version):
@@ -171,14 +165,14 @@ class EngineReplica:
             raise CannotStart(f"the model's files ({', '.join(others)}) were replaced while it loaded: start it again")
 
     def _tell_layout(self) -> None:
-        """Set how this engine lays out KV blocks, where it hands such over or takes them."""
+        """Set the layout of KV blocks, if this engine hands them over or takes them."""
         hands_over = self.stage is not Stage.ENCODER and self._config.prefill is not None
         if hands_over and self._config.kv_has_leases:
             self.layout = self.engine.kv_layout
             self.version = self.version._replace(layout=self.layout.digest[:12])
 
     def refuse_other(self, asked: Version) -> None:
-        """Raises ``OtherVersion`` for a call that goes on from what this engine would not have made."""
+        """Raises ``OtherVersion`` for a call that goes on from the results of another version."""
         if others := self.version.other_than(asked):
             message = f"runs in another version than the request began with ({', '.join(others)})"
             raise OtherVersion(self.stage, message, self.replica, self.version)
@@ -187,20 +181,17 @@ class EngineReplica:
         await self.engine.check_health()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Ray Serve brings to the autoscaling policies."""
-        return self.work.stats() | {
-            "kv_use": self.engine.kv_use,
-            "slots": float(self.engine.slots),
-            "gpus": self._gpus,
-        }
+        """The signals that Ray Serve takes to the autoscaling policies."""
+        engine = {"kv_use": self.engine.kv_use, "slots": float(self.engine.slots), "gpus": self._gpus}
+        return self.work.stats() | engine
 
     async def load(self) -> dict[str, Any]:
-        """For those who look: the same, and whose it is."""
+        """The same signals for ``/status``, with the replica and its version."""
         version = f"{self.version.front}-{self.version.weights}"
         return {"replica": self.replica, "version": version, **await self.record_autoscaling_stats()}
 
     async def made_of(self) -> tuple[Version, KVLayout | None]:
-        """For the ingress, which takes requests when each stage has a replica of its version."""
+        """What the ingress asks for: it takes requests once each stage has a replica of its version."""
         return self.version, self.layout
 
     async def metrics(self) -> tuple[str, str, str]:
@@ -220,11 +211,11 @@ class EngineReplica:
         return False
 
     async def __del__(self) -> None:
-        """Serve calls it when the calls of a replica that goes away have ended, and kills the replica after
-        ``graceful_shutdown_timeout_s``. First what is held gets its time to be pulled."""
+        """End the engine, once others have pulled what it holds. Serve calls this when the replica's last call has ended,
+        and kills the replica after ``graceful_shutdown_timeout_s``."""
         engine = getattr(self, "engine", None)
         if engine is not None:
-            # The engine has no event to wait for: it says what it holds with each of its steps.
+            # There is no event to wait for: the engine tells what it holds with each of its steps.
             while self.holds():  # noqa: ASYNC110
                 await asyncio.sleep(DRAIN_POLL_S)
             engine.shutdown()
@@ -233,5 +224,5 @@ class EngineReplica:
         if (scratch := getattr(self, "scratch", None)) is not None:
             shutil.rmtree(scratch, ignore_errors=True)
         if engine is not None:
-            # It unlinks the semaphores of an engine that had to be killed, unless Ray kills it first, with the replica.
+            # It unlinks the semaphores of an engine that had to be killed; Ray would kill it with the replica.
             resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""What an engine's core puts out, step by step, beside vLLM's own ``OutputProcessor``: that keeps statistics, spans and the
-end of each request, and neither detokenizes nor makes an output per token here.
+"""Takes the outputs of an engine's core, step by step, on their way into vLLM's ``OutputProcessor``. That keeps statistics,
+spans and the end of each request, but here it neither detokenizes nor makes an output per token.
 
-Leans on ``AsyncLLM``'s handler, which calls ``process_outputs`` of the instance with the outputs of each step.
+It relies on ``AsyncLLM``'s handler, which calls the instance's ``process_outputs`` with the outputs of each step.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,18 +11,18 @@ from typing import Any
 from vllm.outputs import RequestOutput
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
+from vllm.v1.serial_utils import MsgpackEncoder
 
 from serve_app.channel.outlet import Codec
-from serve_app.channel.wire import Frame
 
 Hear = Callable[[EngineCoreOutput], None]
 
 UNHEARD = (FinishReason.ERROR, FinishReason.ABORT)
-"""The call of such a request ends with it."""
+"""Outputs with these reasons are not passed on: the call of their request ends, which tells it."""
 
 
 class Tap:
-    """On the ``OutputProcessor`` of one engine. ``stepped`` is called after each step in which somebody heard something."""
+    """A tap on the ``OutputProcessor`` of one engine. ``stepped`` is called after each step with outputs that are heard."""
 
     def __init__(self, process: Callable[..., OutputProcessorOutput]) -> None:
         self._process = process
@@ -31,7 +31,7 @@ class Tap:
 
     @contextmanager
     def hears(self, request_id: str, hear: Hear) -> Iterator[None]:
-        """While it is under way, ``hear`` gets each output of a request, and may keep it."""
+        """Have ``hear`` get each output of a request, which it may keep."""
         self._hear[request_id] = hear
         try:
             yield
@@ -40,7 +40,7 @@ class Tap:
 
     def process_outputs(self, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> OutputProcessorOutput:
         heard = [(hear, output) for output in outputs if (hear := self._hear.get(output.request_id)) is not None]
-        # Who hears them makes something of logprobs; here nobody reads what vLLM would make of them.
+        # The ingress works on logprobs; nobody here reads what vLLM would make of them.
         kept = [(output.new_logprobs, output.new_prompt_logprobs_tensors) for _, output in heard]
         for _, output in heard:
             output.new_logprobs = output.new_prompt_logprobs_tensors = None
@@ -60,8 +60,8 @@ def install_tap(processor: OutputProcessor) -> Tap:
     return tap
 
 
-def queue_s(output: EngineCoreOutput | RequestOutput) -> float:
-    """Seconds that a request waited in its engine's queue. Of the core's outputs its first one tells."""
+def queued_s(output: EngineCoreOutput | RequestOutput) -> float:
+    """Seconds that a request waited in its engine's queue. Of the core's outputs, only the first has them."""
     if isinstance(output, EngineCoreOutput):
         at = {event.type: event.timestamp for event in reversed(output.events or ())}  # the first of each kind
         queued, scheduled = (at.get(each, 0.0) for each in (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED))
@@ -78,14 +78,14 @@ ARRAYS = (
     "new_sampling_mask",
     "prompt_token_id_logprobs",
 )
-"""Fields of an output for each of its tokens, or of its prompt."""
+"""Fields with arrays for each token of an output, or of its prompt."""
 
 AT_STAGE = ("events", "trace_headers", "kv_transfer_params", "ec_transfer_params")
 """Fields that mean nothing to the ingress."""
 
 
 def add(waiting: list[EngineCoreOutput], output: EngineCoreOutput) -> int:
-    """Adds an output to those of its request that wait (``Codec.add``)."""
+    """Add an output to the waiting ones of its request (``Codec.add``)."""
     for name in AT_STAGE:
         setattr(output, name, None)
     size = _size_bytes(output)
@@ -100,7 +100,7 @@ def add(waiting: list[EngineCoreOutput], output: EngineCoreOutput) -> int:
 
 
 def _size_bytes(output: EngineCoreOutput) -> int:
-    """Of its arrays."""
+    """The size of an output's arrays."""
     size = 0
     for name in ARRAYS:
         if (value := getattr(output, name)) is not None:
@@ -110,12 +110,5 @@ def _size_bytes(output: EngineCoreOutput) -> int:
 
 
 def codec() -> Codec[EngineCoreOutput]:
-    """Of what decode replicas send; ``ingress.answers`` has the other half."""
-    from vllm.v1.serial_utils import MsgpackEncoder
-
-    encoder = MsgpackEncoder()
-
-    def encode(frame: Frame[EngineCoreOutput]) -> Any:
-        return encoder.encode(frame)
-
-    return Codec(encode, add)
+    """The codec of decode replicas; ``ingress.answers`` decodes."""
+    return Codec(MsgpackEncoder().encode, add)

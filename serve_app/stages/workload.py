@@ -1,7 +1,7 @@
-"""How much work a replica has, and how fast it does it: the signals that the autoscaling policies go by.
+"""How much work a replica has, and how fast it does it: the signals of the autoscaling policies.
 
-Work is counted in the unit of the stage: visual or audio tokens of an encoder, prompt tokens of a prefill (those found in
-its prefix cache taken off), sequences of a decode.
+Work is counted in the unit of the stage: visual or audio tokens of an encoder, prompt tokens of prefill (less those in its
+prefix cache), sequences of decode.
 """
 
 import time
@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 WARM_UP_CALLS = 4
-"""The first calls of an engine load kernels and fill allocators: no rate is measured from them."""
+"""First calls of an engine, which load kernels and fill allocators: they do not count for the rate."""
 
 SAMPLE_CALLS = 4
 SAMPLE_BUSY_S = 1.0
 SAMPLES = 8
-"""A rate is that of the last 8 samples that are alike, each of at least 4 calls and a second in which there was work."""
+"""The rate is that of the last 8 samples of like calls, each of at least 4 calls and a second with work."""
 
 REMEMBERED_SAMPLES = 32
 ALIKE = 4.0
-"""What a call costs besides its work makes the rate of small calls lower, often by far: it says nothing about calls that
-are more than this times as large, and the other way round."""
+"""Calls are alike if their work differs by at most this factor: small calls have a far lower rate than large ones, because
+of the fixed cost of a call."""
 
 REMEMBERED_CALLS = 64
 
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass
 class Call:
-    """One call under way. ``done``, when it is set, is what its work really was; until then ``asked`` is the guess."""
+    """One call under way. ``asked`` is a guess of its work, ``done`` its true work once that is known."""
 
     asked: float
     done: float | None = None
@@ -60,7 +60,7 @@ class Meter:
 
     @contextmanager
     def call(self, asked: float) -> Iterator[Call]:
-        """Count a call. One that raises has done no work, and the time it took is in the rate."""
+        """Count a call. One that raises has done no work, but its time counts for the rate."""
         call = Call(asked)
         self._pass_time()
         self._calls[id(call)] = call
@@ -104,8 +104,7 @@ class Meter:
 
     @property
     def rate(self) -> float | None:
-        """Work per second while there is any, of calls like those under way, else like the latest; None until it is
-        measured."""
+        """Work per second with work, of calls like those under way or else the latest; None until it is measured."""
         if not self._samples:
             return None
         latest = self._samples[-1]

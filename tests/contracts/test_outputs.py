@@ -18,7 +18,7 @@ def test_the_last_output_of_a_request_has_what_we_read_of_it() -> None:
     missing = read - parameters(RequestOutput).keys()
     assert not missing, f"deployments/prefill.py, decode.py, encoder.py: RequestOutput lacks {missing}"
     assert "finish_reason" in fields(CompletionOutput), "stages/engine.py: StageEngine.run"
-    assert {"queued_ts", "scheduled_ts"} <= fields(RequestStateStats), "serve_app/stages/engine.py queue_s"
+    assert {"queued_ts", "scheduled_ts"} <= fields(RequestStateStats), "serve_app/stages/tap.py queued_s"
 
 
 RUN = "serve_app/stages/engine.py run"

@@ -17,7 +17,7 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from serve_app.channel.wire import First, Frame
 from serve_app.handoff.types import Version
-from serve_app.stages.tap import add, codec, install_tap, queue_s
+from serve_app.stages.tap import add, codec, install_tap, queued_s
 
 Output = EngineCoreOutput
 QUEUED, SCHEDULED, PREEMPTED = EngineCoreEventType
@@ -206,17 +206,17 @@ def at(*events: tuple[EngineCoreEventType, float]) -> Output:
     ],
 )
 def test_time_in_the_queue_is_up_to_when_the_request_was_first_scheduled(output: Output, seconds: float) -> None:
-    assert queue_s(output) == seconds
+    assert queued_s(output) == seconds
 
 
 def test_time_in_the_engines_queue_is_told_where_there_are_statistics() -> None:
     def output(stats: Any) -> Any:
         return SimpleNamespace(metrics=stats)
 
-    assert queue_s(output(SimpleNamespace(queued_ts=1.0, scheduled_ts=1.25))) == 0.25
-    assert queue_s(output(SimpleNamespace(queued_ts=1.25, scheduled_ts=1.0))) == 0.0
-    assert queue_s(output(SimpleNamespace(queued_ts=1.0, scheduled_ts=0.0))) == 0.0, "never scheduled"
-    assert queue_s(output(None)) == 0.0
+    assert queued_s(output(SimpleNamespace(queued_ts=1.0, scheduled_ts=1.25))) == 0.25
+    assert queued_s(output(SimpleNamespace(queued_ts=1.25, scheduled_ts=1.0))) == 0.0
+    assert queued_s(output(SimpleNamespace(queued_ts=1.0, scheduled_ts=0.0))) == 0.0, "never scheduled"
+    assert queued_s(output(None)) == 0.0
 
 
 # ---- adding up
