@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic
 
 import msgspec
@@ -41,14 +42,13 @@ class Outlet(Generic[Output]):
 
     def __init__(
         self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
         codec: Codec[Output],
         interval_s: float,
         abort: Callable[[list[str]], Awaitable[None]],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         """``abort`` ends calls by their keys: those that the ingress names and, once it is gone, all that are under way."""
-        self._reader = reader
         self._writer = writer
         self._codec = codec
         self._interval_s = interval_s
@@ -60,7 +60,7 @@ class Outlet(Generic[Output]):
         self._due = 0.0
         self._wake = asyncio.Event()
         self.keys: set[str] = set()
-        self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._hear())]
+        self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._hear(reader))]
 
     @property
     def gone(self) -> bool:
@@ -128,10 +128,10 @@ class Outlet(Generic[Output]):
         async with asyncio.timeout(STUCK_S):
             await self._writer.drain()
 
-    async def _hear(self) -> None:
+    async def _hear(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
-                (keys,) = await receive(self._reader, ABORTS_BYTES)
+                (keys,) = await receive(reader, ABORTS_BYTES)
                 await self._abort([key for key in msgspec.msgpack.decode(keys, type=list[str]) if key in self.keys])
         except (OSError, EOFError, ValueError, msgspec.MsgspecError):
             pass
@@ -150,9 +150,7 @@ class Outlets(Generic[Output]):
     ) -> None:
         """``interval_s``: least time between two frames, unless one is urgent."""
         self._replica = replica
-        self._codec = codec
-        self._interval_s = interval_s
-        self._abort = abort
+        self._outlet = partial(Outlet[Output], codec, interval_s, abort)
         self._made: dict[ReplyTo, Outlet[Output]] = {}
         self._connecting: dict[ReplyTo, asyncio.Task[Outlet[Output]]] = {}
 
@@ -175,7 +173,7 @@ class Outlets(Generic[Output]):
             reader, writer = await asyncio.open_connection(reply_to.host, reply_to.port)
         tell_when_gone(writer.get_extra_info("socket"))
         writer.writelines(framed([msgspec.msgpack.encode(Hello(reply_to.secret, self._replica))]))
-        made = self._made[reply_to] = Outlet(reader, writer, self._codec, self._interval_s, self._abort)
+        made = self._made[reply_to] = self._outlet(reader, writer)
         return made
 
     def flush(self) -> None:
