@@ -1,4 +1,4 @@
-"""Where an ingress replica listens, as Ray Serve has it."""
+"""The public address of ingress replicas, from Ray Serve's controller."""
 
 from typing import Any
 
@@ -8,21 +8,16 @@ from ray.serve.context import _get_global_client
 
 from serve_app.config import Http
 from serve_app.handoff.errors import CannotStart
-from serve_app.ingress.address import Address
-
-CONTROLLER_S = 30.0
+from serve_app.ingress.front import Address
 
 
 def public_address(http: Http, app_name: str) -> Address:
-    """Of Serve's ``http_options``. Asks its controller.
-
-    Raises ``CannotStart`` where both or neither would listen. Serve's proxy sets SO_REUSEPORT too, so that the kernel would
-    give it a part of the connections without a word.
-    """
+    """Raises ``CannotStart`` if both the replicas and Serve's proxy would listen, or neither. The proxy sets SO_REUSEPORT
+    too, so the kernel would silently give it a part of the connections."""
     client: Any = _get_global_client()
     controller = client._controller
     asked = controller.get_http_config, controller.get_proxy_location, controller.get_all_endpoints
-    options, location, endpoints = ray.get([ask.remote() for ask in asked], timeout=CONTROLLER_S)
+    options, location, endpoints = ray.get([ask.remote() for ask in asked], timeout=30.0)
     has_proxy = options.host is not None and location != ProxyLocation.Disabled
     if http is Http.REPLICAS and has_proxy:
         raise CannotStart(
@@ -54,7 +49,7 @@ def public_address(http: Http, app_name: str) -> Address:
 
 
 def check_scaling(http: Http, deployment: Any) -> None:
-    """Of the deployment's config. Raises ``CannotStart`` where it is scaled by what nobody counts."""
+    """Raises ``CannotStart`` if a deployment's config scales it by requests that nobody counts."""
     scaling = deployment.autoscaling_config
     if http is Http.REPLICAS and scaling is not None and scaling.policy.is_default_policy_function():
         raise CannotStart(

@@ -1,4 +1,4 @@
-"""Decode replicas: a prompt and the KV blocks of its prefill in; tokens out, over the channel to the ingress that asked."""
+"""Decode replicas: they take a prompt and its KV blocks, and send output tokens over the channel to the calling ingress."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @serve.deployment(name="Decode")
 class Decode(EngineReplica):
-    """Prefills, and encodes, by itself where the topology has no stage for it."""
+    """Also prefills and encodes, if the topology has no stages for that."""
 
     stage = Stage.DECODE
 
@@ -35,8 +35,7 @@ class Decode(EngineReplica):
         self.engine.tap.stepped = self.outlets.flush
 
     async def decode(self, request: StageRequest, reply_to: ReplyTo) -> DecodeReply:
-        """Make the tokens of a request, whose id is the key that they go by. Returns when the last one has been made, or the
-        ingress wants no more."""
+        """Send the output tokens of a request, keyed by its id. Returns after the last, or when the ingress aborts it."""
         from serve_app.stages.tap import queued_s
 
         self.refuse_other(request.version)
@@ -55,7 +54,7 @@ class Decode(EngineReplica):
             outlet.put(key, output, first, last=output.finished)
 
         with self.work.call(1):
-            # With all places taken, the wait for one cannot be told from the transfer.
+            # With all slots taken, the wait for a slot cannot be told from the transfer.
             tells = blocks is not None and self.work.under_way <= self.engine.slots
             outlet = await self.outlets.to(reply_to)
             with outlet.call(key):
@@ -63,7 +62,7 @@ class Decode(EngineReplica):
         return DecodeReply(self.replica, tokens, self.version)
 
     async def release(self, request_id: str, kv_transfer_params: dict[str, Any], version: Version) -> None:
-        """Give back the blocks of a prefill whose request will not be decoded. Engines of two versions do not connect."""
+        """Free the blocks of a prefill whose request will not be decoded. Engines of two versions do not connect."""
         self.refuse_other(version)
         await self.engine.release(request_id, kv_transfer_params)
 

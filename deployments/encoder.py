@@ -1,4 +1,4 @@
-"""Encoder replicas: an item in, as media or as tensors; the key of an encoder-cache entry out."""
+"""Encoder replicas: they take an item, as media or as tensors, and answer with the key of an encoder-cache entry."""
 
 import time
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ class Encoder(EngineReplica):
 
         install_limits(config.advanced.media)
         self.items = ItemProcessor(self.engine.renderer, config.advanced.media)
-        # From a folder others read when they like; blocks are pulled from this engine, within the lease.
+        # Other engines read a folder at any time, but pull blocks from this engine within the lease.
         self._lease_s = 0.0 if config.ec.uses_folder else config.advanced.ec.lease_s
         self._answered_at = -self._lease_s
 
@@ -37,7 +37,7 @@ class Encoder(EngineReplica):
             return await self._encode(request, time.perf_counter())
 
     async def encode_media(self, request: MediaRequest) -> EncodeReply:
-        """The same for an item that is not processed yet."""
+        """Process one item, then encode it."""
         from serve_app.handoff.engine_input import ENCODE_PARAMS
 
         self.refuse_other(request.version)
@@ -49,7 +49,7 @@ class Encoder(EngineReplica):
             return await self._encode(call, began, self.items.without_pixels(features))
 
     def holds(self) -> bool:
-        """Embeddings that may not have been pulled yet: nobody tells an encoder when they are."""
+        """Whether embeddings may still have to be pulled: an encoder is not told when they are."""
         return time.monotonic() < self._answered_at + self._lease_s
 
     async def _encode(self, request: StageRequest, began: float, features: Features | None = None) -> EncodeReply:

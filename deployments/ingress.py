@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def channel_host() -> str:
-    """Where decode replicas bring their tokens: an address of this node that the others reach."""
+    """An address of this node that decode replicas can send output tokens to."""
     return "127.0.0.1" if len(ray.nodes()) == 1 and not is_elastic() else str(ray.util.get_node_ip_address())
 
 
@@ -45,11 +45,11 @@ class Ingress:
             os.environ.setdefault(key, value)
 
     async def __serve_build_asgi_app__(self) -> Any:
-        """Build the app while the stages load, and take requests only when every stage can serve."""
+        """Called by Ray Serve. Returns when every stage can serve."""
         with says_why("ingress", str(self._config.model)):
             address = await asyncio.to_thread(public_address, self._config.http, self._app_name)
             check_scaling(self._config.http, self._deployment)
-            # Only now: vLLM reads its environment when it is imported.
+            # vLLM reads its environment when it is imported.
             from serve_app.ingress.start import Place, start
 
             place = Place(self._replica, address, channel_host(), self._deployment.max_ongoing_requests)
@@ -58,18 +58,18 @@ class Ingress:
         return self._serving.app
 
     def _deployments(self) -> Mapping[str, Any]:
-        """What Serve's controller says of the deployments of this application."""
+        """The status of this application's deployments."""
         deployments: Mapping[str, Any] = serve.status().applications[self._app_name].deployments
         return deployments
 
     async def close(self) -> tuple[int, float]:
-        """Take no more requests, for good. How many are under way, and the seconds that they get to end."""
+        """Refuse new requests from now on. Returns how many are under way, and the seconds that they get to end."""
         return self._serving.close()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Ray Serve brings to ``IngressPolicy``."""
+        """The metrics that Ray Serve passes to ``IngressPolicy``."""
         return {"requests": float(self._serving.door.inside)}
 
     async def tell_peer(self, asker: str, what: str, key: str, *args: Any) -> Any | None:
-        """What another ingress replica asks this one for, see ``Peers``."""
+        """Answer another ingress replica (see ``Peers``)."""
         return await self._peers.tell(asker, what, key, *args)

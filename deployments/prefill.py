@@ -1,4 +1,4 @@
-"""Prefill replicas: a prompt in, KV blocks held for one decode request out."""
+"""Prefill replicas: they take a prompt, and hold its KV blocks for one decode request."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ class Prefill(EngineReplica):
     stage = Stage.PREFILL
 
     async def prefill(self, request: StageRequest) -> PrefillReply:
-        """Run the prompt; its blocks stay until decode has pulled them or the lease ends."""
+        """Run the prompt. Its blocks are held until decode has pulled them or the lease ends."""
         from serve_app.stages.tap import queued_s
 
         self.refuse_other(request.version)
@@ -49,9 +49,9 @@ class Prefill(EngineReplica):
         )
 
     async def renew(self, request_ids: list[str]) -> set[str]:
-        """Begin the leases of hand-offs anew. Returns those whose leases have ended."""
+        """Renew the leases of hand-offs. Returns those whose leases have ended."""
         return await self.engine.renew_leases(request_ids)
 
     def holds(self) -> bool:
-        """Blocks that decode has not pulled; the engine frees those that nobody pulls when their lease is over."""
+        """Whether the engine has blocks that decode has not pulled and whose lease has not ended."""
         return self.engine.holds_blocks

@@ -33,19 +33,16 @@ logger = logging.getLogger("ray.serve")
 DEPLOYMENTS: dict[Stage, Any] = {Stage.ENCODER: Encoder, Stage.PREFILL: Prefill, Stage.DECODE: Decode}
 
 NO_ACCESS_LOG = {"enable_access_log": False}
-"""Ray's line per call of a replica, five per request, costs as much CPU as an engine step. The ingress writes one of ours,
-and Ray's proxy, where there is one, its own."""
+"""Ray's five log lines per request cost as much CPU as an engine step. The ingress logs each request, and so does
+Ray's proxy if there is one."""
 
 ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-"""Ray's loop, its router's and the app's are one in an ingress: what passes from one thread to another with each chunk of an
-answer costs a fifth of its CPU, and nothing of ours blocks the loop."""
+"""An ingress has one loop for Ray, its router and the app. Passing each chunk between threads would cost a fifth of its CPU,
+and our code does not block the loop."""
 
 
 def build_app(args: dict[str, Any]) -> Application:
-    """The application of a config.
-
-    Raises ``ConfigError`` with one sentence per mistake, before anything is started.
-    """
+    """Raises ``ConfigError`` with one sentence per mistake, before anything is started."""
     on = cluster()
     resolved = resolve(parse(args), on)
     config = resolved.config
@@ -63,7 +60,7 @@ def build_app(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": config.ingress_cpus, "runtime_env": {"env_vars": ONE_LOOP}},
         logging_config=NO_ACCESS_LOG,
         max_ongoing_requests=1024,
-        # The replica of a new config listens before the old one goes. Behind Serve's proxy requests wait for it.
+        # The replica of a new config listens before the old one ends. With Serve's proxy requests wait for it instead.
         max_surge_percent=100 if config.http is Http.REPLICAS else 0,
         graceful_shutdown_timeout_s=config.timeouts.drain_s,
     )
@@ -72,16 +69,15 @@ def build_app(args: dict[str, Any]) -> Application:
 
 
 def start_options(cluster: Cluster) -> dict[str, Any]:
-    """How often Ray Serve starts a deployment that has never run: by default three times per replica, minutes each, in vain.
+    """Have Ray Serve start a deployment that has never run once, instead of three times per replica, minutes each.
 
-    Once a replica of it runs, Serve tries others without end. Nodes that a cluster adds fail for reasons of their own:
-    there Serve's default holds.
+    Serve retries forever once a replica has run. In an elastic cluster a retry may get a better node, so its default holds.
     """
     return {} if cluster.elastic else {"max_constructor_retry_count": 1}
 
 
 def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
-    """Ray Serve's options of a stage, besides what ``deployments:`` sets."""
+    """Ray Serve's options for a stage; ``deployments:`` can set others."""
     queue = config.queues[stage]
     if stage is Stage.ENCODER:
         router = RequestRouterConfig(
@@ -91,7 +87,7 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
     else:
         router = RequestRouterConfig(
             request_router_class="serve_app.routing.routers:TwoChoicesRouter",
-            # What prefill does not do, decode does; what decode does not do, nobody does.
+            # Decode can do the work of prefill; nobody can do that of decode.
             request_router_kwargs={"waits": stage is Stage.DECODE},
         )
     return {
@@ -112,7 +108,7 @@ def parse(args: dict[str, Any]) -> EPDConfig:
 
 
 def cluster() -> Cluster:
-    """What the connected Ray cluster has."""
+    """The resources of the connected Ray cluster."""
     resources = ray.cluster_resources()
     types = tuple(sorted(name.removeprefix("accelerator_type:") for name in resources if "accelerator_type:" in name))
     with_gpus = sum(node["Alive"] and node["Resources"].get("GPU", 0) > 0 for node in ray.nodes())
@@ -122,7 +118,7 @@ def cluster() -> Cluster:
 
 
 def check_vllm_args(config: EPDConfig) -> None:
-    """Refuse names that vLLM does not know; it is imported only when there are any."""
+    """Refuse arguments that vLLM does not know. It is imported only if there are any."""
     if config.api or config.engine_args or any(stage.engine_args for stage in config.stages.values()):
         from serve_app.ingress.server import check_api_args
         from serve_app.stages.engine import check_engine_args

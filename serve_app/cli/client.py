@@ -1,4 +1,4 @@
-"""``python -m serve_app ask`` and ``status``: a running server from the command line."""
+"""``python -m serve_app ask`` and ``status``: they use a running server."""
 
 import base64
 import mimetypes
@@ -18,7 +18,7 @@ from rich.table import Table
 from serve_app.stage import Stage
 
 BAR_WIDTH = 40
-# Python 3.11 knows these only where the system has a list of types, which containers often lack.
+# Python 3.11 knows these only if the system has a list of types, which containers often lack.
 for extension, mime_type in {
     ".webp": "image/webp",
     ".flac": "audio/flac",
@@ -32,14 +32,11 @@ LABELS = {"ec_transfer": "EC transfer", "kv_transfer": "KV transfer"}
 
 
 class Unusable(Exception):
-    """What was asked for cannot be done; the message is for the user."""
-
-
-# ---- ask
+    """The command cannot be done; the message is for the user."""
 
 
 def content(question: str, files: Iterable[Path]) -> list[dict[str, Any]]:
-    """The parts of the user's message: files as data URLs, by what their names say they are, then the question."""
+    """The parts of the user's message: files as data URLs, of the type in their names, then the question."""
     parts: list[dict[str, Any]] = []
     for path in files:
         mime = mimetypes.guess_type(path.name)[0] or ""
@@ -55,7 +52,7 @@ def content(question: str, files: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def ask(url: str, question: str, files: Iterable[Path], max_tokens: int, timing: bool, out: Console) -> None:
-    """Stream the answer to ``out``; with ``timing`` the steps of the request below it."""
+    """Print the answer as it comes; with ``timing`` also the steps of the request. Raises ``Unusable``."""
     client: Any = OpenAI(base_url=f"{url}/v1", api_key=api_key() or "none", max_retries=0)
     messages = [{"role": "user", "content": content(question, files)}]
     response = None
@@ -85,14 +82,11 @@ def ask(url: str, question: str, files: Iterable[Path], max_tokens: int, timing:
 
 
 def waterfall(headers: Mapping[str, str], first_token_s: float, stream_s: float) -> Table:
-    """Steps of a request one after the other, from its header ``server-timing``, and the stream as the client saw it.
-    Several items have a row each, which begin together.
-
-    From a server without that header there is the wait for the first token alone.
-    """
+    """The steps of a request from its header ``server-timing``, and the stream as the client measured it. Several items have
+    a row each, from the same start. Without the header there is only the time to the first token."""
     told = re.findall(r'([\w.]+);dur=([\d.]+)(?:;desc="([^"]*)")?', headers.get("server-timing", ""))
     timed = [(name, float(ms) / 1000, replicas) for name, ms, replicas in told]
-    items = [each for each in timed if "." in each[0]]  # of a step, all at the same time
+    items = [each for each in timed if "." in each[0]]  # parts of a step that overlap
     steps = [each for each in timed if "." not in each[0]] or [("first_token", first_token_s, "")]
     steps.append(("tokens_after_the_first", stream_s, ""))
     total = sum(seconds for _, seconds, _ in steps) or 1.0
@@ -112,11 +106,8 @@ def waterfall(headers: Mapping[str, str], first_token_s: float, stream_s: float)
     return table
 
 
-# ---- status
-
-
 def status(url: str, out: Console) -> bool:
-    """Print stages, replicas, queues and health as a table; whether all stages can serve."""
+    """Print stages, replicas, queues and health as a table. Returns whether all stages are healthy. Raises ``Unusable``."""
     try:
         stages: list[dict[str, Any]] = requests.get(f"{url}/status", timeout=30).json()
         table = status_table(stages)
@@ -164,11 +155,11 @@ def no_server(url: str) -> str:
 
 
 def run(arguments: Any) -> int:
-    """The exit code: 1 where the server is not able to serve or refused, with one sentence on stderr."""
+    """Returns the exit code: 1 if the server cannot serve or refuses, with one sentence on stderr."""
     out, url = Console(), arguments.url.rstrip("/").removesuffix("/v1")
     try:
         if arguments.command == "status":
-            return 0 if status(url, out) else 1
+            return int(not status(url, out))
         ask(url, arguments.question, arguments.files, arguments.max_tokens, arguments.timing, out)
         return 0
     except requests.RequestException:

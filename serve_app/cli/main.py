@@ -1,5 +1,5 @@
-"""``python -m serve_app``: ``ask`` a running server, see its ``status``; ``serve [serve_config.yaml]`` is `make serve`, and
-``ready [serve_config.yaml]``, beside a `serve run`, waits until the application can serve and says what to try."""
+"""``python -m serve_app``: ``ask`` a running server, or see its ``status``; ``serve [serve_config.yaml]`` is `make serve`;
+``ready [serve_config.yaml]`` waits beside a `serve run` until the application can serve, and says what to try."""
 
 import argparse
 import signal
@@ -29,7 +29,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """The exit status of the command that the process was started with."""
+    """Run the command of ``sys.argv``. Returns its exit status."""
     parser = command_line()
     arguments = parser.parse_args()
     if arguments.command in ("ask", "status"):
@@ -41,7 +41,7 @@ def main() -> int:
     began = time.time()
     if arguments.command == "ready":
         return wait_ready(arguments.config, began)
-    # Ray's import takes seconds. Process 1 of a container gets no signal that it has no handler for.
+    # Importing Ray takes seconds, and process 1 of a container gets only the signals that it handles.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     from serve_app.cli import run
 

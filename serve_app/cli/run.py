@@ -1,7 +1,7 @@
 """``python -m serve_app serve``: Ray's `serve run`, which says when every stage can serve, and ends when one cannot start.
 
-`serve run` of a config file waits for Ctrl-C, whatever becomes of the application; then it cuts the requests that are under
-way. SIGTERM aborts it. Of a cluster that Ray knows from a note it waits for an answer for ever.
+`serve run` itself waits for Ctrl-C even if the application fails, then cuts the requests under way. SIGTERM aborts it. If
+the note that `ray start` left names a dead cluster, it waits for it forever.
 """
 
 import os
@@ -33,44 +33,35 @@ from serve_app.launch.start_reason import sentence
 
 POLL_S = 0.5
 ENDS = signal.SIGUSR1
-"""From a thread to the main one: `serve run` is to end now, as by Ctrl-C."""
+"""The signal by which a thread ends `serve run` in the main thread, as Ctrl-C does."""
 
 CLUSTER_S = 10.0
-"""For a cluster that is there to answer, on a host however slow. One that is gone is refused at once, as a rule."""
-
-CHILDREN_S = 5.0
-"""For processes to end when they are asked to."""
+"""Seconds for a cluster on a slow host to answer. The port of a dead cluster usually refuses at once."""
 
 INGRESS_S = 10.0
-"""For all ingress replicas to say what is under way."""
+"""Seconds for all ingress replicas to count the requests under way."""
 
 
 class NoCluster(Exception):
-    """``RAY_ADDRESS`` names no cluster that could be joined. The message says so in a sentence."""
+    """``RAY_ADDRESS`` names no cluster that can be joined. The message is for the user."""
 
 
 def answers(address: str, wait: bool) -> bool:
-    """Whether a Ray cluster is there (``host:port`` of its GCS). Something else may have its port by now.
-
-    ``wait``: it may be starting, and its port refuse at first.
-    """
+    """Whether a Ray cluster has its GCS at ``host:port``, and not another program. ``wait``: until it has started."""
     with init_grpc_channel(address, GLOBAL_GRPC_OPTIONS) as channel:
         ask = NodeInfoGcsServiceStub(channel).GetClusterId
         try:
             ask(GetClusterIdRequest(), timeout=CLUSTER_S, wait_for_ready=wait)
-        except grpc.RpcError as error:  # one that asks for a token is there
+        except grpc.RpcError as error:  # a cluster may ask for a token
             return error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
     return True
 
 
 def cluster_address() -> str | None:
-    """What ``ray.init`` is to take. None leaves it to Ray: the cluster of ``RAY_ADDRESS``, or of the note that `ray start`
-    leaves and only `ray stop` removes, or its own.
-
-    Raises ``NoCluster``.
-    """
+    """The address for ``ray.init``. With None Ray joins the cluster of ``RAY_ADDRESS``, or of the note that `ray start` left
+    and only `ray stop` removes, or starts its own. Raises ``NoCluster``."""
     named = os.environ.get(RAY_ADDRESS_ENVIRONMENT_VARIABLE) or None
-    if named is not None and "://" in named:  # Ray's client, which has a time-out
+    if named is not None and "://" in named:  # Ray's client has a timeout
         return None
     try:
         address = services.canonicalize_bootstrap_address(named)
@@ -87,8 +78,8 @@ def cluster_address() -> str | None:
 
 
 def failure(applications: dict[str, Any]) -> str | None:
-    """Why an application will not start, as Ray Serve's status tells it. Where replicas of a deployment run, those that
-    fail beside them are tried again."""
+    """Why an application will not start, from Ray Serve's status. A deployment with running replicas does not count: Serve
+    tries the others again."""
     for application in applications.values():
         if application.status == "DEPLOY_FAILED" and not application.deployments:
             return sentence(application.message) or last_line(application.message)
@@ -103,14 +94,14 @@ def failure(applications: dict[str, Any]) -> str | None:
 
 
 def last_line(message: str) -> str:
-    """Of a traceback, its error."""
+    """The error of a traceback."""
     return ([line.strip() for line in message.splitlines() if line.strip()] or ["Ray Serve does not say why"])[-1]
 
 
 class Watch(threading.Thread):
-    """Of a start: calls ``ready`` until it is true, and presses Ctrl-C for the user when an application cannot start.
+    """Calls ``ready`` until it is true, and ends `serve run` when an application cannot start.
 
-    ``over``: `serve run` ends; from then on Ray comes and goes.
+    ``over`` is set when `serve run` ends, and Ray with it.
     """
 
     def __init__(self, ready: Callable[[], bool], over: threading.Event) -> None:
@@ -129,9 +120,9 @@ class Watch(threading.Thread):
                 return
 
     def _failure(self) -> str | None:
-        try:  # asked before `serve run` has started Ray, or while it ends it, Serve would start another
+        try:  # without Ray, `serve.status` would start one
             return failure(serve.status().applications) if ray.is_initialized() else None
-        except Exception:  # Ray and its controller come and go
+        except Exception:  # Ray or its controller is starting or ending
             return None
 
     def end(self) -> None:
@@ -141,21 +132,21 @@ class Watch(threading.Thread):
 
 
 class Ending:
-    """How `serve run` ends: after SIGINT or SIGTERM when what is under way has ended, after a second one at once.
+    """Ends `serve run` when the requests under way have ended after SIGINT or SIGTERM, or at once after a second one.
 
-    The handlers run in the main thread, which waits in `serve run`; another one waits for the requests.
+    The handlers run in the main thread, which waits in `serve run`; another thread waits for the requests.
     """
 
     def __init__(self, over: threading.Event) -> None:
         self.pressed = False
-        """Whether `serve run` has got its Ctrl-C. It gets one: another would disturb what that one has begun."""
+        """Whether `serve run` has got its one Ctrl-C. A second would disturb its shutdown."""
         self._over = over
         self._draining: threading.Thread | None = None
 
     def handle_signals(self) -> None:
         signal.signal(ENDS, self.press)
         signal.signal(signal.SIGTERM, self.ask)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background jobs of a script
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # background jobs of a script ignore it
             signal.signal(signal.SIGINT, self.ask)
 
     def press(self, *_: object) -> None:
@@ -173,8 +164,7 @@ class Ending:
             self._draining.start()
 
     def _drain(self, asked_by: str) -> None:
-        """Have the ingress replicas take no more requests, and wait for those that are under way, as long as
-        ``timeouts.drain_s`` lets them."""
+        """Have the ingress replicas refuse new requests, and wait up to ``timeouts.drain_s`` for those under way."""
         began = time.monotonic()
         under_way, seconds = close_ingresses() or (0, 0.0)
         if under_way:
@@ -183,13 +173,13 @@ class Ending:
             )
             print(f"\n{asked_by}; {told}. Another {asked_by} ends all at once.", file=sys.stderr, flush=True)
         while under_way and time.monotonic() - began < seconds:
-            if self._over.wait(POLL_S):  # after the last one, too: its end has still to reach the client
+            if self._over.wait(POLL_S):  # also after the last request: its end must still reach the client
                 return
             under_way, seconds = close_ingresses() or (under_way, seconds)
         press_for_user()
 
     def end(self) -> None:
-        """The thread must not ask when Ray is gone: Serve would start another."""
+        """Stop asking ingress replicas: without Ray, Serve would start one."""
         self._over.set()
         if self._draining is not None:
             self._draining.join(2 * INGRESS_S)
@@ -200,10 +190,8 @@ def press_for_user() -> None:
 
 
 def close_ingresses() -> tuple[int, float] | None:
-    """Requests that are under way in all applications, and the seconds that they may take; None: it cannot be told.
-
-    To be called again and again: other replicas may have started since.
-    """
+    """Have all ingress replicas refuse new requests. Returns how many are under way, and the seconds that they may take, or
+    None on an error. Called again and again, it reaches replicas that have started since."""
     told: list[tuple[int, float]] = []
     try:
         for name, application in serve.status().applications.items():
@@ -211,45 +199,42 @@ def close_ingresses() -> tuple[int, float] | None:
             if ingress is not None and ingress.replica_states.get("RUNNING", 0):
                 closing = serve.get_deployment_handle("Ingress", name).broadcast("close")
                 replies = closing.results(timeout_s=INGRESS_S, return_exceptions=True)
-                told += [
-                    reply for reply in replies if isinstance(reply, tuple)
-                ]  # what has just died has none under way
-    except Exception as error:  # of Ray, where Serve is not there yet, or no more, or does not answer
+                # A replica that has just died has no requests.
+                told += [reply for reply in replies if isinstance(reply, tuple)]
+    except Exception as error:  # Ray's, if Serve has not started, has ended, or does not answer
         print(f"Ingress replicas cannot be asked for what is under way: {error!r}", file=sys.stderr, flush=True)
         return None
     return sum(count for count, _ in told), max((seconds for _, seconds in told), default=0.0)
 
 
 def end_what_starts() -> None:
-    """End the processes of a Ray that was interrupted as it started: ``ray.shutdown`` knows of none of them yet."""
+    """End the processes of a Ray that was interrupted while it started: ``ray.shutdown`` does not know them yet."""
     begun = psutil.Process().children(recursive=True)
     for process in begun:
         with suppress(psutil.Error):
             process.terminate()
-    for process in psutil.wait_procs(begun, timeout=CHILDREN_S)[1]:
+    for process in psutil.wait_procs(begun, timeout=5.0)[1]:
         with suppress(psutil.Error):
-            # multiprocessing's tracker ends after the others, and then unlinks their semaphores.
+            # multiprocessing's tracker unlinks the semaphores of the others after they have ended.
             if not any("resource_tracker" in argument for argument in process.cmdline()):
                 process.kill()
 
 
 def run(config: Path, ready: Callable[[], bool]) -> int:
-    """The exit status, once everything has ended: 0 after Ctrl-C or SIGTERM, 1 where the application did not start."""
+    """Returns the exit status after everything has ended: 0 by Ctrl-C or SIGTERM, 1 if the application did not start."""
     over = threading.Event()
     ending, watch = Ending(over), Watch(ready, over)
     ending.handle_signals()
     try:
         ray.init(cluster_address(), namespace=SERVE_NAMESPACE)
-        ending.handle_signals()  # Ray has set its own
+        ending.handle_signals()  # Ray has set its own handlers
         watch.start()
         serve_run.main(["--address", "auto", str(config)], prog_name="serve run", standalone_mode=False)
     except NoCluster as error:
         print(error, file=sys.stderr, flush=True)
     except (KeyboardInterrupt, Abort):
         pass
-    except (
-        SystemExit
-    ) as end:  # of `serve run`, after Ctrl-C and errors of its own; of Ray, after SIGTERM while it starts
+    except SystemExit as end:  # `serve run` exits after Ctrl-C or an error, and Ray after SIGTERM while it starts
         ending.pressed |= end.code == signal.SIGTERM
     finally:
         watch.end()

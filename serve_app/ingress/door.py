@@ -1,5 +1,4 @@
-"""The door of an ingress replica: it lets in as many as it may; of a server that ends, it lets out whom it let in, and lets
-nobody else in."""
+"""The outermost limit of an ingress replica's app."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -10,21 +9,22 @@ FULL = "This replica of the server has as many requests as it takes. Try again."
 
 
 class Door:
-    """Outermost around the app. ``limit``: requests that are inside at a time."""
+    """Answers 503 to requests over ``limit`` at a time, and to all new ones once it is closed."""
 
     def __init__(self, app: ASGIApp, limit: int = 1024) -> None:
         self._app = app
         self.limit = limit
         self.closed = False
         self.inside = 0
+        """Requests under way."""
 
     def close(self) -> int:
-        """From now on requests are answered 503. How many are still under way."""
+        """Refuse new requests from now on. Returns how many are still under way."""
         self.closed = True
         return self.inside
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":  # as long as the app's
+        if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if (self.closed or self.inside >= self.limit) and scope["type"] == "http":
             refused = refusal(scope, 503, CLOSED if self.closed else FULL, "ServiceUnavailableError")

@@ -1,4 +1,4 @@
-"""Around vLLM's app: what a request is and may be, and what is told of it when it has ended."""
+"""The middleware around vLLM's app: it makes the ``Request`` of a POST, and logs and counts it when it has ended."""
 
 import asyncio
 import logging
@@ -27,23 +27,23 @@ def positive(text: str) -> float:
 
 
 def clean_id(request_id: str) -> str:
-    """A client's id of a request as it may go on to engines and logs.
+    """Make a client's request id safe for engines and logs.
 
-    NIXL sends ids joined by commas to renew the leases of KV blocks: one with a comma would not be renewed, and decode would
-    read blocks that are another request's by then.
+    NIXL joins ids by commas to renew leases of KV blocks. The lease of an id with a comma would not be renewed, and decode
+    could read blocks that belong to another request by then.
     """
     return re.sub(r"[^A-Za-z0-9._:-]", "_", request_id)[:128]
 
 
 class BodyTooLarge(HTTPException):
-    """An HTTPException, because FastAPI makes a 400 of whatever else ``receive`` raises."""
+    """FastAPI makes a 400 of all but an HTTPException that ``receive`` raises."""
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(413, f"The request body is larger than the {limit_bytes} bytes that this server takes.")
 
 
 class PipelineMiddleware:
-    """Outermost: makes the ``Request``, with its id, key, deadline, body limit and span, and tells of it at its end."""
+    """Sets a request's id, credentials, deadline, body limit and span."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: IngressMetrics, tracing: Tracing) -> None:
         self.app = app
@@ -55,14 +55,14 @@ class PipelineMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = MutableHeaders(scope=scope)
-        # Where Anthropic's clients send the key; vLLM reads OpenAI's header alone.
+        # Anthropic's clients send the key in a header that vLLM does not read.
         if (key := headers.get("x-api-key")) and "authorization" not in headers:
             headers["authorization"] = f"Bearer {key}"
         if scope["method"] != "POST":
             return await self.app(scope, receive, send)
         path = route_of(scope)
         request_id = clean_id(headers.get("x-request-id") or "") or uuid.uuid4().hex
-        headers["x-request-id"] = request_id  # vLLM's servings read it from there; Serve's proxy echoes it
+        headers["x-request-id"] = request_id  # vLLM reads it from there
         with self.tracing.request(f"POST {path}", headers) as span:
             request = Request(request_id, span, credentials=headers.get("authorization") or "")
             reply = HeldReply(send, request, path)
@@ -81,8 +81,7 @@ class PipelineMiddleware:
             except ValueError:
                 message = f"The header x-request-timeout-s must be a positive number of seconds, not {timeout[:40]!r}."
                 return await refusal(scope, 400, message)(scope, receive, reply)
-        detail = BodyTooLarge(self.max_body_bytes).detail
-        too_large = refusal(scope, 413, detail, "RequestEntityTooLarge")
+        too_large = refusal(scope, 413, BodyTooLarge(self.max_body_bytes).detail, "RequestEntityTooLarge")
         if int(headers.get("content-length") or 0) > self.max_body_bytes:
             return await too_large(scope, receive, reply)
         token = current.set(request)

@@ -1,4 +1,4 @@
-"""Whether the stages behind an ingress replica can serve, as Ray Serve's controller and the replicas themselves tell it."""
+"""Whether the stages behind an ingress replica can serve, asked of Ray Serve's controller and of the replicas."""
 
 import asyncio
 import logging
@@ -16,17 +16,12 @@ from serve_app.transfer.kv_layout import KVLayout, check_layouts
 logger = logging.getLogger("ray.serve")
 
 PROBE_CACHE_S = 1.0
-READY_POLL_S = 0.2
-AGREE_POLL_S = 0.5
 CONTROLLER_S = 5.0
-"""For Serve's controller to answer."""
-
-SCALED = ("HEALTHY", "UPSCALING", "DOWNSCALING")
-"""States of a deployment whose number of replicas, which may be none, is what its autoscaling wants or on its way there."""
+"""Seconds for Serve's controller to answer."""
 
 
 class Deployment(Protocol):
-    """What Ray Serve says of one (``DeploymentStatusOverview``)."""
+    """Ray Serve's ``DeploymentStatusOverview``."""
 
     status: Any
     message: str
@@ -34,7 +29,7 @@ class Deployment(Protocol):
 
 
 class Readiness:
-    """Of the stages of one application, as one ingress replica sees them."""
+    """The readiness of one application's stages for one ingress replica."""
 
     def __init__(
         self,
@@ -42,7 +37,7 @@ class Readiness:
         deployments: Callable[[], Mapping[str, Deployment]],
         startup_s: float,
     ) -> None:
-        """``deployments`` asks Serve's controller for those of the application, by name, and waits as long as that takes."""
+        """``deployments`` asks Serve's controller for the deployments of the application, by name, and blocks meanwhile."""
         self._stages = stages
         self._ask_controller = deployments
         self._startup_s = startup_s
@@ -51,19 +46,20 @@ class Readiness:
         self._asking: asyncio.Task[Mapping[str, Deployment]] | None = None
 
     async def wait_ready(self) -> None:
-        """Raises ``CannotStart`` when that takes too long."""
+        """Raises ``CannotStart`` after ``timeouts.startup_s``."""
         try:
             async with asyncio.timeout(self._startup_s):
                 # Serve's controller has no event to wait for.
                 while any(state != "healthy" for state in (await self.probe()).values()):  # noqa: ASYNC110
-                    await asyncio.sleep(READY_POLL_S)
+                    await asyncio.sleep(0.2)
         except TimeoutError:
             states = ", ".join(f"{stage}: {state}" for stage, state in self._told[1].items())
             raise CannotStart(f"not ready within `timeouts.startup_s: {self._startup_s:g}`: {states}") from None
 
     async def wait_agreed(self, version: Version) -> None:
-        """Wait for a replica of this version in each stage that has any: while a deploy goes on, the last may be about to
-        start. Raises ``CannotStart`` when that takes too long, or where decode could not take prefill's KV blocks."""
+        """Wait until each stage with replicas has one of this version; during a deploy it may still have to start.
+
+        Raises ``CannotStart`` after ``timeouts.startup_s``, or if decode cannot take prefill's KV blocks."""
         waits_for = ""
         try:
             async with asyncio.timeout(self._startup_s):
@@ -71,7 +67,7 @@ class Readiness:
                     if others != waits_for:
                         logger.warning(f"waits for stages of its own version: {others}")
                     waits_for = others
-                    await asyncio.sleep(AGREE_POLL_S)
+                    await asyncio.sleep(0.5)
         except TimeoutError:
             raise CannotStart(
                 f"{waits_for}: the model's files, the configuration or the release of vLLM are not the same on all nodes"
@@ -80,7 +76,7 @@ class Readiness:
         check_layouts(*([layout for of, layout in told if layout and of.fits(version)] for told in (prefill, decode)))
 
     async def probe(self) -> dict[str, str]:
-        """State per stage; ``healthy`` where it can serve. Asked at most once a second."""
+        """State per stage, ``healthy`` if it can serve. The answer is at most a second old."""
         async with self._probing:
             asked, states = self._told
             if time.monotonic() - asked >= PROBE_CACHE_S:
@@ -94,7 +90,7 @@ class Readiness:
             return states
 
     async def census(self) -> dict[str, dict[str, int]]:
-        """Replicas per stage, and of the ingress, by Serve's state; empty while the controller does not answer."""
+        """Replicas per stage and of the ingress, by Serve's state; empty while the controller does not answer."""
         try:
             deployments = await self._deployments()
         except TimeoutError:
@@ -105,8 +101,8 @@ class Readiness:
         }
 
     async def _deployments(self) -> Mapping[str, Deployment]:
-        """Raises ``TimeoutError``. One thread asks, for all who want to know: while the controller is away it cannot be
-        ended, and media from URLs need threads too."""
+        """Raises ``TimeoutError``. All callers share one thread: it cannot be ended while the controller does not answer,
+        and media from URLs need threads too."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(asyncio.to_thread(self._ask_controller))
         return await asyncio.wait_for(asyncio.shield(self._asking), CONTROLLER_S)
@@ -115,16 +111,17 @@ class Readiness:
         if deployment is None:
             return "not deployed"
         if deployment.replica_states.get("RUNNING", 0) == 0:
-            # Items do not wait for an encoder that has yet to start: prefill encodes them.
-            scaled_to_zero = deployment.status.value in (SCALED if stage is Stage.ENCODER else SCALED[:1])
+            # Autoscaling may want none. Prefill encodes items while the first encoder starts.
+            wanted = ("HEALTHY", "UPSCALING", "DOWNSCALING") if stage is Stage.ENCODER else ("HEALTHY",)
+            if deployment.status.value in wanted:
+                return "healthy"
             why = sentence(deployment.message)
-            none = f"no replica ({deployment.status.value})" + (f": {why}" if why else "")
-            return "healthy" if scaled_to_zero else none
-        return await self._asked(self._stages[stage])
+            return f"no replica ({deployment.status.value})" + (f": {why}" if why else "")
+        return await self._check_health(self._stages[stage])
 
-    async def _asked(self, stage: StageHandle) -> str:
-        """Whether one replica of a stage answers for its engine. Where one hangs, a broadcast has no answer at all: then
-        the router, which prefers those that respond, picks one."""
+    async def _check_health(self, stage: StageHandle) -> str:
+        """Whether one replica's engine is healthy. If one hangs, the broadcast fails; then the router picks one, and
+        it prefers those that respond."""
         try:
             replies = await stage.broadcast("check_health", timeout_s=2.0)
             if any(not isinstance(reply, Exception) for reply in replies):
@@ -140,7 +137,7 @@ class Readiness:
             return f"unhealthy: {error or 'no replica answers'}"
 
     async def _others(self, version: Version) -> str:
-        """Stages whose replicas are all of another version, and in which respects."""
+        """The stages whose replicas all have another version, and how it differs."""
         others = []
         for stage in self._stages:
             differ = [of.other_than(version) for of, _ in await self._made_of(stage)]
@@ -149,9 +146,9 @@ class Readiness:
         return ", ".join(others)
 
     async def _made_of(self, stage: Stage) -> list[tuple[Version, KVLayout | None]]:
-        """What the replicas of a stage are made of, as far as they tell."""
+        """Version and KV layout of the replicas that answer."""
         try:
             replies = await self._stages[stage].broadcast("made_of") if stage in self._stages else []
-        except EPDError:  # gone since it was ready
+        except EPDError:  # the stage was ready, and is gone
             return []
         return [reply for reply in replies if not isinstance(reply, Exception)]

@@ -1,8 +1,8 @@
-"""The memory behind ``/v1/responses``: what one ingress replica stores, each of them finds, and it has a bound.
+"""The store behind ``/v1/responses``: it is bounded, and every ingress replica finds what another has stored.
 
-vLLM keeps responses, their messages and the events of background streams in its process, for ever. Here the least recently
-used go, and the routes look at the other replicas too: to retrieve, stream and cancel a response, and to go on from one.
-A replica that ends takes along what it stored.
+vLLM keeps responses, their messages and the events of background streams in its process forever. This store drops the least
+recently used, and its routes also ask the other replicas to retrieve, stream, cancel or continue a response. What a replica
+has stored ends with it.
 """
 
 import asyncio
@@ -27,21 +27,18 @@ from serve_app.ingress.request import current
 logger = logging.getLogger("ray.serve")
 
 DEFAULT_BYTES = 256 << 20
-"""Of what is stored, where vLLM's own switch, ``VLLM_ENABLE_RESPONSES_API_STORE``, turns it on."""
+"""The limit if only vLLM's own switch, ``VLLM_ENABLE_RESPONSES_API_STORE``, turns the store on."""
 
 EVENT_S = 2.0
-"""So long a question for events waits where there are no more yet; then it is asked again. Below ``peers.ANSWER_S``."""
-
-TOGETHER_S = 0.05
-"""Events that come within this time cross from one replica to another together."""
+"""Seconds that a call for events waits for the next one before it is made again. Less than ``peers.ANSWER_S``."""
 
 UNFINISHED = ("queued", "in_progress")
 
 
 class Responses:
-    """What vLLM's routes of ``/v1/responses`` call, in the place of the serving that it stands before.
+    """Wraps vLLM's serving for its routes of ``/v1/responses``.
 
-    ``max_bytes``: of what is kept of responses that have ended. 0: nothing is stored; None: as vLLM's switch says.
+    ``max_bytes``: limit of what is stored of ended responses; 0 stores nothing, None follows vLLM's switch.
     """
 
     def __init__(self, serving: OpenAIServingResponses, peers: Peers, max_bytes: int | None) -> None:
@@ -49,7 +46,7 @@ class Responses:
         self._max_bytes = (DEFAULT_BYTES if serving.enable_store else 0) if max_bytes is None else max_bytes
         serving.enable_store = self._max_bytes > 0
         self._bytes: OrderedDict[str, int] = OrderedDict()
-        """Of what is stored, by id of a response, the least recently used first."""
+        """Size of each stored response by id, the least recently used first."""
         self._stored = 0
         self._peers = peers
         self._own: dict[str, Answer] = {
@@ -61,13 +58,11 @@ class Responses:
         for what, answer in (self._own | {"response's events": self._events_together}).items():
             peers.offer(what, answer)
 
-    # ---- what the routes call
-
     async def create_responses(
         self, request: ResponsesRequest, raw_request: Any = None
     ) -> AsyncGenerator[Any] | ResponsesResponse | ErrorResponse:
         if request.previous_response_id is not None:
-            refusal = await self._go_on_from(request.previous_response_id)
+            refusal = await self._continue_from(request.previous_response_id)
             if refusal is not None:
                 return refusal
         response_id = request.request_id
@@ -83,7 +78,7 @@ class Responses:
             if (asked := current.get()) is not None:
                 asked.sources.use_until(task)
             if request.stream:
-                await asyncio.sleep(0)  # with the task's first step there is a place for its events
+                await asyncio.sleep(0)  # the task's first step makes the list of its events
                 return self._stream(response_id, 0)
         elif not isinstance(made, ResponsesResponse):
             return self._kept_at_its_end(response_id, made)
@@ -108,10 +103,8 @@ class Responses:
         found: ResponsesResponse | ErrorResponse | None = await self._find("cancelled response", response_id)
         return self._not_found(response_id) if found is None else found
 
-    # ---- what this replica has, for the others too
-
     async def _find(self, what: str, response_id: str, *args: Any) -> Any | None:
-        """Here, or else at another replica; none has any where nothing is stored."""
+        """Look in this replica, then in the others."""
         found = await self._own[what](response_id, *args)
         if found is None and self._max_bytes:
             found = await self._peers.find(what, response_id, *args)
@@ -133,8 +126,8 @@ class Responses:
         return await self._serving.cancel_responses(response_id)
 
     async def _events(self, response_id: str, start: int) -> tuple[list[Any], bool] | None:
-        """The events of a background stream from ``start`` on, once there are any or ``EVENT_S`` have passed, and whether
-        they are the last."""
+        """The events of a background stream from ``start`` on, and whether they are the last. Waits up to ``EVENT_S`` for
+        the first."""
         if response_id not in self._serving.event_store:
             return None
         events, new = self._serving.event_store[response_id]
@@ -146,17 +139,15 @@ class Responses:
         return list(islice(events, start, None)), response_id not in self._serving.background_tasks
 
     async def _events_together(self, response_id: str, start: int) -> tuple[list[Any], bool] | None:
-        """As a peer asks for them, with those that come soon after the first."""
+        """The events for a peer, which gets those that come soon after the first in the same answer."""
         found = await self._events(response_id, start)
         if found is None or found[1] or not found[0]:
             return found
-        await asyncio.sleep(TOGETHER_S)
+        await asyncio.sleep(0.05)
         return await self._events(response_id, start)
 
-    # ----
-
-    async def _go_on_from(self, response_id: str) -> ErrorResponse | None:
-        """Have what is needed of a previous response here, as vLLM looks for it; or why it cannot be."""
+    async def _continue_from(self, response_id: str) -> ErrorResponse | None:
+        """Copy a previous response into this replica's store, where vLLM looks for it. Returns an error if it cannot."""
         previous = await self._find("response to go on from", response_id)
         if previous is None:
             return self._not_found(response_id)
@@ -173,7 +164,7 @@ class Responses:
         return None
 
     async def _stream(self, response_id: str, start: int) -> AsyncGenerator[Any]:
-        """The events of a background stream as they come, from wherever it is made."""
+        """The events of a background stream as they come, from whichever replica makes it."""
         while (found := await self._find("response's events", response_id, start)) is not None:
             events, ended = found
             for event in events:
@@ -192,7 +183,7 @@ class Responses:
             self._keep(response_id)
 
     def _ended(self, response_id: str, task: asyncio.Task[Any]) -> None:
-        """A response that failed in the background says so. vLLM leaves it queued, and those who stream it waiting."""
+        """Mark a response that failed in the background. vLLM would leave it queued, and its streams waiting."""
         events, new = self._serving.event_store.get(response_id, (None, None))
         response = self._serving.response_store.get(response_id)
         if response is not None and response.status in UNFINISHED:
@@ -207,7 +198,7 @@ class Responses:
         self._keep(response_id)
 
     def _keep(self, response_id: str) -> None:
-        """Count what is stored of a response, and let the least recently used go while it is too much."""
+        """Measure what is stored of a response, and drop the least recently used while the store is too large."""
         serving = self._serving
         events = serving.event_store.get(response_id, ((),))[0]
         parts = (serving.response_store.get(response_id), serving.msg_store.get(response_id), tuple(events))
@@ -232,7 +223,7 @@ class Responses:
         return self._refused(f"Response with id '{response_id}' not found: {why}.", HTTPStatus.NOT_FOUND)
 
     def _refused(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> ErrorResponse:
-        """In the words of vLLM's refusals."""
+        """An error like those of vLLM's serving."""
         return self._serving.create_error_response(
             message=message, err_type="invalid_request_error", status_code=status, param="response_id"
         )

@@ -1,7 +1,8 @@
-"""Routes that speak for all replicas of all stages, and what is said of vLLM's routes that are not served here."""
+"""Routes that answer for all replicas of all stages, and refusals of vLLM's routes that are not served."""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -28,7 +29,7 @@ REPLACED = {"/health", "/ping", "/metrics", "/start_profile", "/stop_profile"}
 
 
 def add_routes(app: FastAPI, stages: Mapping[Stage, StageHandle], status: Status) -> None:
-    """In place of vLLM's of the same paths."""
+    """Replace vLLM's routes of the same paths."""
     drop = REPLACED | NOT_HERE.keys()
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in drop]
 
@@ -36,7 +37,7 @@ def add_routes(app: FastAPI, stages: Mapping[Stage, StageHandle], status: Status
     @app.get("/ping")
     @app.post("/ping")
     async def health() -> JSONResponse:
-        """200 only when every stage can serve."""
+        """200 if every stage can serve."""
         stages = await status.probe()
         ok = all(state == "healthy" for state in stages.values())
         return JSONResponse({"ingress": "healthy", **stages}, status_code=200 if ok else 503)
@@ -49,9 +50,8 @@ def add_routes(app: FastAPI, stages: Mapping[Stage, StageHandle], status: Status
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
         """vLLM's metrics of all engines, labelled with stage and replica."""
-        texts = [
-            text for replies in (await broadcast("metrics")).values() for text in replies if isinstance(text, tuple)
-        ]
+        replies = chain.from_iterable((await broadcast("metrics")).values())
+        texts = [reply for reply in replies if isinstance(reply, tuple)]
         return PlainTextResponse(merge_metrics(texts), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def broadcast(method: str, *args: Any, timeout_s: float = 10.0) -> dict[str, list[Any]]:
@@ -64,13 +64,12 @@ def add_routes(app: FastAPI, stages: Mapping[Stage, StageHandle], status: Status
         return replies
 
     async def profile(method: str, *args: Any) -> JSONResponse:
-        """Every replica of every stage: the ids of those that did it, or what hindered the others."""
+        """The ids of all replicas, by stage, or an error with what failed."""
         replies = await broadcast(method, *args, timeout_s=120.0)
-        failed = [str(reply) for stage in replies.values() for reply in stage if isinstance(reply, Exception)]
-        body = {stage: [str(reply) for reply in stage_replies] for stage, stage_replies in replies.items()}
+        failed = [str(reply) for reply in chain.from_iterable(replies.values()) if isinstance(reply, Exception)]
         if failed:
             return error_response(503, "; ".join(dict.fromkeys(failed)), "ServiceUnavailableError")
-        return JSONResponse(body)
+        return JSONResponse({stage: [str(reply) for reply in told] for stage, told in replies.items()})
 
     @app.post("/start_profile")
     async def start_profile(request: Request) -> JSONResponse:
@@ -81,9 +80,8 @@ def add_routes(app: FastAPI, stages: Mapping[Stage, StageHandle], status: Status
         if not isinstance(overrides, dict):
             return error_response(400, "The body must be a JSON object.")
         allowed = ("profile_prefix", "delay_iterations", "max_iterations")
-        return await profile(
-            "start_profile", {key: overrides[key] for key in allowed if overrides.get(key) is not None}
-        )
+        given = {key: overrides[key] for key in allowed if overrides.get(key) is not None}
+        return await profile("start_profile", given)
 
     @app.post("/stop_profile")
     async def stop_profile() -> JSONResponse:

@@ -1,10 +1,9 @@
 """vLLM's OpenAI app around our client, with the routes and the middleware that a pipeline of stages needs."""
 
-import logging
 import traceback
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -37,16 +36,14 @@ from serve_app.observe.status import Status
 from serve_app.observe.tracing import tracing
 from serve_app.page import add_page
 
-logger = logging.getLogger("ray.serve")  # Serve's own: it knows the replica and writes to its files
-
 SERVER_ARGS = frozenset(
     {"host", "port", "uds", "grpc_port", "root_path", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs"}
 )
-"""Arguments of vLLM's server for what Ray Serve does here (``http_options:``)."""
+"""Arguments of vLLM's server that Ray Serve's ``http_options:`` replace."""
 
 
 def check_api_args(api: dict[str, Any]) -> None:
-    """Refuse names under ``api:`` that vLLM's server does not know, before anything is started."""
+    """Refuse names under ``api:`` that vLLM's server does not know. Raises ``ConfigError``."""
     for key in api:
         if key in SERVER_ARGS:
             raise ConfigError(f"`api.{key}` is Ray Serve's here: set `http_options:` in the Serve config")
@@ -59,14 +56,14 @@ def check_api_args(api: dict[str, Any]) -> None:
 
 
 def server_args(config: EPDConfig, engine_args: dict[str, Any]) -> Namespace:
-    """The arguments that ``vllm serve`` would have parsed."""
+    """The arguments that ``vllm serve`` would have parsed. Raises ``ConfigError``."""
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     for key, value in (engine_args | config.api).items():
         setattr(args, key, value)
     if isinstance(args.api_key, str):
         args.api_key = [args.api_key]
     args.structured_outputs_config = AsyncEngineArgs(**engine_args).create_structured_outputs_config()
-    args.disable_log_stats = True  # the engines log theirs
+    args.disable_log_stats = True  # the engines log their own
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
@@ -75,10 +72,10 @@ def server_args(config: EPDConfig, engine_args: dict[str, Any]) -> Namespace:
 
 
 def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
-    """What rendering and validation need, made without a device as vLLM's own render server does it."""
+    """The part of vLLM's config that rendering and validation need, made without a device as in vLLM's render server."""
     parsed = AsyncEngineArgs(**engine_args)
     model_config = parsed.create_model_config()
-    model_config.quantization = None  # weights are the engines' business
+    model_config.quantization = None  # an ingress loads no weights
     envs.VLLM_CPU_KVCACHE_SPACE = 0
     vllm_config = VllmConfig(
         model_config=model_config,
@@ -86,7 +83,7 @@ def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
         structured_outputs_config=parsed.create_structured_outputs_config(),
     )
     if model_config.multimodal_config is not None:
-        # Prompts are rendered around metadata of items (rendering.py); clients still cannot send any (enable_mm_embeds).
+        # Prompts are rendered with items' metadata (rendering.py); without `enable_mm_embeds` clients cannot send any.
         model_config.multimodal_config.allow_missing_mm_embeddings = True
     if parsed.max_num_seqs is not None:
         vllm_config.scheduler_config.max_num_seqs = parsed.max_num_seqs
@@ -94,10 +91,8 @@ def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
     return vllm_config
 
 
-async def make_app(
-    config: EPDConfig, args: Namespace, parts: Parts, status: Status, peers: Peers | None = None
-) -> ASGIApp:
-    """The ASGI app of an ingress replica."""
+async def make_app(config: EPDConfig, args: Namespace, parts: Parts, status: Status, peers: Peers) -> ASGIApp:
+    """The ASGI app of an ingress replica. Raises ``ConfigError``."""
     folder = config.media.allowed_local_path
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
@@ -107,12 +102,12 @@ async def make_app(
     _shape_errors(app)
     app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)
     await init_app_state(client, app.state, args, ("generate",))
-    # It counts for this process' own page, which nobody can read: /metrics here is that of the engines.
+    # It counts for metrics of this process, which no route serves: /metrics has those of the engines.
     app.user_middleware[:] = [
         each for each in app.user_middleware if each.cls is not PrometheusInstrumentatorMiddleware
     ]
     app.state.openai_serving_responses = Responses(
-        app.state.openai_serving_responses, peers or Peers(), config.advanced.answers.response_store_bytes
+        app.state.openai_serving_responses, peers, config.advanced.answers.response_store_bytes
     )
     add_routes(app, client.pipeline.stages, status)
     if config.page:
@@ -121,10 +116,10 @@ async def make_app(
 
 
 def _shape_errors(app: FastAPI) -> None:
-    """Every error that a handler of the app answers has the body that the route's API has for errors.
+    """Have all error handlers of the app answer in the error format of the route's API.
 
-    vLLM's handler of HTTP errors is registered for FastAPI's class; what FastAPI raises itself, for a body that it cannot
-    read or a route that is not there, is the base class.
+    vLLM registers its handler for FastAPI's HTTPException. FastAPI itself raises the base class, for a body that it cannot
+    read or an unknown route.
     """
     app.exception_handler(AnyHTTPException)(http_exception_handler)
     for mistake in (AttributeError, LookupError, AssertionError):
@@ -139,26 +134,24 @@ def _shape_errors(app: FastAPI) -> None:
     for kind, handler in app.exception_handlers.items():
         if kind is not WebSocketRequestValidationError:
             app.exception_handlers[kind] = shaped(handler)
-    app.middleware_stack = None  # built again with the first request; build_app has built it from other handlers
+    app.middleware_stack = None  # `build_app` made it from other handlers; the first request makes it again
 
 
 async def _unreadable(request: Request, error: Exception) -> JSONResponse:
-    """What fails while a body is read is the body's fault: vLLM's validators look into fields before it is checked that they
-    are objects. Everything else is raised again, and a 500."""
+    """Answer 400 to an error from reading a body: vLLM's validators look into fields before their types are checked. Other
+    errors are raised again, and become a 500."""
     if all(frame.f_code is not request_body_to_args.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
         raise error
     return error_response(400, f"A field of the request has a wrong type: {error}.")
 
 
 def _then_close(lifespan: Callable[[Any], AbstractAsyncContextManager[Any]], fetcher: Fetcher) -> Any:
-    """The app's life, with its connections to media servers closed at the end of it."""
+    """``lifespan``, which then closes the connections to media servers."""
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[Any]:
-        try:
-            async with lifespan(app) as state:
-                yield state
-        finally:
-            await fetcher.close()
+    async def closing(app: FastAPI) -> AsyncIterator[Any]:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(fetcher.close)
+            yield await stack.enter_async_context(lifespan(app))
 
-    return life
+    return closing

@@ -1,25 +1,28 @@
-"""The start of an ingress replica: builds its app while the stages load, and lets requests in when every stage can serve.
+"""The start of an ingress replica: it builds its app while the stages load, and accepts requests when they can serve.
 
-To be imported once the replica has set its environment, which vLLM reads when it is imported.
+Import it after the replica has set its environment, which vLLM reads when it is imported.
 """
 
+import asyncio
 import logging
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import httpx
+from PIL import Image
+from starlette.types import ASGIApp
+from vllm.multimodal.utils import encode_image_url
 from vllm.utils.gc_utils import freeze_gc_heap
 
 from serve_app.config import EPDConfig, Http
 from serve_app.ingress import server
-from serve_app.ingress.address import Address
 from serve_app.ingress.assembly import assemble
 from serve_app.ingress.door import Door
-from serve_app.ingress.front import Front
+from serve_app.ingress.front import Address, Front
 from serve_app.ingress.peers import Peers
 from serve_app.ingress.readiness import Readiness
-from serve_app.ingress.warm_up import warm_up
 from serve_app.launch.engine_args import ingress_args, model_path
 from serve_app.launch.fingerprint import front_of
 from serve_app.observe.status import Status
@@ -28,47 +31,45 @@ from serve_app.stage import Stage
 
 logger = logging.getLogger("ray.serve")
 
+WARM_UP_S = 60.0
+
 
 @dataclass(frozen=True)
 class Place:
-    """Of one ingress replica, as Ray Serve has it."""
+    """What Ray Serve knows of one ingress replica."""
 
     replica: str
     address: Address
     channel_host: str
-    """Where decode replicas bring their tokens: an address of this node that the others reach."""
+    """An address of this node that decode replicas can send output tokens to."""
     limit: int
-    """Requests that it has under way at most."""
+    """Requests at a time."""
 
 
 class Serving:
-    """What a replica serves: its app behind its door, and with ``http: replicas`` its front, which listens."""
+    """What a replica serves: its app behind a door, and with ``http: replicas`` a front that listens."""
 
     def __init__(self, config: EPDConfig, place: Place, door: Door) -> None:
+        self.app: Door | Front = door
         self.door = door
-        self.front: Front | None = None
-        self._drain_s = config.timeouts.drain_s
+        limits = config.timeouts
+        self._drain_s = limits.drain_s
         if config.http is Http.REPLICAS:
-            limits = config.timeouts
             bounds = {"body_s": limits.request_s, "drain_s": limits.drain_s, "notice_s": limits.drain_notice_s}
-            self.front = Front(door, place.address, **bounds)
-            self.front.bind()
-
-    @property
-    def app(self) -> Door | Front:
-        return self.front or self.door
+            self.app = Front(door, place.address, **bounds)
+            self.app.bind()
 
     def close(self) -> tuple[int, float]:
-        """Take no more requests, for good. How many are under way, and the seconds that they get to end."""
-        if self.front is not None:
-            self.front.close()
+        """Refuse new requests from now on. Returns how many are under way, and the seconds that they get to end."""
+        if isinstance(self.app, Front):
+            self.app.close()
         return self.door.close(), self._drain_s
 
 
 async def start(
     config: EPDConfig, place: Place, stages: Mapping[Stage, StageHandle], readiness: Readiness, peers: Peers
 ) -> Serving:
-    """Raises ``CannotStart`` where the stages are not ready in time, or are not of this version."""
+    """Raises ``CannotStart`` if the stages are not ready in time, or run another version."""
     began = time.perf_counter()
     args = ingress_args(config, model_path(config))
     vllm_config = server.ingress_vllm_config(args)
@@ -92,3 +93,25 @@ async def start(
     times = {"app": built - began, "stages": ready - built, "warm_up": time.perf_counter() - ready}
     logger.info("start-up ingress: " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in times.items()))
     return Serving(config, place, Door(app, place.limit))
+
+
+async def warm_up(app: ASGIApp, model: str, api_key: str | None, with_image: bool, tokens: int = 1) -> None:
+    """Send the app a prompt of at least ``tokens``, so that no client waits for what happens once: imports, tokenizer,
+    processors, connections to replicas, and NIXL's handshake of a prefill and a decode replica. A failure is only logged."""
+    content: list[dict[str, object]] = [{"type": "text", "text": " ".join(["Hello"] * max(tokens, 1))}]
+    if with_image:
+        picture = encode_image_url(Image.new("RGB", (224, 224), "grey"))
+        content.insert(0, {"type": "image_url", "image_url": {"url": picture}})
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 2, "stream": True}
+    headers = {"x-request-id": "warm-up"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
+    try:
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            asyncio.timeout(WARM_UP_S),
+            httpx.AsyncClient(transport=transport, base_url="http://ingress") as client,
+        ):
+            answer = await client.post("/v1/chat/completions", json=body, headers=headers)
+        if answer.status_code != 200:
+            logger.warning(f"The request to warm up was answered {answer.status_code}: {answer.text[:300]}")
+    except Exception as error:  # Starlette raises an error again after it has answered it
+        logger.warning(f"The request to warm up failed: {type(error).__name__}: {error}")

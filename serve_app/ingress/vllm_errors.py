@@ -1,4 +1,4 @@
-"""Errors of ours as those of vLLM's, which its app answers with the right status and body."""
+"""Our errors as vLLM's, which its app answers with the right status and body."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from serve_app.ingress.request import Request
 
 
 def to_vllm_error(error: Exception) -> Exception:
-    """The exception of vLLM's whose HTTP status and body the app knows already."""
+    """Return an error of ours as vLLM's, and any other as it is."""
     mapped: Exception = error
     match error:
         case StageError():
@@ -27,7 +27,7 @@ def to_vllm_error(error: Exception) -> Exception:
 
 @contextmanager
 def fails_as_vllm(request: Request) -> Iterator[None]:
-    """What fails in here is the request's failure, and one of vLLM's."""
+    """Fail the request with whatever is raised inside, and raise it as vLLM's error."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,6 @@
-"""The page at ``/``: ask the model, see the steps of the request, watch the stages. Plain files, served as they are."""
+"""The page at ``/``, which asks the model and shows the steps of the request and the stages: plain files."""
 
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -7,7 +8,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 FOLDER = Path(__file__).parent
-
 FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -15,7 +15,7 @@ FILES = {
 }
 
 HEADERS = {
-    # Its own script and style, pictures that the page made itself, and calls of this server; nothing from outside.
+    # The page loads nothing from other servers.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data: blob:; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "cache-control": "no-cache",
@@ -26,12 +26,9 @@ HEADERS = {
 
 def add_page(app: FastAPI) -> None:
     for path, (name, media_type) in FILES.items():
-        app.add_route(path, _File((FOLDER / name).read_bytes(), media_type).get, ["GET"], include_in_schema=False)
+        get = partial(_get, (FOLDER / name).read_bytes(), media_type)
+        app.add_route(path, get, ["GET"], include_in_schema=False)
 
 
-class _File:
-    def __init__(self, content: bytes, media_type: str) -> None:
-        self._content, self._media_type = content, media_type
-
-    async def get(self, request: Request) -> Response:
-        return Response(self._content, media_type=self._media_type, headers=HEADERS)
+async def _get(content: bytes, media_type: str, request: Request) -> Response:
+    return Response(content, media_type=media_type, headers=HEADERS)

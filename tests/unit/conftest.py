@@ -118,6 +118,7 @@ def make_api(make_parts: Callable[..., Any], demo_folder: Path) -> Iterator[Call
     """Make vLLM's app as an ingress has it, in front of the stages that are passed, and a client of it."""
     from fastapi.testclient import TestClient
 
+    from serve_app.ingress.peers import Peers
     from serve_app.ingress.server import make_app, server_args
     from serve_app.launch.engine_args import ingress_args
 
@@ -126,7 +127,7 @@ def make_api(make_parts: Callable[..., Any], demo_folder: Path) -> Iterator[Call
         def make(stages: Mapping[Stage, Any], **config: Any) -> TestClient:
             resolved = resolve(EPDConfig(**config), Cluster(0, 2)).config
             args = server_args(resolved, ingress_args(resolved, str(demo_folder)))
-            app = asyncio.run(make_app(resolved, args, make_parts(stages, **config), fake_status(stages)))
+            app = asyncio.run(make_app(resolved, args, make_parts(stages, **config), fake_status(stages), Peers()))
             return stack.enter_context(TestClient(app, raise_server_exceptions=False))
 
         yield make

@@ -11,7 +11,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, 
 from deployments import _http
 from serve_app.config import Http
 from serve_app.handoff.errors import CannotStart
-from serve_app.ingress.address import Address
+from serve_app.ingress.front import Address
 
 OPTIONS = HTTPOptions(host="127.0.0.1", port=8123)
 

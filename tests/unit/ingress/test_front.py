@@ -22,9 +22,8 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from serve_app.handoff.errors import CannotStart
 from serve_app.ingress import front
-from serve_app.ingress.address import Address
 from serve_app.ingress.door import FULL, Door
-from serve_app.ingress.front import DRAINING, Front
+from serve_app.ingress.front import DRAINING, Address, Front
 
 HOST = "127.0.0.1"
 SOON_S = 5.0
@@ -372,7 +371,7 @@ def test_clients_that_connect_as_it_closes_are_answered() -> None:
         async with serving(app.asgi) as (at, life):
             kept, port = [], at.port
             ending = asyncio.create_task(life.shutdown())
-            await soon(lambda: at._leaving)
+            await soon(lambda: at._is_draining)
             with suppress(ConnectionRefusedError):
                 while True:
                     kept.append(socket.create_connection((HOST, port)))  # in the kernel, past the loop
@@ -394,7 +393,7 @@ async def test_replica_that_goes_first_tells_balancers_and_still_takes_what_they
     async with serving(app.asgi, notice_s=0.5) as (at, life):
         client, port = await Client.of(at), at.port
         ending = asyncio.create_task(life.shutdown())
-        await soon(lambda: at._leaving)
+        await soon(lambda: at._is_draining)
         told = await ask(port, "/-/healthz", method="GET")
         assert (told.status, told.body) == (503, DRAINING.encode())
         answer = await client.ask("/whole")

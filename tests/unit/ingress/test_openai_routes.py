@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from serve_app.config import EPDConfig
 from serve_app.handoff.errors import BadRequest, StageUnavailable
 from serve_app.ingress.door import Door
+from serve_app.ingress.peers import Peers
 from serve_app.ingress.routes import NOT_HERE, add_routes
 from serve_app.ingress.server import make_app, server_args
 from serve_app.stage import Stage
@@ -132,9 +133,8 @@ def test_key_comes_from_the_config_or_from_the_environment(
         monkeypatch.setenv("VLLM_API_KEY", environment)
 
     config = EPDConfig(api=api)
-    http = TestClient(
-        asyncio.run(make_app(config, server_args(config, {"model": str(demo_folder)}), make_parts({}), fake_status({})))
-    )
+    args = server_args(config, {"model": str(demo_folder)})
+    http = TestClient(asyncio.run(make_app(config, args, make_parts({}), fake_status({}), Peers())))
     for key in ("from-a-secret", "configured", "another", ""):
         headers = {"authorization": f"Bearer {key}"} if key else {}
         status = http.get("/v1/models", headers=headers).status_code

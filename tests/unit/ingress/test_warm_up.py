@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from serve_app.ingress.warm_up import warm_up
+from serve_app.ingress.start import warm_up
 from serve_app.stage import Stage
 from tests.fakes import FakePipeline
 
