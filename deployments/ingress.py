@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray import serve
@@ -19,9 +19,6 @@ from serve_app.launch.start_failure import says_why
 from serve_app.routing.handles import StageHandle
 from serve_app.stage import Stage
 
-if TYPE_CHECKING:
-    from serve_app.ingress.start import Serving
-
 
 def channel_host() -> str:
     """An address of this node that decode replicas can send output tokens to."""
@@ -31,8 +28,6 @@ def channel_host() -> str:
 @serve.deployment(name="Ingress")
 @serve.ingress()
 class Ingress:
-    _serving: "Serving"
-
     def __init__(self, config: EPDConfig, **handles: DeploymentHandle[Any]) -> None:
         self._config = config
         self._stages = {Stage(name): StageHandle(Stage(name), handle) for name, handle in handles.items()}
@@ -54,8 +49,8 @@ class Ingress:
 
             place = Place(self._replica, address, channel_host(), self._deployment.max_ongoing_requests)
             readiness = Readiness(self._stages, self._deployments, self._config.timeouts.startup_s)
-            self._serving = await start(self._config, place, self._stages, readiness, self._peers)
-        return self._serving.app
+            self._app = await start(self._config, place, self._stages, readiness, self._peers)
+        return self._app
 
     def _deployments(self) -> Mapping[str, Any]:
         """The status of this application's deployments."""
@@ -64,11 +59,11 @@ class Ingress:
 
     async def close(self) -> tuple[int, float]:
         """Refuse new requests from now on. Returns how many are under way, and the seconds that they get to end."""
-        return self._serving.close()
+        return self._app.close(), self._config.timeouts.drain_s
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The metrics that Ray Serve passes to ``IngressPolicy``."""
-        return {"requests": float(self._serving.door.inside)}
+        return {"requests": float(self._app.inside)}
 
     async def tell_peer(self, asker: str, what: str, key: str, *args: Any) -> Any | None:
         """Answer another ingress replica (see ``Peers``)."""

@@ -49,7 +49,9 @@ def build_app(args: dict[str, Any]) -> Application:
     check_vllm_args(config)
     logger.info(f"EPD {config.topology}: {resolved.reason}")
 
-    starts = start_options(on)
+    # Ray Serve would start a deployment that has never run three times per replica, minutes each. In an elastic cluster a
+    # retry may get a better node. Once a replica has run, Serve retries forever.
+    starts = {} if on.elastic else {"max_constructor_retry_count": 1}
     handles = {
         stage.value: DEPLOYMENTS[stage].options(**starts, **stage_options(stage, config)).bind(config)
         for stage in config.stages
@@ -66,14 +68,6 @@ def build_app(args: dict[str, Any]) -> Application:
     )
     application: Application = ingress.bind(config, **handles)
     return application
-
-
-def start_options(cluster: Cluster) -> dict[str, Any]:
-    """Have Ray Serve start a deployment that has never run once, instead of three times per replica, minutes each.
-
-    Serve retries forever once a replica has run. In an elastic cluster a retry may get a better node, so its default holds.
-    """
-    return {} if cluster.elastic else {"max_constructor_retry_count": 1}
 
 
 def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:

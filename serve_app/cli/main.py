@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from serve_app.cli.ready import DEFAULT_URL, says_ready, wait_ready
+from serve_app.cli.ready import DEFAULT_URL, says_ready
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -40,7 +40,9 @@ def main() -> int:
         parser.error(f"there is no {arguments.config}")
     began = time.time()
     if arguments.command == "ready":
-        return wait_ready(arguments.config, began)
+        while not says_ready(arguments.config, began):
+            time.sleep(0.5)
+        return 0
     # Importing Ray takes seconds, and process 1 of a container gets only the signals that it handles.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     from serve_app.cli import run

@@ -100,9 +100,3 @@ def says_ready(config: Path, began: float) -> bool:
     )
     print(example, flush=True)
     return True
-
-
-def wait_ready(config: Path, began: float) -> int:
-    while not says_ready(config, began):
-        time.sleep(0.5)
-    return 0

@@ -114,8 +114,7 @@ class Watch(threading.Thread):
         while not self._over.wait(POLL_S):
             if (why := self._failure()) is not None and not self._over.is_set():
                 self.failure = why
-                press_for_user()
-                return
+                return press_for_user()
             if self._ready():
                 return
 

@@ -228,13 +228,18 @@ class Front:
         await asyncio.sleep(LAST_S)
         await server.shutdown(sockets=[listening])
 
-    def close(self) -> None:
-        """Take no connections and no requests any more, because the whole server ends. The caller waits for the requests
-        under way; the shutdown that follows does not."""
+    @property
+    def inside(self) -> int:
+        """Requests under way."""
+        return self._door.inside
+
+    def close(self) -> int:
+        """Take no more connections and requests, because the whole server ends. Returns how many requests are under way. The
+        caller waits for them; the shutdown that follows does not."""
         self._is_draining = True
-        self._door.close()
         if self._server is not None:
             self._server.should_exit = True
+        return self._door.close()
 
     async def drain(self) -> None:
         """Take no more connections, because this replica shuts down, and return when the requests under way have ended."""

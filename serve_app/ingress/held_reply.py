@@ -87,10 +87,8 @@ class HeldReply:
         """Add step times, fallbacks and ``retry-after``. The held start of a stream gets them again with its first token."""
         headers = MutableHeaders(raw=start["headers"])
         if times := self._trace.stage_times():
-            headers["server-timing"] = ", ".join(
-                [f"{name};dur={seconds * 1000:.2f}" + self._who(name) for name, seconds in times.items()]
-                + self._items()
-            )
+            steps = [f"{name};dur={seconds * 1000:.2f}{self._who(name)}" for name, seconds in times.items()]
+            headers["server-timing"] = ", ".join(steps + self._items())
         if self._trace.rungs:
             headers["x-epd-rungs"] = self._trace.rungs_told()
         if self.status in (429, 503):
@@ -117,12 +115,6 @@ class HeldReply:
         start = self._held[0]
         self._add_headers(start)
         kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-type", b"content-length")]
-        content = of_route(self._path, JSONResponse(error.model_dump())).body
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": error.error.code,
-                "headers": [*kept, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))],
-            }
-        )
-        await self._send({"type": "http.response.body", "body": content})
+        reply = of_route(self._path, JSONResponse(error.model_dump()))
+        await self._send({**start, "status": self.status, "headers": [*kept, *reply.raw_headers]})
+        await self._send({"type": "http.response.body", "body": reply.body})

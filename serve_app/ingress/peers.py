@@ -10,7 +10,7 @@ Serve handle, before it tells a client that it is not found::
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
 logger = logging.getLogger("ray.serve")
 
@@ -21,20 +21,14 @@ Answer = Callable[..., Awaitable[Any]]
 """Takes a key and the other arguments of ``find``; looks in its own replica only. Returns None if it is not there."""
 
 
-class Handle(Protocol):
-    """Ray Serve's ``DeploymentHandle`` of the ingress."""
-
-    def broadcast(self, method: str, *args: Any) -> Any: ...
-
-
 class Peers:
     """The other ingress replicas.
 
-    ``replica``: the id of this one, by which it ignores its own broadcasts. ``handle``: the handle of the ingress; without
-    one there are no others.
+    ``replica``: the id of this one, by which it ignores its own broadcasts. ``handle``: Ray Serve's ``DeploymentHandle``
+    of the ingress; without one there are no others.
     """
 
-    def __init__(self, replica: str = "", handle: Handle | None = None) -> None:
+    def __init__(self, replica: str = "", handle: Any = None) -> None:
         self._replica = replica
         self._handle = handle
         self._offers: dict[str, Answer] = {}

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from serve_app.handoff.errors import CannotStart, EPDError
 from serve_app.handoff.types import Version
@@ -20,30 +20,22 @@ CONTROLLER_S = 5.0
 """Seconds for Serve's controller to answer."""
 
 
-class Deployment(Protocol):
-    """Ray Serve's ``DeploymentStatusOverview``."""
-
-    status: Any
-    message: str
-    replica_states: Mapping[str, int]
-
-
 class Readiness:
     """The readiness of one application's stages for one ingress replica."""
 
     def __init__(
         self,
         stages: Mapping[Stage, StageHandle],
-        deployments: Callable[[], Mapping[str, Deployment]],
+        deployments: Callable[[], Mapping[str, Any]],
         startup_s: float,
     ) -> None:
-        """``deployments`` asks Serve's controller for the deployments of the application, by name, and blocks meanwhile."""
+        """``deployments`` asks Serve's controller for a ``DeploymentStatusOverview`` per name, and blocks meanwhile."""
         self._stages = stages
         self._ask_controller = deployments
         self._startup_s = startup_s
         self._told: tuple[float, dict[str, str]] = (-PROBE_CACHE_S, {})
         self._probing = asyncio.Lock()
-        self._asking: asyncio.Task[Mapping[str, Deployment]] | None = None
+        self._asking: asyncio.Task[Mapping[str, Any]] | None = None
 
     async def wait_ready(self) -> None:
         """Raises ``CannotStart`` after ``timeouts.startup_s``."""
@@ -100,14 +92,14 @@ class Readiness:
             for name, deployment in deployments.items()
         }
 
-    async def _deployments(self) -> Mapping[str, Deployment]:
+    async def _deployments(self) -> Mapping[str, Any]:
         """Raises ``TimeoutError``. All callers share one thread: it cannot be ended while the controller does not answer,
         and media from URLs need threads too."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(asyncio.to_thread(self._ask_controller))
         return await asyncio.wait_for(asyncio.shield(self._asking), CONTROLLER_S)
 
-    async def _state(self, stage: Stage, deployment: Deployment | None) -> str:
+    async def _state(self, stage: Stage, deployment: Any | None) -> str:
         if deployment is None:
             return "not deployed"
         if deployment.replica_states.get("RUNNING", 0) == 0:

@@ -46,30 +46,13 @@ class Place:
     """Requests at a time."""
 
 
-class Serving:
-    """What a replica serves: its app behind a door, and with ``http: replicas`` a front that listens."""
-
-    def __init__(self, config: EPDConfig, place: Place, door: Door) -> None:
-        self.app: Door | Front = door
-        self.door = door
-        limits = config.timeouts
-        self._drain_s = limits.drain_s
-        if config.http is Http.REPLICAS:
-            bounds = {"body_s": limits.request_s, "drain_s": limits.drain_s, "notice_s": limits.drain_notice_s}
-            self.app = Front(door, place.address, **bounds)
-            self.app.bind()
-
-    def close(self) -> tuple[int, float]:
-        """Refuse new requests from now on. Returns how many are under way, and the seconds that they get to end."""
-        if isinstance(self.app, Front):
-            self.app.close()
-        return self.door.close(), self._drain_s
-
-
 async def start(
     config: EPDConfig, place: Place, stages: Mapping[Stage, StageHandle], readiness: Readiness, peers: Peers
-) -> Serving:
-    """Raises ``CannotStart`` if the stages are not ready in time, or run another version."""
+) -> Door | Front:
+    """Returns the app behind its door, and with ``http: replicas`` behind a front that listens.
+
+    Raises ``CannotStart`` if the stages are not ready in time, or run another version.
+    """
     began = time.perf_counter()
     args = ingress_args(config, model_path(config))
     vllm_config = server.ingress_vllm_config(args)
@@ -92,7 +75,13 @@ async def start(
     freeze_gc_heap()  # see `StageEngine`
     times = {"app": built - began, "stages": ready - built, "warm_up": time.perf_counter() - ready}
     logger.info("start-up ingress: " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in times.items()))
-    return Serving(config, place, Door(app, place.limit))
+    door, limits = Door(app, place.limit), config.timeouts
+    if config.http is Http.PROXY:
+        return door
+    bounds = {"body_s": limits.request_s, "drain_s": limits.drain_s, "notice_s": limits.drain_notice_s}
+    front = Front(door, place.address, **bounds)
+    front.bind()
+    return front
 
 
 async def warm_up(app: ASGIApp, model: str, api_key: str | None, with_image: bool, tokens: int = 1) -> None:

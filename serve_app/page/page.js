@@ -14,7 +14,7 @@ class Problem extends Error {}
 const key = () => $("key").value.trim();
 const headers = () => (key() ? { authorization: `Bearer ${key()}` } : {});
 
-// What a response that is no answer says, as a sentence.
+// The message of an error response, as a sentence.
 async function refusal(response) {
   if (response.status === 401) return "The server asks for an API key: enter it at the top of the page.";
   let body = {};
@@ -90,14 +90,14 @@ for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", f
 
 // ---- drawing
 
-// As in serve_app/demo/drawing.py: what the demo model has seen.
+// The colours of serve_app/demo/drawing.py, which the demo model has seen.
 const COLOURS = {
   red: "#e02020", orange: "#f58a10", yellow: "#f5d90a", green: "#1f9d3a",
   blue: "#2050d8", purple: "#8a2fc0", pink: "#f58cc0", black: "#202020",
 };
 const GROUNDS = { white: "#ffffff", "light grey": "#d0d0d0", ...COLOURS };
 
-// Each within a circle of radius r.
+// Each figure lies within a circle of radius r.
 const SHAPES = {
   circle: (path, r) => path.arc(0, 0, r, 0, 2 * Math.PI),
   square: (path, r) => polygon(path, [r, r, r, r], -Math.PI / 4),
@@ -207,7 +207,7 @@ function setUpDrawing() {
   PLACES.forEach((name, index) => {
     const button = make("button", { type: "button", textContent: ARROWS[index] });
     button.setAttribute("aria-label", `Place it ${name}`);
-    const at = (column) => { // whole, where it can be
+    const at = (column) => { // keeps the figure inside the picture if it fits
       const edge = Math.min(radius() + 4, canvas.width / 2);
       return Math.min(Math.max((0.24 + 0.26 * column) * canvas.width, edge), canvas.width - edge);
     };
@@ -226,7 +226,7 @@ function setUpDrawing() {
 
 let asking = null; // aborts the request under way
 
-// The events of a stream as they come. Comments and other fields of the format are not used here.
+// Yields the events of a stream as they come. Comments and other fields are ignored.
 async function* events(body) {
   let text = "";
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
@@ -290,7 +290,7 @@ $("ask").addEventListener("submit", async (event) => {
   $("thinking").hidden = $("waterfall").hidden = true;
   $("send").disabled = true;
   $("stop").hidden = false;
-  $("answer").setAttribute("aria-busy", "true"); // read out once it is whole
+  $("answer").setAttribute("aria-busy", "true"); // screen readers wait for the whole answer
   try {
     await ask();
   } catch (error) {
@@ -317,7 +317,7 @@ const STEPS = {
   rest: ["Decode: the rest", "work"],
 };
 
-// As `python -m serve_app ask --timing` reads the header. What has a dot in its name is one item of a step: all at the same time.
+// Reads the header like `python -m serve_app ask --timing`. A name with a dot is one item of a step; items overlap.
 function showWaterfall(told, waitMs, restMs) {
   const found = [...(told.get("server-timing") ?? "").matchAll(/([\w.]+);dur=([\d.]+)(?:;desc="([^"]*)")?/g)];
   const timed = found.map(([, name, ms, who]) => ({ name, ms: Number(ms), who: who ?? "" }));
@@ -354,8 +354,8 @@ function showWaterfall(told, waitMs, restMs) {
 // ---- the stages
 
 let worked = new Set(); // replicas that worked on the last request
-const ingresses = new Map(); // each look is answered by one of them
-const before = new Map(); // of each stage, what was told of its replicas
+const ingresses = new Map(); // any one of them answers a look
+const before = new Map(); // the last summary of each stage
 
 const plural = (count, what) => `${Math.round(count)} ${Math.round(count) === 1 ? what.replace(/s$/, "") : what}`;
 
@@ -363,7 +363,7 @@ function loadOf(load, unit) {
   const lines = [plural(load.calls, load.rate === undefined ? unit : "calls")];
   let share = load.slots && unit === "sequences" ? load.outstanding / load.slots : 0;
   if (load.rate !== undefined) {
-    if (unit !== "sequences") lines.push(plural(load.outstanding, unit)); // of those each is a call
+    if (unit !== "sequences") lines.push(plural(load.outstanding, unit)); // each sequence is a call
     if (load.rate && load.outstanding && unit !== "sequences") {
       share = load.outstanding / load.rate;
       lines.push(`${share.toFixed(2)} s of work`);

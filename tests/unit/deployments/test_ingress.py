@@ -27,7 +27,7 @@ def test_it_asks_serve_of_its_own_application_alone(monkeypatch: pytest.MonkeyPa
 
 
 def test_close_and_the_requests_inside_are_told_by_what_it_serves() -> None:
-    serving = SimpleNamespace(close=lambda: (2, 30.0), door=SimpleNamespace(inside=2))
-    one = made(_serving=serving)
+    config = SimpleNamespace(timeouts=SimpleNamespace(drain_s=30.0))
+    one = made(_app=SimpleNamespace(close=lambda: 2, inside=2), _config=config)
     assert asyncio.run(one.close()) == (2, 30.0)
     assert asyncio.run(one.record_autoscaling_stats()) == {"requests": 2.0}
