@@ -1,4 +1,4 @@
-"""What ``SharedFolderECConnector`` counts, on its way from the scheduler to Prometheus."""
+"""The counts of ``SharedFolderECConnector``, from the scheduler to Prometheus."""
 
 from typing import Any
 
@@ -9,12 +9,10 @@ BYTES = "bytes."
 """Prefix of the names that count bytes; ``bytes.written`` becomes ``epd:ec_bytes_total{direction="written"}``."""
 
 FOLDER_BYTES = "folder_bytes"
-"""The one name that is a level and no count."""
+"""The one name that is a gauge."""
 
 LOAD_SECONDS = "load_seconds"
-"""The one name that has a list: what each read took."""
-
-BUCKETS_S = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0]
+"""The one name with a list: the seconds of each read."""
 
 
 class SharedFolderStats(ECConnectorStats):
@@ -61,12 +59,11 @@ class SharedFolderPromMetrics(ECConnectorPromMetrics):
         self._folder = metric_types[Gauge](
             "epd:ec_folder_bytes", "Bytes in the folder when this engine last counted.", labelnames=labelnames
         )
-
         self._loads = metric_types[Histogram](
             "epd:ec_load_seconds",
             "Seconds to read an embedding from the folder.",
             labelnames=labelnames,
-            buckets=BUCKETS_S,
+            buckets=[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0],
         )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:

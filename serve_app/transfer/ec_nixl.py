@@ -1,17 +1,17 @@
-"""``NixlECConnector``: vLLM's ``ECCPUConnector`` with NIXL, as a stage needs it that must not die of one request.
+"""``NixlECConnector``: vLLM's ``ECCPUConnector`` with NIXL, for a stage that must not die of one request.
 
-An encoder copies embeddings into a buffer in its shared memory and answers with its address; prefill and decode, on
-whatever node, read them from there into buffers of their own. A consumer that cannot get an embedding fails the request
-that needs it, to be sent again. What vLLM leaves open is closed here, on the scheduler's side:
+An encoder copies embeddings into a buffer in its shared memory and answers with its address; prefill and decode, on any
+node, read them from there into their own buffers. A consumer that cannot get an embedding fails the request that needs it,
+for a retry. The scheduler's side here closes vLLM's gaps:
 
-- An encoder answers with a key only for what can be read. vLLM also names what its buffer had no room for; the item would
-  go on without pixels, and the engine that has neither pixels nor address dies.
-- A buffer that cannot hold the longest prompt's items is refused at start. An item larger than the buffer would end the
-  encoder, and the next one to which it is sent. So is one smaller than an encoder's own cache: an item that is in that and
-  no longer in the buffer is not saved again, and could not be read.
-- What is asked of an encoder again stays longest. It has such an item still in its own cache and does not save it again,
-  so that without this a repeated item would be the first to go, and could not be read any more.
-- The buffer's file has no name once all processes of the engine have opened it: it is gone with them, however they end.
+- An encoder answers with a key only for items that can be read. vLLM also names items for which its buffer had no room; they
+  would go on without pixels, and an engine with neither pixels nor address dies.
+- A buffer smaller than the longest prompt's items is refused at start, because an item larger than the buffer would end each
+  encoder that gets it. A buffer smaller than an encoder's own cache is refused too: an item that is only in that cache is
+  not saved again, and could not be read.
+- Items that are asked for again stay longest. An encoder has such an item still in its own cache and does not save it again,
+  so otherwise repeated items would be evicted first, and could not be read any more.
+- The buffer's file is unlinked once all processes of the engine have opened it, so it ends with them.
 """
 
 import os
@@ -46,15 +46,12 @@ class NixlECScheduler(ECCPUScheduler):
             raise
 
     def _check_room(self, vllm_config: VllmConfig) -> None:
-        widths = self._ec_config.mm_encoder_output_widths  # measured on encoders only; all stages have the same buffer
+        widths = self._ec_config.mm_encoder_output_widths  # only encoders measure them; all stages have the same buffer
         room, block = self._region.num_blocks, self._region.block_size_bytes
+        cached = vllm_config.scheduler_config.encoder_cache_size
         for what, of, tokens in (
             ("the items of one prompt", "max_model_len", vllm_config.model_config.max_model_len),
-            (
-                "an encoder's own cache",
-                "encoder.engine_args.max_num_batched_tokens",
-                vllm_config.scheduler_config.encoder_cache_size,
-            ),
+            ("an encoder's own cache", "encoder.engine_args.max_num_batched_tokens", cached),
         ):
             needed = max((self._num_blocks((tokens, width)) for width in widths.values()), default=0)
             if needed > room:
@@ -68,7 +65,7 @@ class NixlECScheduler(ECCPUScheduler):
             for feature in request.mm_features:
                 entry = self._cache.pin_if_ready(feature.identifier)
                 if entry is not None and entry.ready:
-                    self._cache.unpin(feature.identifier)  # which makes it the last to go
+                    self._cache.unpin(feature.identifier)  # makes it the last to be evicted
         available: bool = super().ensure_cache_available(request, *args, **kwargs)
         return available
 

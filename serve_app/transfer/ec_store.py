@@ -4,15 +4,15 @@
 
     <root>/<2 hex>/<62 hex>.safetensors    an item: sha256 of its identifier, which is never trusted as a path
     <root>/tmp/                            files that are being written
-    <root>/lock                            held by the process that evicts; its times are the folder's clock
+    <root>/lock                            locked by the process that evicts; its times are the folder's clock
 
-- A file is written under ``tmp/`` and renamed into its place, and never changed after that.
-- Who needs a file holds a shared ``flock`` on it (a pin). Who evicts takes an exclusive one first and leaves a file alone
-  that it cannot get. The kernel drops the pins of a process that dies. On NFS, Linux passes ``flock`` to the server;
-  where a file system has none, only the lease protects.
-- Used means touched: the modification time is the last use, by the file server's clock. For ``lease_s`` after that a file
-  is never removed, pinned or not: a request on its way from the encoder to its consumer has nobody to pin for it. Where
-  the bounds are ``strict``, as in memory, they come first.
+- A file is written under ``tmp/``, renamed into its place, and never changed after that.
+- A process that needs a file holds a shared ``flock`` on it (a pin). Eviction takes an exclusive one first and skips a file
+  that is pinned. The kernel drops the pins of a dead process. On NFS, Linux passes ``flock`` to the server; on a file system
+  without it only the lease protects.
+- The modification time is the last use, by the file server's clock. For ``lease_s`` after that a file is never removed,
+  because nobody pins it for a request on its way from the encoder to its consumer. Bounds that are ``strict``, as in memory,
+  come before leases.
 """
 
 import contextlib
@@ -28,11 +28,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
 TENSOR = "ec_cache"
-"""Name of the tensor in the file, as in vLLM's ECExampleConnector."""
+"""Name of the tensor in the file, the same as in vLLM's ECExampleConnector."""
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Element types of an embedding by their safetensors names."""
@@ -40,8 +41,8 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER_BYTES = 4096
 
 RESERVE_BYTES = 1 << 30
-"""Left to others, or a tenth of a smaller file system. One in memory that is full kills who has mapped a file there: Ray's
-object store, PyTorch, vLLM."""
+"""Bytes left free, or a tenth of a smaller file system. A full one in memory kills every process with a file mapped there:
+Ray's object store, PyTorch, vLLM."""
 
 STALE_TEMPORARY_S = 60.0
 
@@ -71,7 +72,7 @@ class Evicted(NamedTuple):
 
 
 class OpenItem:
-    """An item that is open, whole and pinned: until ``close`` it is there to be read, even if it is deleted."""
+    """An item that is open, whole and pinned: it can be read until ``close``, even if its file is deleted."""
 
     def __init__(self, fd: int, start: int, shape: Shape) -> None:
         self._fd = fd
@@ -79,7 +80,7 @@ class OpenItem:
         self.shape = shape
 
     def read_into(self, memory: memoryview) -> None:
-        """Fill as many bytes as the item has, row by row. Raises ``BrokenItem``: a disk or an outsider can still fail us."""
+        """Fill ``memory`` with the item's bytes, row by row. Raises ``BrokenItem`` if it is cut short or unreadable."""
         done = 0
         try:
             while done < len(memory):
@@ -102,24 +103,17 @@ class OpenItem:
         self.close()
 
 
+@dataclass
 class FolderStore:
-    """Every method may be called by any number of processes at once. Folders are made when first written to."""
+    """Every method may be called by any number of processes at once. Writing makes the folders."""
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        max_bytes: int = 8 << 30,
-        max_age_s: float = 86_400.0,
-        lease_s: float = 60.0,
-        strict: bool = False,
-    ) -> None:
-        """``strict``: leases yield to the bounds. 50 images of 11 MB per second with leases of a minute are 33 GB."""
-        self.root = root
-        self.strict = strict
-        self.max_bytes = max_bytes
-        self.max_age_s = max_age_s
-        self.lease_s = lease_s
+    root: Path
+    _: KW_ONLY
+    max_bytes: int = 8 << 30
+    max_age_s: float = 86_400.0
+    lease_s: float = 60.0
+    strict: bool = False
+    """Whether the bounds come before leases. 50 images of 11 MB per second with leases of a minute are 33 GB."""
 
     def path(self, identifier: str) -> Path:
         digest = hashlib.sha256(identifier.encode(errors="surrogatepass")).hexdigest()
@@ -128,8 +122,8 @@ class FolderStore:
     def put(self, identifier: str, data: bytes | bytearray | memoryview, shape: Shape) -> int:
         """Write an item, unless a whole one of this shape is there. Returns the bytes of the file, 0 if none was written.
 
-        Raises ``OSError`` when it cannot be written (disk full); nothing is left behind then. Not synced: a file that a
-        crash of the machine has cut short is seen as broken by whoever opens it.
+        Raises ``OSError``, and leaves nothing behind, when it cannot be written (disk full). Nothing is synced: ``open``
+        finds out about a file that a crash of the machine has cut short.
         """
         if self.shape(identifier) == shape:
             return 0
@@ -138,17 +132,14 @@ class FolderStore:
         fd = _create(temporary)
         try:
             try:
-                _flock(fd, fcntl.LOCK_EX)  # its writer lives
+                _flock(fd, fcntl.LOCK_EX)  # shows that its writer lives
                 _leave_room(fd, shape.size_bytes)
                 for part in (header, data):
                     _write(fd, memoryview(part).cast("B"))
             finally:
-                os.close(fd)  # before the rename: NFS has the data on the server then, and readers can pin it
-            try:
-                os.replace(temporary, path)
-            except FileNotFoundError:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(temporary, path)
+                os.close(fd)  # before the rename, so that NFS has the data on the server and readers can pin it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -157,10 +148,10 @@ class FolderStore:
     def open(self, identifier: str) -> OpenItem | None:
         """Pin an item, and count it as used. None: it is not there. Raises ``BrokenItem``.
 
-        Reads the header only. What is no embedding at all is removed, so that it can be written anew.
+        Reads the header only. Removes a file that is no embedding, so that it can be written anew.
         """
         path = self.path(identifier)
-        for _ in range(3):  # removed between our open and our pin: look again, somebody may have written it anew
+        for _ in range(3):  # a file that is removed between open and pin may have been written anew
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError):
@@ -180,38 +171,37 @@ class FolderStore:
             except OSError as error:
                 os.close(fd)
                 raise BrokenItem(str(error)) from error
-            with contextlib.suppress(OSError):  # a consumer may have no more than the right to read
+            with contextlib.suppress(OSError):  # a consumer may only be allowed to read
                 os.utime(fd)
             return OpenItem(fd, start, shape)
         return None
 
     def shape(self, identifier: str) -> Shape | None:
-        """What an item is, counted as a use. None: not there, or not whole."""
-        try:
-            item = self.open(identifier)
-        except BrokenItem:
-            return None
-        if item is None:
-            return None
-        with item:
-            return item.shape
+        """Shape of an item, counted as a use. None: it is not there, or not whole."""
+        with contextlib.suppress(BrokenItem):
+            if (item := self.open(identifier)) is not None:
+                item.close()
+                return item.shape
+        return None
 
     # ---- bounds
 
     def evict(self) -> Evicted | None:
-        """Remove what is over the bounds, least recently used first; None while another process is at it.
+        """Remove items over the bounds, least recently used first; None while another process does so.
 
-        Goes down to nine tenths of ``max_bytes``, so that the next write does not need it again, or of half of what would be
-        free without them: the folder may lie in memory. Pinned items stay, whatever the bounds say; so do those within their
-        lease, unless ``strict``. Also removes what dead writers left in ``tmp/``.
+        The limit is ``max_bytes``, or half of what would be free without the items if that is less; a pass goes down to nine
+        tenths of it, so that the next write needs none. Pinned items always stay, leased ones unless ``strict``. Files that
+        dead writers left in ``tmp/`` go too.
 
-        Cost: one look at each file (about 10 µs on a local disk). Never call it per write: see ``Evictor``.
+        A pass costs one stat per file, about 10 µs on a local disk; ``Evictor`` calls it less often than each write.
         """
         with self._sole() as now:
             if now is None:
                 return None
-            self._sweep(now)
-            items = sorted(self._scan())
+            for used, _, path in _files(self.root / "tmp"):
+                if (now - used) / 1e9 >= STALE_TEMPORARY_S:
+                    self._remove(path, used)
+            items = sorted(item for shard in self.root.glob("??") for item in _files(shard))
             left = sum(size for _, size, _ in items)
             most = min(self.max_bytes, (left + shutil.disk_usage(self.root).free) // 2)
             target = most if left <= most else most * 9 // 10
@@ -220,7 +210,7 @@ class FolderStore:
                 idle = (now - used) / 1e9
                 leased = idle < self.lease_s and not (self.strict and left > most)
                 if leased or (left <= target and idle <= self.max_age_s):
-                    break  # and so are all that come after
+                    break  # and so are all later ones
                 if self._remove(path, used):
                     left -= size
                     files += 1
@@ -229,7 +219,7 @@ class FolderStore:
 
     @contextlib.contextmanager
     def _sole(self) -> Iterator[int | None]:
-        """The folder's time in ns, for the one process that evicts; None for others."""
+        """The folder's time in ns for the one process that may evict; None for others."""
         fd = _create(self.root / "lock", exclusive=False)
         try:
             if not _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
@@ -239,22 +229,6 @@ class FolderStore:
             yield os.fstat(fd).st_mtime_ns
         finally:
             os.close(fd)
-
-    def _scan(self) -> Iterator[tuple[int, int, Path]]:
-        """Last use in ns, bytes, and path of each item."""
-        for shard in _entries(self.root):
-            if len(shard.name) == 2:
-                for entry in _entries(shard.path):
-                    with contextlib.suppress(FileNotFoundError):
-                        stat = entry.stat()
-                        yield stat.st_mtime_ns, stat.st_size, Path(entry.path)
-
-    def _sweep(self, now: int) -> None:
-        for entry in _entries(self.root / "tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                used = entry.stat().st_mtime_ns
-                if (now - used) / 1e9 >= STALE_TEMPORARY_S:
-                    self._remove(Path(entry.path), used)
 
     def _remove(self, path: Path, used: int) -> bool:
         """Remove a file that nobody pins, if it was last used at ``used`` (ns)."""
@@ -280,10 +254,9 @@ class FolderStore:
 
 
 class Evictor:
-    """Evicts in a thread of its own: after every twentieth of the budget that this process wrote, and once a minute.
+    """Evicts in its own thread, each time this process has written a twentieth of the budget, and once a minute.
 
-    So ``n`` writing processes can be over the budget by ``n`` twentieths, and the look at all files is paid by the many
-    writes between two of them.
+    So ``n`` writing processes can exceed the budget by ``n`` twentieths, and many writes share the cost of one pass.
     """
 
     def __init__(self, store: FolderStore) -> None:
@@ -304,7 +277,7 @@ class Evictor:
             self.now()
 
     def now(self) -> None:
-        """Evict soon."""
+        """Start a pass without waiting for it."""
         self._written = 0
         self._wake.set()
 
@@ -322,7 +295,7 @@ class Evictor:
 
     def _run(self) -> None:
         while True:
-            with contextlib.suppress(OSError):  # no folder yet, or the disk is away: the next pass looks again
+            with contextlib.suppress(OSError):  # the disk may be away; the next pass tries again
                 done = self._store.evict()
                 if done is not None:
                     with self._lock:
@@ -339,20 +312,19 @@ class Evictor:
 
 
 def _create(path: Path, exclusive: bool = True) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
-    try:
-        return os.open(path, flags, 0o666)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, flags, 0o666)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0), 0o666)
 
 
-def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+def _files(folder: Path) -> list[tuple[int, int, Path]]:
+    """Last use in ns, bytes, and path of each file in a folder."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                stat = entry.stat()
+                found.append((stat.st_mtime_ns, stat.st_size, Path(entry.path)))
+    return found
 
 
 def _leave_room(fd: int, size_bytes: int) -> None:
@@ -368,7 +340,7 @@ def _write(fd: int, data: memoryview) -> None:
 
 
 def _flock(fd: int, operation: int) -> bool:
-    """Whether we have the lock, or the file system has no locks."""
+    """Whether this process has the lock, or the file system has no locks."""
     try:
         fcntl.flock(fd, operation)
     except BlockingIOError:
@@ -380,7 +352,7 @@ def _flock(fd: int, operation: int) -> bool:
 
 
 def _pin(fd: int) -> bool:
-    """Pin an open file; False if it has been removed. Whoever evicts it now is done in microseconds."""
+    """Pin an open file; False if it has been removed. An eviction holds its lock for microseconds."""
     for _ in range(50):
         if _flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB):
             return os.fstat(fd).st_nlink > 0
@@ -389,7 +361,7 @@ def _pin(fd: int) -> bool:
 
 
 def _header(shape: Shape) -> bytes:
-    """The head of a safetensors file that has one tensor."""
+    """The header of a safetensors file with one tensor."""
     tensor = {"dtype": shape.dtype, "shape": [shape.rows, shape.width], "data_offsets": [0, shape.size_bytes]}
     text = json.dumps({TENSOR: tensor}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -397,7 +369,7 @@ def _header(shape: Shape) -> bytes:
 
 
 def _parse(fd: int) -> tuple[int, Shape]:
-    """Where the elements start, and what they are. Raises ``BrokenItem`` unless the file is exactly one whole embedding."""
+    """Offset of the elements, and their shape. Raises ``BrokenItem`` unless the file is exactly one whole embedding."""
     size = os.fstat(fd).st_size
     prefix = os.pread(fd, 8, 0)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1

@@ -1,8 +1,8 @@
 """The workers' half of ``SharedFolderECConnector``, and what the scheduler's half sends it with each step.
 
-On CUDA nothing here waits for the card. What is loaded goes there from pinned memory, in the order of the stream that the
-model runs on: PyTorch records an event with each such copy, and gives the memory out again only after it. What is saved goes
-to pinned memory in the same order, and a thread of ``ec_writer.py`` waits for its event.
+On CUDA nothing here waits for the card. Loads copy from pinned memory on the model's stream: PyTorch records an event with
+each copy and reuses the memory only after it. Saves copy to pinned memory on the same stream, and a thread of
+``ec_writer.py`` waits for their events.
 """
 
 from dataclasses import dataclass, field
@@ -11,11 +11,7 @@ from typing import Any
 
 import torch
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata
-from vllm.distributed.parallel_state import (
-    get_pcp_group,
-    get_tensor_model_parallel_rank,
-    model_parallel_is_initialized,
-)
+from vllm.distributed.parallel_state import get_pcp_group, get_tensor_model_parallel_rank, model_parallel_is_initialized
 from vllm.logger import init_logger
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.utils.platform_utils import is_pin_memory_available
@@ -30,11 +26,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def host_memory(shape: Shape) -> torch.Tensor:
-    """Memory of the host for an embedding, of any content.
+    """Uninitialized host memory for an embedding.
 
-    Pinned where this process copies it to a card: the driver needs no copy of its own then, nor the caller to wait. PyTorch
-    keeps it for the next items, so it costs no page faults either. A scheduler whose workers are other processes has no
-    CUDA, and must not begin with it: a context takes 0.4 GiB of the first card.
+    It is pinned where this process copies it to a card: such a copy is asynchronous and direct, and PyTorch keeps the memory
+    for the next items. A scheduler with workers in other processes must not initialize CUDA: a context takes 0.4 GiB.
     """
     pinned = torch.cuda.is_initialized() and is_pin_memory_available()
     return torch.empty((shape.rows, shape.width), dtype=DTYPES[shape.dtype], pin_memory=pinned)
@@ -47,10 +42,10 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 @dataclass
 class Load:
-    """An embedding on its way to the workers.
+    """An embedding that the scheduler sends to the workers.
 
-    A tensor, because vLLM's queue to workers in other processes sends a tensor's memory beside the pickled step
-    (``shm_broadcast.py``). Bytes would travel in it, at 8 ms per 11 MB.
+    It is a tensor, because vLLM's queue to workers in other processes (``shm_broadcast.py``) sends a tensor's memory beside
+    the pickled step. Bytes would travel inside it, at 8 ms per 11 MB.
     """
 
     shape: Shape
@@ -60,7 +55,7 @@ class Load:
     def on(self, device: str) -> torch.Tensor:
         if self.data is None:
             return torch.zeros((self.shape.rows, self.shape.width), dtype=DTYPES[self.shape.dtype], device=device)
-        with gpu_sync_allowed():  # what came by a queue may lie in memory that is not pinned
+        with gpu_sync_allowed():  # the memory of a queue may be unpinned
             return self.data.to(device, non_blocking=True)
 
 
@@ -68,22 +63,22 @@ class Load:
 class StepMetadata(ECConnectorMetadata):
     loads: dict[str, Load] = field(default_factory=dict)
     writes: set[str] = field(default_factory=set)
-    """Items that an encoder holds and the folder does not."""
+    """Items that an encoder's cache holds and the folder does not."""
     writer: Writer | None = None
-    """The scheduler's, which knows by it what it has to wait for. It does not reach workers in other processes."""
+    """The scheduler's writer, which a reply waits for; None for workers in other processes."""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"writer": None}
 
 
 class FolderWorker:
-    """Embeddings between the folder and the encoder cache of one worker. ``step``: what came with the running step."""
+    """Moves embeddings between the folder and the encoder cache of one worker. ``step`` is the running step's metadata."""
 
     def __init__(self, store: FolderStore, prefix: str) -> None:
-        self._store = store
         self._prefix = prefix
         self._writes = is_first_rank()
-        self._writer: Writer | None = None
+        self._writer = Writer(store)
+        """Writes the items of steps whose scheduler is another process."""
 
     def load(self, encoder_cache: dict[str, torch.Tensor], step: StepMetadata) -> None:
         device = this_device()
@@ -91,39 +86,30 @@ class FolderWorker:
             encoder_cache[identifier] = load.on(device)
 
     def save(self, encoder_cache: dict[str, torch.Tensor], identifier: str, step: StepMetadata) -> None:
-        """Begin to write an item. What cannot be written fails no step: the encoder's reply leaves out what is not there."""
+        """Begin to write an item. A failure is logged and fails no step: the encoder's reply leaves the item out."""
         if not self._writes:
             return
-        writer = step.writer or self._own_writer()
+        writer = step.writer or self._writer
         try:
             tensor = encoder_cache[identifier].detach()
             rows, width = tensor.shape
             shape = Shape(rows, width, DTYPE_NAMES[tensor.dtype])
             writer.write(self._prefix + identifier, shape, partial(staged, tensor, shape))
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            RuntimeError,
-        ) as error:  # hangs; not two-dimensional; not of floats; closed
+        # The disk hangs; not two-dimensional; not of floats; the writer is closed.
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             logger.error("Could not write the embedding of item %s: %s", identifier, error)
 
     def end_step(self, step: StepMetadata) -> None:
-        """With the end of a step its scheduler may reply. One in another process cannot wait for our files: we do."""
-        if step.writer is None and self._writer is not None:
+        """Wait for files where the scheduler is another process: it may reply when the step ends, and cannot wait itself."""
+        if step.writer is None:
             self._writer.wait()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def _own_writer(self) -> Writer:
-        self._writer = self._writer or Writer(self._store)
-        return self._writer
+        self._writer.close()
 
 
 def is_first_rank() -> bool:
-    """All ranks of a tensor (and prefill context) parallel group hold the same embeddings: one of them writes."""
+    """All ranks of a tensor (and prefill context) parallel group hold the same embeddings, so only the first one writes."""
     if not model_parallel_is_initialized():
         return True
     return bool(get_tensor_model_parallel_rank() == 0 and get_pcp_group().rank_in_group == 0)
@@ -139,10 +125,9 @@ def this_device() -> str:
 
 
 def staged(tensor: torch.Tensor, shape: Shape) -> Staged:
-    """The bytes of an embedding on the host: a tensor's own if it is there, else those of a copy under way.
+    """The bytes of an embedding on the host: the tensor's own there, else those of an asynchronous copy.
 
-    The copy takes its turn in the stream that the model runs on, so nothing overwrites what it reads; 11 MB hold that up by
-    half a millisecond.
+    The copy runs on the model's stream, so nothing overwrites what it reads; 11 MB take half a millisecond of it.
     """
     if tensor.is_cpu:
         return bytes_of(tensor.contiguous()), None

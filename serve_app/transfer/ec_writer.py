@@ -1,7 +1,7 @@
-"""Threads that write embeddings into the folder, so that an engine's thread waits for none of them except to reply.
+"""Threads write embeddings into the folder, so that an engine's thread waits for files only before it replies.
 
-An encoder's thread would stand still for the whole of each file: 5 ms for the image of 1080p of a small model in memory, and
-as long as the disk likes on one. With asynchronous scheduling the next step runs on the card meanwhile.
+Otherwise it would stop for each file: 5 ms for an image of 1080p of a small model in memory, longer on a disk. With
+asynchronous scheduling the next step runs on the card meanwhile.
 """
 
 import logging
@@ -17,24 +17,24 @@ THREADS = 2
 """One writes 2 GB/s into memory at best; models whose images take 67 MB each need more at 50 images/s."""
 
 IN_FLIGHT_BYTES = 256 << 20
-"""Of items whose file is not written yet. Those of a card lie in pinned memory, which PyTorch hands out in powers of two."""
+"""Bytes of items whose file is not written yet. On cards they lie in pinned memory, which PyTorch sizes in powers of two."""
 
 PATIENCE_S = 10.0
-"""How long an engine's thread waits for a disk that hangs."""
+"""Seconds that an engine's thread waits for a disk that hangs."""
 
 Staged = tuple[memoryview, Callable[[], object] | None]
-"""The bytes of an item, and what returns when they are all there. None: they are."""
+"""The bytes of an item, and a function that returns once they are complete; None: they are."""
 
 
 class Writer:
-    """Writes items, each under its key in the store. Not to be written is no error: the key's file is not there then."""
+    """Writes items, each under its key in the store. A failed write is logged, and leaves no file."""
 
     def __init__(self, store: FolderStore, max_bytes: int = IN_FLIGHT_BYTES) -> None:
         self._store = store
         self._max_bytes = max_bytes
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="ec-write")  # starts none before the first item
         self._sizes: dict[str, int] = {}
-        """Bytes of the items under way, by key."""
+        """Bytes of the items that are being written, by key."""
         self._done = threading.Condition()
 
     def is_writing(self, key: str) -> bool:
@@ -43,7 +43,7 @@ class Writer:
     def write(self, key: str, shape: Shape, stage: Callable[[], Staged]) -> None:
         """Begin to write an item, unless that has begun. ``stage`` is called here, once there is room for its bytes.
 
-        Raises ``TimeoutError`` when there is none for ``PATIENCE_S``.
+        Raises ``TimeoutError`` when there is no room for ``PATIENCE_S``.
         """
         with self._done:
             if key in self._sizes:
@@ -59,16 +59,16 @@ class Writer:
             raise
 
     def wait(self, *keys: str) -> None:
-        """Until these items are written, or could not be, for ``PATIENCE_S`` at most. No keys: all of them."""
+        """Wait, for ``PATIENCE_S`` at most, until these items are written or have failed. No keys: all items."""
         with self._done:
             self._done.wait_for(lambda: not any(key in self._sizes for key in keys or self._sizes), PATIENCE_S)
 
     def close(self) -> None:
-        """Wait for the files that are half written; leave out those that are not begun."""
+        """Wait for the files that are half written, and drop the others."""
         self._pool.shutdown(cancel_futures=True)
 
     def _has_room(self, size_bytes: int) -> bool:
-        """One item may be larger than all that may be under way."""
+        """An item larger than the limit is written alone."""
         return not self._sizes or sum(self._sizes.values()) + size_bytes <= self._max_bytes
 
     def _put(self, key: str, data: memoryview, shape: Shape, ready: Callable[[], object] | None) -> None:
@@ -76,7 +76,7 @@ class Writer:
             if ready is not None:
                 ready()
             self._store.put(key, data, shape)
-        except Exception as error:  # the disk is full, or the card has failed: the engine's thread sees that too
+        except Exception as error:  # the disk is full, or the card has failed, which the engine's thread sees too
             logger.error("Could not write the embedding of item %s: %s", key, error)
         finally:
             self._finish(key)

@@ -1,8 +1,8 @@
-"""Whether decode can take prefill's KV blocks, told before a request finds out.
+"""Check at start that decode can take prefill's KV blocks.
 
-NIXL compares the two engines at their first hand-off and refuses it where they differ, for every request again: on cards of
-another generation vLLM picks another attention backend, which lays out its blocks in another way. Here the ingress compares
-them, by vLLM's own hash, before it takes requests.
+NIXL compares the two engines at their first hand-off and refuses every hand-off where they differ: on cards of another
+generation vLLM picks another attention backend, with another layout of blocks. Here the ingress compares them, by vLLM's own
+hash, before it takes requests.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from serve_app.handoff.errors import CannotStart
 
 
 class KVLayout(NamedTuple):
-    """Of one engine. ``digest``: vLLM's hash of all that its blocks depend on."""
+    """Layout of one engine's KV blocks. ``digest``: vLLM's hash of all that they depend on."""
 
     digest: str
     backend: str
@@ -20,19 +20,18 @@ class KVLayout(NamedTuple):
 
 
 def layout_of(vllm_config: Any) -> KVLayout:
-    """Of an engine's config, in the process of its replica: the backend that vLLM picks for the card that is there."""
+    """The layout of an engine's config with the backend that vLLM picks for this process's card."""
     from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import compute_nixl_compatibility_hash
     from vllm.platforms import current_platform
 
     backend = get_current_attn_backends(vllm_config)[0].get_name()
-    return KVLayout(
-        compute_nixl_compatibility_hash(vllm_config, backend), backend, str(current_platform.get_device_name())
-    )
+    digest = compute_nixl_compatibility_hash(vllm_config, backend)
+    return KVLayout(digest, backend, str(current_platform.get_device_name()))
 
 
 def check_layouts(prefill: Iterable[KVLayout], decode: Iterable[KVLayout]) -> None:
-    """Raise ``CannotStart`` where some prefill's blocks do not fit some decode."""
+    """Raise ``CannotStart`` where a prefill engine's blocks do not fit a decode engine."""
     takers = list(decode)
     for giver in prefill:
         for taker in takers:

@@ -1,17 +1,17 @@
-"""Decode uses KV blocks only if prefill still held them when they had been pulled: vLLM's NIXL pull connector, made sure.
+"""Decode uses KV blocks only if prefill still held them when the pull had ended, on top of vLLM's NIXL pull connector.
 
 Prefill's engine holds the blocks of a hand-off for a lease (``advanced.kv.lease_s``); then it frees them, and another prompt
-is written there. vLLM's decode pulls what it was told to pull, whenever it gets to it, and finds out about nothing. Here
+overwrites them. vLLM's decode pulls at any later time and does not notice. Here
 
 - prefill tells with each hand-off when its lease ends, and on NIXL's side channel whether it still holds a hand-off;
-- decode pulls, uses what it has pulled, and tells prefill to free the blocks only as far as it knows that they are held: by
-  prefill's clock the lease has not ended, as nearly always; or prefill says so when it is asked, before the pull and
-  again after it. What was not held counts as lost, as if it had never come;
-- a hand-off that waits for decode has its lease renewed (``renew_kv_leases``, called by way of ``ingress.leases``).
+- decode pulls, uses what it has pulled, and tells prefill to free the blocks only if it knows that they are held: by
+  prefill's clock the lease has not ended, as is usual, or prefill says so before the pull and again after it. A pull of
+  blocks that were not held counts as lost;
+- a hand-off that waits for decode has its lease renewed (``renew_kv_leases``, called through ``ingress.leases``).
 
 So no freeze, queue or clock can make a wrong answer: a lease that is too short costs a second prefill.
 
-In the engine's processes; leans on vLLM 0.32.0's ``nixl/{pull_scheduler,pull_worker,base_worker}.py``.
+Runs in the engine's processes; depends on vLLM 0.32.0's ``nixl/{pull_scheduler,pull_worker,base_worker}.py``.
 """
 
 import logging
@@ -24,50 +24,45 @@ from typing import Any
 import msgspec
 import zmq
 from vllm.distributed.kv_transfer import get_kv_transfer_group
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as nixl
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import pull_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG, RemoteMeta, ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.push_scheduler import NixlPushConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.push_worker import NixlPushConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.utils import zmq_ctx
 from vllm.utils.network_utils import make_zmq_path
 from vllm.v1.worker.worker_base import WorkerBase
 
 ANSWER_S = 5.0
-"""For prefill to say whether it holds a hand-off: as long as vLLM waits for a handshake."""
+"""Seconds for prefill to say whether it holds a hand-off, the same as vLLM's for a handshake."""
 
 HELD = "epd-held"
 
-
 REMEMBERED = 10_000
-"""Leases that have ended. Of an older one decode finds out when it has pulled."""
+"""Number of ended leases to remember. Decode finds out about older ones after the pull."""
 
 
 def says_what_may_be(record: logging.LogRecord) -> bool:
-    """Not what vLLM suspects where decode gives up a hand-off whose lease is over: that decode uses its blocks."""
+    """Drop vLLM's warning that decode may use the blocks of an ended lease: here decode gives them up."""
     return not record.msg.startswith("Potentially invalid KV blocks")
 
 
 class _Answers(dict[tuple[Any, Any], bytes]):
-    """What vLLM's listener answers from: its handshakes by rank, and ours by ``(HELD, request id)``."""
+    """Answers of vLLM's listener: its handshakes by rank, and ours by ``(HELD, request id)``."""
 
     def __init__(self, handshakes: dict[tuple[int, int], bytes], held: set[str]) -> None:
         super().__init__(handshakes)
         self._held = held
 
     def __missing__(self, key: tuple[Any, Any]) -> bytes:
-        what, request_id = key
-        if what != HELD:
+        if key[0] != HELD:
             raise KeyError(key)
-        return b"yes" if request_id in self._held else b"no"
+        return b"yes" if key[1] in self._held else b"no"
 
 
 class LeaseScheduler(NixlPullConnectorScheduler):
-    """Prefill's side: knows which hand-offs hold their blocks, and says so to whoever asks."""
+    """Prefill's side: knows which hand-offs hold their blocks, and answers decode about them."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -81,7 +76,7 @@ class LeaseScheduler(NixlPullConnectorScheduler):
         return held, params
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """vLLM calls it before it frees the blocks of what has been sent, or was not in its lease."""
+        """vLLM calls this before it frees the blocks of hand-offs that were sent or whose lease has ended."""
         self._held.difference_update(connector_output.finished_sending or ())
         super().update_connector_output(connector_output)
 
@@ -101,7 +96,7 @@ def is_held(remote: RemoteMeta) -> bool:
 
 
 class Leases(NixlBaseConnectorWorker):
-    """Prefill's side, of a worker that pulls or pushes: renews leases, and remembers which have ended."""
+    """Prefill's side in a worker of either connector: renews leases, and remembers which have ended."""
 
     def __init__(self, vllm_config: Any, *args: Any) -> None:
         self._lease_s = float(vllm_config.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30))
@@ -109,7 +104,7 @@ class Leases(NixlBaseConnectorWorker):
         super().__init__(vllm_config, *args)
 
     def renew(self, request_ids: Iterable[str]) -> list[str]:
-        """Begin leases anew. Returns those of these hand-offs whose leases have ended: none that decode has pulled."""
+        """Restart leases. Returns those of the hand-offs whose leases have ended, without those that decode has pulled."""
         until = time.perf_counter() + self._lease_s
         for request_id in request_ids:
             if (ends := self._reqs_to_send.get(request_id)) is not None:
@@ -125,14 +120,14 @@ class Leases(NixlBaseConnectorWorker):
 
 
 class PushWorker(Leases, NixlPushConnectorWorker):
-    """Where prefill pushes, it alone has to know: what it writes to decode it holds until it is written."""
+    """Prefill's side where it pushes: it holds the blocks that it writes to decode until they are written."""
 
     def __init__(self, *args: Any) -> None:
         self._posting = threading.Lock()
         super().__init__(*args)
 
     def _xfer_blocks_for_req(self, req_id: str, meta: Any) -> None:
-        """In the writer's thread, which hears late of leases that are over."""
+        """Runs in the writer's thread, which learns late that a lease has ended."""
         with self._posting:
             if req_id in self._reqs_to_send or req_id in self._reqs_to_process:
                 super()._xfer_blocks_for_req(req_id, meta)
@@ -144,7 +139,7 @@ class PushWorker(Leases, NixlPushConnectorWorker):
 
 
 class PullWorker(Leases, NixlPullConnectorWorker):
-    """Decode's side: what was pulled is there once it is known to have been held."""
+    """Decode's side: a pull is done once prefill is known to have held its blocks."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -157,20 +152,20 @@ class PullWorker(Leases, NixlPullConnectorWorker):
         make_transfer = self.nixl_wrapper.make_prepped_xfer
 
         def quiet(*args: Any, notif_msg: bytes = b"", **kwargs: Any) -> Any:
-            """Prefill hears of a pull from us, see ``_read_blocks``, and not from NIXL when it ends."""
+            """``_read_blocks`` tells prefill of a pull, so NIXL does not when it ends."""
             return make_transfer(*args, **kwargs)
 
         self.nixl_wrapper.make_prepped_xfer = quiet
 
     def _nixl_handshake(self, host: str, port: int, tp_size: int, engine_id: str, *args: Any) -> Any:
-        """vLLM estimates the other's clock from the shortest round trip of it: wrong by less than the whole took."""
+        """Time the handshake, which bounds the error of vLLM's estimate of prefill's clock from its shortest round trip."""
         began = time.perf_counter()
         result = super()._nixl_handshake(host, port, tp_size, engine_id, *args)
         self._clock_error_s[engine_id] = time.perf_counter() - began
         return result
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
-        """A pull of blocks that are not held would not even end: prefill's engine, once idle, answers no pull on the CPU."""
+        """Pull only held blocks. Another pull might never end: on the CPU an idle prefill engine answers none."""
         remote = meta.remote
         sure = req_id in self._may_pull or not any(meta.local_block_ids)
         if sure or remote.engine_id not in self._remote_agents or self._in_time(remote):
@@ -179,7 +174,7 @@ class PullWorker(Leases, NixlPullConnectorWorker):
             return
 
         def answered(held: Future[bool]) -> None:
-            """As vLLM goes on after a handshake."""
+            """Continue as vLLM does after a handshake."""
             if held.result():
                 self._may_pull.add(req_id)
                 self._ready_requests.put((req_id, meta))
@@ -189,7 +184,7 @@ class PullWorker(Leases, NixlPullConnectorWorker):
         self._asking.submit(is_held, remote).add_done_callback(answered)
 
     def _read_blocks(self, **read: Any) -> bool:
-        """vLLM sends prefill what is noted here when the request counts as received, and forgets it when it is lost."""
+        """Note what vLLM tells prefill when the request counts as received, and drops when it is lost."""
         began = bool(super()._read_blocks(**read))
         if began and any(read["read_spec"].local_block_ids):
             request_id, agents = read["request_id"], self._remote_agents[read["dst_engine_id"]]
@@ -201,7 +196,7 @@ class PullWorker(Leases, NixlPullConnectorWorker):
         return began
 
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
-        """Of those whose bytes have come, the ones that are known to be good or bad. The others are looked at again."""
+        """Finished pulls that are known to be good or bad. The others stay, to be looked at again."""
         done, failed = super()._pop_done_transfers(transfers)
         for request_id in done - failed - self._recv_failures:
             held = self._was_held(request_id)
@@ -217,7 +212,7 @@ class PullWorker(Leases, NixlPullConnectorWorker):
         return done, failed
 
     def _was_held(self, request_id: str) -> bool | None:
-        """Whether prefill held what was pulled for a request until the pull had ended; None: it has been asked."""
+        """Whether prefill held a request's blocks until its pull had ended; None: prefill has not answered yet."""
         meta = self._recving_metadata.get(request_id)
         if meta is None or request_id not in self._pending_recv_notifs:
             return True  # nothing was pulled
@@ -229,14 +224,14 @@ class PullWorker(Leases, NixlPullConnectorWorker):
         return answer.result() if answer.done() else None
 
     def _in_time(self, remote: RemoteMeta) -> bool:
-        """Whether the lease that the hand-off came with has not ended, however wrong the estimate of prefill's clock."""
+        """Whether the hand-off's first lease surely lasts, at the largest error of the estimate of prefill's clock."""
         if remote.blocks_expiry_time is None:
             return False
         offset_s, error_s = self._engine_clock_offset[remote.engine_id], self._clock_error_s[remote.engine_id]
         return bool(time.perf_counter() + offset_s + error_s < remote.blocks_expiry_time)
 
     def overdue(self, seconds: float) -> list[str]:
-        """Prefill's ids of the hand-offs that have been pulled for longer than this, and are not there."""
+        """Prefill's ids of the hand-offs whose pulls have taken longer than this so far."""
         since = time.perf_counter() - seconds
         late = [self._recving_metadata.get(ours) for ours, began in self._pulling_since.items() if began < since]
         return [meta.remote.request_id for meta in late if meta is not None and meta.remote is not None]
@@ -244,29 +239,6 @@ class PullWorker(Leases, NixlPullConnectorWorker):
     def shutdown(self) -> None:
         self._asking.shutdown(wait=False, cancel_futures=True)
         super().shutdown()
-
-
-class LeaseConnector(nixl.NixlBaseConnector):
-    """vLLM's, of a scheduler and a worker that know of leases."""
-
-    scheduler_class: type[Any]
-    worker_class: type[Leases]
-
-    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        nixl.NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
-        if role == KVConnectorRole.SCHEDULER:
-            self.connector_scheduler = self.scheduler_class(vllm_config, self.engine_id, kv_cache_config)
-        else:
-            answer_replica()
-            self.connector_worker = self.worker_class(vllm_config, self.engine_id, kv_cache_config)
-
-
-class LeasePullConnector(LeaseConnector, nixl.NixlPullConnector):
-    scheduler_class, worker_class = LeaseScheduler, PullWorker
-
-
-class LeasePushConnector(LeaseConnector, nixl.NixlPushConnector):
-    scheduler_class, worker_class = NixlPushConnectorScheduler, PushWorker
 
 
 def renew_kv_leases(_: WorkerBase, request_ids: list[str]) -> list[str]:
@@ -279,8 +251,8 @@ def overdue_kv_pulls(_: WorkerBase, seconds: float) -> list[str]:
 
 
 def answer_replica() -> None:
-    """Give vLLM's worker the methods that its replica calls by ``collective_rpc``. vLLM's own place for such is
-    ``worker_extension_cls``, of which there is one, and it is the user's."""
+    """Give vLLM's worker the methods that its replica calls by ``collective_rpc``. vLLM takes one ``worker_extension_cls``,
+    which is the user's."""
     for method in (renew_kv_leases, overdue_kv_pulls):
         setattr(WorkerBase, method.__name__, method)
 

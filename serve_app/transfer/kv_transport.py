@@ -1,13 +1,12 @@
-"""vLLM's NIXL connectors, watched: how fast KV blocks move from prefill to decode, and a warning where they crawl.
+"""vLLM's NIXL connectors, with leases (``kv_lease.py``) and a watch over how fast KV blocks move from prefill to decode.
 
-UCX takes what it finds. Where a card has no NVLink, or pods share no namespaces and have no RDMA, blocks go over TCP at
-about 0.5 GB/s: 0.2 s more to the first token of a 100 MB prompt, and nothing fails. So the worker that moves blocks
-(decode's where it pulls, prefill's where it pushes) logs the first hand-off of each peer and warns once of slow ones, and
-vLLM's statistics of every transfer get a histogram of MB/s. NIXL does not tell what UCX took; UCX does, see ``SLOW``.
+UCX takes any transport that it finds. Where a card has no NVLink, or pods share no namespaces and have no RDMA, blocks go
+over TCP at about 0.5 GB/s, which adds 0.2 s to the TTFT of a 100 MB prompt and fails nothing. So the worker that moves
+blocks (decode's where it pulls, prefill's where it pushes) logs the first hand-off of each peer and warns once of slow ones,
+and vLLM's statistics get a histogram of MB/s. NIXL does not tell which transport UCX took; UCX does, see ``SLOW``.
 
-Engines of two versions do not connect: see ``register_kv_caches``.
-
-vLLM loads the classes by ``kv_connector_module_path``, under the names that its own checks know.
+Engines of two versions do not connect, see ``register_kv_caches``. vLLM loads the classes by ``kv_connector_module_path``,
+under the names that its own checks know.
 """
 
 import dataclasses
@@ -21,23 +20,24 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as nixl
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.push_scheduler import NixlPushConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlPromMetrics
 from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from serve_app.handoff.types import VERSION_KEY
-from serve_app.transfer.kv_lease import LeasePullConnector, LeasePushConnector
+from serve_app.transfer.kv_lease import Leases, LeaseScheduler, PullWorker, PushWorker, answer_replica
 
 logger = init_logger("vllm." + __name__)
 
 FLOOR_BYTES_PER_S = 2e9
-"""Between cards. PCIe and RDMA give 10e9 and more, TCP 0.5e9 (vllm-project/vllm#52607: pull 0.5e9, push 49e9)."""
+"""Slowest good pace between cards. PCIe and RDMA give 10e9 and more, TCP 0.5e9 (vllm-project/vllm#52607)."""
 
 ENOUGH_BYTES = 64 << 20
-"""To judge by: a prompt or a few. What still moves is not counted yet, so it is judged when nothing does, …"""
+"""Bytes to judge by when nothing else moves: a prompt or a few. Unfinished transfers are not counted."""
 
 PLENTY_BYTES = 1 << 30
-"""… or after so much, where something always moves."""
+"""Bytes to judge by while others still move."""
 
 SLOW = (
     "KV blocks moved at %.1f GB/s (%d MB): that is TCP's pace, not that of cards, and every first token waits for it. "
@@ -47,15 +47,13 @@ SLOW = (
     "of both stages makes UCX print what it takes: `cuda_ipc`, `rc_mlx5`, `tcp`."
 )
 
-MB_PER_S = [10, 25, 50, 100, 250, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000]
-
 
 @dataclass
 class Pace:
-    """What is certain of the speed of transfers that are looked at once per step.
+    """A lower bound of the speed of transfers that are looked at once per step.
 
-    NIXL's clock of a transfer stops at the look that finds it done: where steps take 20 ms, so does what took 1 ms. Certain
-    is that it still moved at the look before. So time counts from its start to that look, and once for all that moved then.
+    NIXL's clock of a transfer stops at the look that finds it done, so 1 ms counts as 20 ms where steps take that long. The
+    transfer surely still moved at the look before. So time counts from its start to that look, once for all that moved then.
     """
 
     moved_bytes: int = 0
@@ -64,7 +62,7 @@ class Pace:
     _counted: float = -math.inf
 
     def look(self, now: float, sizes_bytes: list[int], seconds: list[float]) -> None:
-        """``sizes_bytes``, ``seconds``: of the transfers that were found done, as NIXL gives them."""
+        """``sizes_bytes``, ``seconds``: NIXL's, of the transfers that this look found done."""
         if seconds:
             began = max(now - max(seconds), self._counted)
             self.busy_s += max(self._looked - began, 0.0)
@@ -74,7 +72,6 @@ class Pace:
 
     @property
     def bytes_per_s(self) -> float:
-        """At least this fast."""
         return self.moved_bytes / self.busy_s if self.busy_s else math.inf
 
     def restart(self) -> None:
@@ -82,7 +79,7 @@ class Pace:
 
 
 class Watch:
-    """Tells of the transfers of one worker. ``warns``: whether slow ones are worth a warning."""
+    """Logs the transfers of one worker. ``warns``: whether slow ones are worth a warning."""
 
     def __init__(self, warns: bool) -> None:
         self._warns = warns
@@ -92,7 +89,7 @@ class Watch:
     def look(
         self, now: float, peers: set[str], sizes_bytes: list[int], seconds: list[float], moving: bool = False
     ) -> None:
-        """``peers``: whose hand-offs ended with these transfers. ``moving``: whether others go on."""
+        """``peers``: the engines whose hand-offs ended with these transfers. ``moving``: whether other transfers go on."""
         self._pace.look(now, sizes_bytes, seconds)
         if seconds and (new := peers - self._met):
             self._met |= new
@@ -123,7 +120,7 @@ class PromMetrics(NixlPromMetrics):
         pace = self._histogram_cls(
             name="epd:kv_transfer_mb_per_s",
             documentation="MB per second of each transfer of KV blocks, by NIXL's clock: up to a step of the engine late.",
-            buckets=MB_PER_S,
+            buckets=[10, 25, 50, 100, 250, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000],
             labelnames=labelnames,
         )
         self._pace = create_metric_per_engine(pace, per_engine_labelvalues)
@@ -135,10 +132,18 @@ class PromMetrics(NixlPromMetrics):
             self._pace[engine_idx].observe(size / max(took, 1e-6) / 1e6)
 
 
-class _Watched(nixl.NixlBaseConnector):
+class _Connector(nixl.NixlBaseConnector):
+    scheduler_class: type[Any]
+    worker_class: type[Leases]
+
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        super().__init__(vllm_config, role, kv_cache_config)
-        # Through the memory of the machine nothing crawls, and there is nothing to set.
+        nixl.NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = self.scheduler_class(vllm_config, self.engine_id, kv_cache_config)
+        elif role == KVConnectorRole.WORKER:
+            answer_replica()
+            self.connector_worker = self.worker_class(vllm_config, self.engine_id, kv_cache_config)
+        # A slow transfer through the machine's memory has no setting that helps.
         self._watch = Watch(warns=self.kv_transfer_config.kv_buffer_device != "cpu")
         self._peers: set[str] = set()
         self._looked = 0.0
@@ -152,7 +157,9 @@ class _Watched(nixl.NixlBaseConnector):
         results = super().get_transfer_results(finished_req_ids)
         pulled = [sources.get(request) for request in results.finished_recving - results.failed_recving]
         self._peers = {f"engine {of.engine_id} at {of.host}" for of in pulled if of is not None}
-        if results.finished_sending:  # to whom is not told; where blocks are pulled, this engine has no transfers
+        if (
+            results.finished_sending
+        ):  # NIXL does not tell to whom; where blocks are pulled, this engine has no transfers
             self._peers.add("decode")
         return results
 
@@ -172,7 +179,7 @@ class _Watched(nixl.NixlBaseConnector):
         return stats
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        """vLLM hashes here what two engines must agree on, and tells it to others. It knows the model by its name alone."""
+        """Add our version to vLLM's hash of what two engines must agree on, which has only the model's name."""
         super().register_kv_caches(kv_caches)
         worker: Any = self.connector_worker
         version = self.kv_transfer_config.get_from_extra_config(VERSION_KEY, "")
@@ -185,11 +192,13 @@ class _Watched(nixl.NixlBaseConnector):
         return PromMetrics(*args)
 
 
-class NixlPullConnector(_Watched, LeasePullConnector): ...
+class NixlPullConnector(_Connector, nixl.NixlPullConnector):
+    scheduler_class, worker_class = LeaseScheduler, PullWorker
 
 
-class NixlPushConnector(_Watched, LeasePushConnector): ...
+class NixlPushConnector(_Connector, nixl.NixlPushConnector):
+    scheduler_class, worker_class = NixlPushConnectorScheduler, PushWorker
 
 
 NixlConnector = NixlPullConnector
-"""vLLM's older name of it, and the one that its checks of context parallelism know."""
+"""vLLM's older name of it, which its checks of context parallelism use."""

@@ -21,17 +21,17 @@ def root(tmp_path: Path) -> Path:
 def test_last_to_leave_removes_the_folder(root: Path) -> None:
     users = [Users(root), Users(root)]
     FolderStore(root).put("A", bytes(24), Shape(2, 3, "F32"))
-    users[0].leave()
-    users[0].leave()
+    users[0].close()
+    users[0].close()
     assert FolderStore(root).shape("A") is not None
-    users[1].leave()
+    users[1].close()
     assert not root.exists()
 
 
 def test_nobody_else_can_read_it(root: Path) -> None:
     users = Users(root)
     assert (root.stat().st_mode & 0o777, (root / NAME).stat().st_mode & 0o777) == (0o700, 0o600)
-    users.leave()
+    users.close()
 
 
 @pytest.mark.parametrize("by", ["its replica", "the next"])
@@ -46,7 +46,7 @@ def test_folder_of_one_that_is_killed_is_removed_later(root: Path, by: str) -> N
     other.kill()
     other.communicate()
     assert root.exists()
-    remove_unused(root) if by == "its replica" else Users(root).leave()
+    remove_unused(root) if by == "its replica" else Users(root).close()
     assert not root.exists()
 
 
@@ -54,7 +54,7 @@ def test_folder_in_use_is_left_alone(root: Path) -> None:
     users = Users(root)
     remove_unused(root)
     assert root.exists()
-    users.leave()
+    users.close()
 
 
 @pytest.mark.parametrize("files", [0, 1])
@@ -77,8 +77,8 @@ def test_who_comes_while_the_last_one_removes_has_a_folder(root: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", remove_late)
-        last.leave()
+        last.close()
     newcomer.join()
     assert (root / NAME).exists()
-    came[0].leave()
+    came[0].close()
     assert not root.exists()

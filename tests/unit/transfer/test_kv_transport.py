@@ -170,8 +170,7 @@ def connector(decode_vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> Calla
                 **{"_recving_metadata": {}, "_recving_transfers": {}, "pcp_rank": 0} | worker
             )
 
-        for each in (base, kv_transport.LeasePullConnector, kv_transport.LeasePushConnector):
-            monkeypatch.setattr(each, "__init__", init)
+        monkeypatch.setattr(base, "__init__", init)
         made.__init__(decode_vllm_config, None, None)
         return made
 
