@@ -1,23 +1,16 @@
-"""Middleware of Serve's HTTP proxy: a request whose ingress replica died is asked again, of another replica.
+"""Middleware of Serve's HTTP proxy: it sends a request whose ingress replica died to another replica.
 
-An ingress keeps nothing of a request that another needs, so as long as nothing of the answer was sent the client need not
-notice. By itself the proxy answers 500. Serve takes the middleware from ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`` in
-the environment of the cluster when it starts a proxy. It runs in the proxy's process: nothing heavy is imported here.
+Any ingress can serve any request, so the client does not notice if nothing of the answer was sent. Without it the proxy
+answers 500. Serve takes it from ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`` in the environment of the cluster when it
+starts a proxy. Imports stay light, because it runs in the proxy's process.
 """
 
-import json
-
 from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ATTEMPTS = 2
-"""No more: a request that kills an ingress must not get to kill them all."""
-
-GONE = {
-    "message": "The ingress lost the replica that worked on the request",
-    "type": "service_unavailable",
-    "code": 503,
-}
+"""A request that kills an ingress must not kill them all."""
 
 
 def middlewares() -> list[Middleware]:
@@ -36,11 +29,11 @@ class AskAgain:
         answered = False
 
         def replay() -> Receive:
-            again = iter(tuple(received))
+            again = list(received)
 
             async def next_message() -> Message:
-                if (message := next(again, None)) is not None:
-                    return message
+                if again:
+                    return again.pop(0)
                 message = await receive()
                 if not answered:
                     received.append(message)
@@ -59,6 +52,6 @@ class AskAgain:
             await self._app(dict(scope), replay(), answer)
             if answered or any(message["type"] == "http.disconnect" for message in received):
                 return
-        headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
-        await send({"type": "http.response.start", "status": 503, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps({"error": GONE}).encode()})
+        text = "The ingress lost the replica that worked on the request"
+        error = {"message": text, "type": "service_unavailable", "code": 503}
+        await JSONResponse({"error": error}, 503, {"retry-after": "1"})(scope, receive, send)

@@ -1,4 +1,4 @@
-"""In the processes of an engine: tells its replica why they do not start. ``launch.start_failure`` hears it."""
+"""The processes of an engine tell their replica why they do not start. ``launch.start_failure`` reads it there."""
 
 import json
 import logging
@@ -12,22 +12,22 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 REASON_ENV = "EPD_START_FAILURE"
-"""Set by a replica while its engine starts, to a file in memory: no file on a disk outlives a replica that is killed."""
+"""Set by a replica while its engine starts, to a file in memory, which does not outlive a killed replica."""
 
 STARTING = "failed to start"
-"""What vLLM's log says of an exception that ends an engine core or a worker (``tests/contracts/test_seams.py``)."""
+"""Words of vLLM's log for an exception that ends an engine core or a worker (``tests/contracts/test_seams.py``)."""
 
 
 class Told(NamedTuple):
-    """An exception of an engine's process: itself and its causes, outermost first, as ``Type: message``."""
+    """An exception of an engine's process, with its ``causes``."""
 
     ends: bool
-    """Whether it ended the start. Of others, a thread's, one cannot know."""
+    """Whether it surely ended the start; a thread's exception may not."""
     errors: list[str]
 
 
 class Teller(logging.Handler):
-    """Tells the replica of the exceptions that vLLM logs when a process of an engine does not start."""
+    """Tells the replica the exceptions that vLLM logs when a process of an engine does not start."""
 
     def __init__(self, memory: int) -> None:
         super().__init__(logging.ERROR)
@@ -38,7 +38,7 @@ class Teller(logging.Handler):
             self._tell(True, record.exc_info[1])
 
     def of_threads(self, hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[[threading.ExceptHookArgs], Any]:
-        """A ``threading.excepthook`` that tells too, before ``hook``: that may end this process."""
+        """A ``threading.excepthook`` that tells the replica before it calls ``hook``, which may end this process."""
 
         def told(args: threading.ExceptHookArgs) -> None:
             self._tell(False, args.exc_value)
@@ -52,7 +52,7 @@ class Teller(logging.Handler):
 
 
 def tell_replica() -> None:
-    """Tell the replica that started this process of the exception that ends it, should it not start."""
+    """Tell the replica the exception that ends this process if it does not start."""
     if REASON_ENV not in os.environ or multiprocessing.parent_process() is None:
         return
     with suppress(OSError):  # opened now: once the engine runs, the replica has given the number to another file
@@ -71,7 +71,7 @@ def causes(error: BaseException | None) -> list[str]:
 
 
 def message(error: BaseException) -> str:
-    """Of pydantic's long ones what is wrong with which key."""
+    """Text of an exception; of pydantic's only the key and the mistake."""
     if not isinstance(error, ValidationError):
         return str(error)
     mistake = error.errors(include_url=False)[0]  # the others are mostly the other types that a value might have had

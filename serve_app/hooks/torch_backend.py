@@ -1,39 +1,36 @@
-"""Lets torchvision, torchaudio and torchcodec be imported, or be skipped, beside a CPU-only PyTorch.
+"""Lets torchvision, torchaudio and torchcodec be imported, or skipped, beside a CPU-only PyTorch.
 
-On Linux, PyPI has only CUDA builds of the three. Beside a CPU build of PyTorch their compiled extensions cannot load, and
-each raises when it is imported: torchvision because it registers fake kernels for its operators `nms` and `qnms`,
-torchaudio and torchcodec because they take an extension that does not load for a broken installation. vLLM and
-transformers import all three when they are installed, and need pure-Python parts of two: image transforms, resampling.
+On Linux, PyPI has only CUDA builds of the three. Their compiled extensions cannot load beside a CPU build of PyTorch, and
+each raises at its import: torchvision because it registers fake kernels for its operators `nms` and `qnms`, the others
+because they take the extension for a broken installation. vLLM and transformers import all three when they are installed,
+and need pure-Python parts of two: image transforms, resampling.
 
-So: two declarations without a kernel for torchvision; for torchaudio a module that says what its own would say in an
-installation without the extension; and torchcodec counts as not installed (vLLM then decodes audio with soundfile and
-video with OpenCV). Calling what is compiled still fails.
+So torchvision's operators are declared without a kernel, torchaudio's extension is replaced by the module of an installation
+without one, and torchcodec counts as not installed (vLLM then decodes audio with soundfile and video with OpenCV). Calls of
+compiled code still fail.
 
-PyTorch calls `register` at the end of every `import torch`, in spawned processes too: it is the entry point
-`epd_torchvision` in group `torch.backends`. So this module must be cheap and must never raise. It can go once PyPI
-carries CPU builds.
+PyTorch calls `register` at the end of every `import torch`, in spawned processes too, by the entry point `epd_torchvision`
+of group `torch.backends`. So this module must be cheap and must never raise. It can go once PyPI has CPU builds.
 """
 
 import ctypes
 import importlib.util
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_OPERATORS = ("nms", "qnms")
-_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-
 
 def register() -> None:
-    """Stand in for compiled extensions that cannot load. Failures are logged: raising here would break `import torch` for
-    every program in the environment."""
+    """Replace compiled extensions that cannot load. Failures are logged: raising would break every `import torch`."""
     try:
         import torch
 
-        # A PyTorch that has CUDA or ROCm: its companions either fit it or are a mistake that the user should see.
+        # With CUDA or ROCm, companions that do not fit are a mistake that the user should see.
         if torch.version.cuda is None and torch.version.hip is None:
             _declare_torchvision_operators()
             _replace_torchaudio_extension()
@@ -48,23 +45,19 @@ def _declare_torchvision_operators() -> None:
     package = _folder("torchvision")
     if package is None or _any_loads(package, "_C"):
         return
-    for name in _OPERATORS:
+    for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", _SCHEMA)
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", schema)
 
 
 def _replace_torchaudio_extension() -> None:
     package = _folder("torchaudio")
     if package is None or "torchaudio" in sys.modules or _any_loads(package / "lib", "_torchaudio"):
         return
-
-    def fail_if_no_align(function: object) -> object:
-        return function
-
-    stub = ModuleType("torchaudio._extension")
-    stub.__dict__.update(
-        _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, fail_if_no_align=fail_if_no_align
-    )
+    stub: Any = ModuleType("torchaudio._extension")
+    stub._IS_TORCHAUDIO_EXT_AVAILABLE = stub._IS_ALIGN_AVAILABLE = False
+    stub.fail_if_no_align = lambda function: function
     sys.modules[stub.__name__] = stub
 
 
@@ -76,18 +69,13 @@ def _hide_torchcodec() -> None:
 
 def _folder(package: str) -> Path | None:
     spec = importlib.util.find_spec(package)  # finds it without running it
-    if spec is None or spec.origin is None:
-        return None
-    return Path(spec.origin).parent
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
 def _any_loads(folder: Path, extension: str) -> bool:
-    """Ask the loader itself: it knows about missing libraries and foreign symbols alike, in 1 to 5 ms when
-    it fails. Where it succeeds (a CPU build) it only does early what the import does anyway."""
+    """Whether the loader takes a library. It finds missing libraries and foreign symbols, and takes 1 to 5 ms to fail."""
     for library in (*folder.glob(f"{extension}*.so"), *folder.glob(f"{extension}*.pyd")):
-        try:
+        with suppress(OSError):
             ctypes.CDLL(str(library))
-        except OSError:
-            continue
-        return True
+            return True
     return False

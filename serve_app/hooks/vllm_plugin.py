@@ -1,7 +1,7 @@
-"""What every vLLM process of ours does first (entry point group ``vllm.general_plugins``).
+"""Plugin of vLLM for the processes of stage replicas (entry point group ``vllm.general_plugins``).
 
-vLLM calls ``register`` in the replica, in its engine process and in each worker. Outside a replica of ours (no
-``EPD_REPLICA`` in the environment) it does nothing, so a `vllm serve` beside us is as it always was.
+vLLM calls ``register`` in the replica, in its engine process and in each worker. Elsewhere ``EPD_REPLICA`` is not set, and
+it changes nothing.
 """
 
 import importlib
@@ -19,16 +19,14 @@ REPLICA_ENV = "EPD_REPLICA"
 """Set by each stage replica to its id before it starts its engine; engine and worker processes inherit it."""
 
 SCRATCH_ENV = "EPD_SCRATCH"
-"""Set by each stage replica to the folder of what it and its engine meet in: nobody else unlinks the sockets, and an
-engine that is killed leaves the file of PyTorch's process group."""
+"""Set by each stage replica to the folder of the sockets and PyTorch's file through which it meets its engine; nobody else
+removes what a killed engine leaves there."""
 
 STILL_NIXL_ENV = "EPD_STILL_NIXL"
 """Set by replicas on the CPU that move KV blocks with NIXL."""
 
 NIXL_LISTENER = "nixl_handshake_listener"
 """vLLM's name of the thread that tells others how to pull KV blocks from this engine."""
-
-CLEANING_S = 2.0
 
 _watching = False
 
@@ -45,11 +43,11 @@ def register() -> None:
 
 
 def _die_with_parent() -> None:
-    """End this engine or worker process as soon as the process that started it is gone, however it went.
+    """End this engine or worker process when the process that started it ends in any way.
 
     vLLM's engine processes survive a SIGKILL of their parent (`kill -9` of a replica, `ray stop`) and keep the card's
-    memory. The parent's pidfd becomes readable when it dies: no polling, and unlike PR_SET_PDEATHSIG it does not fire when
-    just the thread that forked us ends. The replica itself is Ray's child and Ray's to end.
+    memory. The parent's pidfd becomes readable when it dies; PR_SET_PDEATHSIG would also fire when only the thread that
+    forked this process ends. Ray ends the replica itself.
     """
     global _watching
     parent = multiprocessing.parent_process()
@@ -57,11 +55,11 @@ def _die_with_parent() -> None:
         return
     try:
         pidfd = os.pidfd_open(parent.pid)
-    except ProcessLookupError:  # gone already
+    except ProcessLookupError:  # it has ended already
         os.kill(os.getpid(), signal.SIGKILL)
         return
     _watching = True
-    os.setpgid(0, 0)  # Ray kills the process group of a dead replica after 0.2 s: cleaning may need longer
+    os.setpgid(0, 0)  # Ray kills the process group of a dead replica after 0.2 s, and cleaning may take longer
     if SCRATCH_ENV in os.environ:
         _process_group_meets_in(os.environ[SCRATCH_ENV])
         util.Finalize(None, shutil.rmtree, args=(os.environ[SCRATCH_ENV], True), exitpriority=0)
@@ -78,10 +76,8 @@ def _die_with_parent() -> None:
 
 
 def _die_with_nixl_listener() -> None:
-    """End this engine process when NIXL cannot listen at its port: vLLM would wait for ever, and Serve for the replica.
-
-    A replica that fails to start is started again, with another port.
-    """
+    """End this engine process when NIXL cannot listen at its port: vLLM and Serve would wait for ever. Serve starts the
+    replica again, with another port."""
     told = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -93,24 +89,23 @@ def _die_with_nixl_listener() -> None:
 
 
 def _die() -> None:
-    """At once, but for what SIGKILL would leave: the replica's scratch folder and our semaphores."""
+    """End this process after removing what SIGKILL would leave: the replica's scratch folder and semaphores."""
     cleaning = threading.Thread(target=util._run_finalizers, args=(0,), daemon=True)  # type: ignore[attr-defined]
     cleaning.start()
-    cleaning.join(CLEANING_S)  # whatever hangs in there
+    cleaning.join(2.0)  # a finalizer may hang
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _process_group_meets_in(folder: str) -> None:
-    """Have vLLM put the file of PyTorch's process group there, which it puts in the temporary folder without asking."""
+    """Have vLLM put the file of PyTorch's process group into this folder instead of the temporary one."""
     network = importlib.import_module("vllm.utils.network_utils")
     network.tempfile = SimpleNamespace(gettempdir=lambda: folder)  # type: ignore[attr-defined]
 
 
 def _still_nixl_progress_thread() -> None:
-    """Turn NIXL's progress thread off for engines on the CPU.
+    """Turn NIXL's progress thread off for engines on the CPU: its fixed delay of 0 µs takes a core or two of an idle engine.
 
-    Its Python API hard-codes a delay of 0 µs, so an idle engine burns a core or two. Transfers still complete: vLLM polls.
-    Can go when nixl_agent_config takes the delay (nixl 1.5.1 does not).
+    Transfers still complete, because vLLM polls. Can go when nixl_agent_config takes the delay (nixl 1.5.1 does not).
     """
     config = importlib.import_module("nixl._api").nixl_agent_config
     if getattr(config, "_epd_still", False):

@@ -1,9 +1,9 @@
-"""What of a card's memory each engine on it gets. Arithmetic, and a question to NVML; no CUDA context is made.
+"""How much of a card's memory each engine on it gets. Asks NVML, and makes no CUDA context.
 
-vLLM's ``gpu_memory_utilization`` is no cap. An engine sizes its KV cache by it, and may overdraw it while it runs; to an
-encoder, which has no KV cache, it says nothing but "as much is free at start". So an engine on a share of a card also gets
-a real cap, ``per_process_memory_fraction`` of PyTorch's allocator: the engine that overdraws is the one that fails. What
-an engine takes outside that allocator comes off its share first::
+vLLM's ``gpu_memory_utilization`` is no cap. An engine sizes its KV cache by it, and may exceed it while it runs; for an
+encoder, which has no KV cache, it only checks the free memory at start. So an engine on a share of a card also gets a real
+cap, ``per_process_memory_fraction`` of PyTorch's allocator: the engine that exceeds its share is the one that fails. Memory
+outside that allocator comes off the share first::
 
     |<------------------------- share of the card that the replica claims from Ray -------------------------->|
     |<- gpu_memory_utilization: weights, activations, KV cache ->|<- rounding of the allocator ->|<- context ->|
@@ -23,13 +23,16 @@ CONTEXT_GIB = 0.5
 
 SLACK = 0.05
 MIN_SLACK_GIB = 1.0
-"""Of a share, for what PyTorch's allocator reserves above what vLLM has counted: fragments, batches that differ."""
+"""Part of a share that PyTorch's allocator reserves above vLLM's count: fragments, batches that differ."""
 
 ENCODER_GIB = 6.5
-"""What an encoder needs of a card: of Qwen2.5-VL-3B the tower and one item of 32,768 tokens are 5.0 GiB; and its context."""
+"""Memory of an encoder: 5.0 GiB for the tower of Qwen2.5-VL-3B and one item of 32,768 tokens, and its context."""
 
 ENCODER_SHARE = 0.15
-"""At least, for larger towers on larger cards."""
+"""Least share of an encoder, for larger towers on larger cards."""
+
+UNKNOWN_CARD_GIB = 22.0
+"""Assumed size of a card, that of one of 24 GB: contexts are the largest part of a small card."""
 
 SMALL_CARDS = frozenset({"A10G", "L4", "P100", "P4", "T4", "V100"})
 """Ray's names of cards of 24 GB and less, for a driver on a node without one."""
@@ -45,32 +48,29 @@ class Share(NamedTuple):
 
 
 def shares_of_one(stages: Iterable[Stage], card_gib: float | None) -> dict[Stage, float]:
-    """What each stage of a topology claims of the one card that they share, in steps of 0.05: the encoder what it needs, the
-    others the same of what is left."""
-    found = list(stages)
-    encoder = 0.0
-    if Stage.ENCODER in found:
-        encoder = max(ENCODER_SHARE, math.ceil(20 * ENCODER_GIB / card_gib) / 20 if card_gib else 0.0)
-    others = [stage for stage in found if stage is not Stage.ENCODER]
-    each = round((1 - encoder) / len(others), 3)
-    return {stage: each if stage in others else encoder for stage in found}
+    """Claims of the stages that share one card: the encoder gets what it needs in steps of 0.05, the others equal parts of
+    the rest."""
+    shares = dict.fromkeys(stages, 0.0)
+    if Stage.ENCODER in shares:
+        needed = math.ceil(20 * ENCODER_GIB / card_gib) / 20 if card_gib else 0.0
+        shares[Stage.ENCODER] = max(ENCODER_SHARE, needed)
+    others = shares.keys() - {Stage.ENCODER}
+    each = round((1 - sum(shares.values())) / len(others), 3)
+    return shares | dict.fromkeys(others, each)
 
 
 def share_of(stage: Stage, claimed: float, card_gib: float | None) -> Share:
-    """What an engine gets that claims a part of a card. A card of unknown size is taken for one of 24 GB, whose contexts are
-    the largest part of it."""
-    card = card_gib or 22.0
+    """Memory of an engine that claims a part of a card."""
+    card = card_gib or UNKNOWN_CARD_GIB
     cap = claimed - CONTEXT_GIB / card
     slack = 0.0 if stage is Stage.ENCODER else max(claimed * SLACK, MIN_SLACK_GIB / card)
     return Share(*(max(math.floor(1000 * fraction) / 1000, 0.01) for fraction in (cap - slack, cap)))
 
 
 def smallest_card_gib(types: Iterable[str]) -> float | None:
-    """Memory of the smallest card of this node, or what the cluster's types of cards say; None: unknown."""
-    here = cards_gib().values()
-    if here:
-        return min(here)
-    return 22.0 if SMALL_CARDS & set(types) else None
+    """Memory of the smallest card of this node, or of the cluster's types of cards; None: unknown."""
+    by_type = UNKNOWN_CARD_GIB if SMALL_CARDS & set(types) else None
+    return min(cards_gib().values(), default=by_type)
 
 
 def cards_gib() -> Mapping[str, float]:

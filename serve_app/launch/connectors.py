@@ -2,9 +2,10 @@
 
 Both connectors take a replica's own address from environment variables only (``VLLM_NIXL_SIDE_CHANNEL_*``,
 ``VLLM_EC_SIDE_CHANNEL_*``). Replicas of one node share its IP, so each binds ports that are free when it starts: one for
-each connector, whatever its tensor parallelism, because an engine's scheduler listens and not its workers.
+each connector at any tensor parallelism, because an engine's scheduler listens.
 """
 
+import contextlib
 import itertools
 import random
 import shutil
@@ -22,25 +23,19 @@ EC_CLASSES = {
     "SharedFolderECConnector": ("SharedFolderECConnector", "serve_app.transfer.ec_connector"),
     "ECCPUConnector": ("NixlECConnector", "serve_app.transfer.ec_nixl"),
 }
-"""Connectors in the config that are classes of ours."""
+"""Our classes and their modules, by the connector's name in the config."""
 
-KV_MODULES = dict.fromkeys(
-    ("NixlConnector", "NixlPullConnector", "NixlPushConnector"), "serve_app.transfer.kv_transport"
-)
-"""Connectors in the config that are classes of ours, of vLLM's names."""
+KV_CLASSES = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
+"""Connectors in the config that ``transfer.kv_transport`` has a class for."""
 
 PORTS = range(20_000, 30_000)
-"""Of the side channels. An engine binds its port seconds after its replica chose it: from here neither the kernel (32768 on)
-nor Ray's workers (to 19999) nor Kubernetes (node ports, 30000 on) give it away meanwhile."""
-
-KV_ROLE = {Stage.PREFILL: "kv_producer", Stage.DECODE: "kv_consumer"}
+"""Ports of the side channels. An engine binds its port seconds after its replica chose it; neither the kernel (32768 on) nor
+Ray's workers (to 19999) nor Kubernetes (node ports, 30000 on) gives one of these away meanwhile."""
 
 
 def ec_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None:
-    """vLLM's ``ec_transfer_config`` of a stage; None where no encoder feeds it.
-
-    Decode consumes too: a request that it preempts is prefilled again there, and needs the embeddings.
-    """
+    """vLLM's ``ec_transfer_config`` of a stage; None without an encoder. Decode consumes too, as it prefills a preempted
+    request again."""
     if config.encoder is None:
         return None
     ec, more = config.ec, config.advanced.ec
@@ -49,8 +44,7 @@ def ec_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
     if ec.uses_folder:
         extra["shared_storage_path"] = str(folder.path)
     if ec.connector == "SharedFolderECConnector":
-        bounds = {"max_bytes": folder.max_bytes, "max_age_s": more.max_age_s, "lease_s": more.lease_s}
-        extra = bounds | extra
+        extra = {"max_bytes": folder.max_bytes, "max_age_s": more.max_age_s, "lease_s": more.lease_s} | extra
         if folder.in_memory:
             extra["in_memory"] = True
     if ec.uses_nixl:
@@ -67,10 +61,7 @@ def ec_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
 
 
 def check_shared_memory(config: EPDConfig, folder: Path = Path("/dev/shm")) -> None:
-    """Refuse a buffer for embeddings that this node's shared memory cannot hold.
-
-    Only a replica can tell, on its node: ``build_app`` runs on the head. vLLM would fail with "Bad address".
-    """
+    """Refuse a buffer for embeddings that this replica's node cannot hold: vLLM would fail with "Bad address"."""
     if config.encoder is None or not config.ec.uses_nixl:
         return
     free = shutil.disk_usage(folder).free
@@ -89,19 +80,19 @@ def kv_transfer_config(config: EPDConfig, stage: Stage) -> dict[str, Any] | None
     kv, more = config.kv, config.advanced.kv
     settings: dict[str, Any] = {
         "kv_connector": kv.connector,
-        "kv_role": KV_ROLE[stage],
+        "kv_role": "kv_producer" if stage is Stage.PREFILL else "kv_consumer",
         "kv_connector_extra_config": {"kv_lease_duration": more.lease_s, **more.extra_config},
     }
     device = more.buffer_device or ("cpu" if config.accelerator is Accelerator.CPU else None)
     if device is not None:
         settings["kv_buffer_device"] = device
-    if (module := more.module_path or KV_MODULES.get(kv.connector)) is not None:
-        settings["kv_connector_module_path"] = module
+    if more.module_path or kv.connector in KV_CLASSES:
+        settings["kv_connector_module_path"] = more.module_path or "serve_app.transfer.kv_transport"
     return settings
 
 
 def tell_version(config: EPDConfig, vllm_config: Any, version: Version) -> None:
-    """Have the connectors of an engine that is about to start keep embeddings and KV blocks of versions apart."""
+    """Give the connectors of an engine, before it starts, the version that keeps embeddings and KV blocks apart."""
     name = f"{version.front}-{version.weights}"
     ec, kv = vllm_config.ec_transfer_config, vllm_config.kv_transfer_config
     if ec is not None and ec.ec_connector == "SharedFolderECConnector":
@@ -114,7 +105,7 @@ def tell_version(config: EPDConfig, vllm_config: Any, version: Version) -> None:
 
 
 def side_channel_env(host: str) -> dict[str, str]:
-    """Addresses of one replica, for the environment of its engine. ``host``: the IP of its node, as others reach it."""
+    """Environment of one replica's engine. ``host``: the IP of its node, as others reach it."""
     nixl_port, ec_port = free_ports(2, PORTS)
     return {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
@@ -125,19 +116,14 @@ def side_channel_env(host: str) -> dict[str, str]:
 
 
 def free_ports(count: int, among: range | None = None) -> list[int]:
-    """Distinct TCP ports that nobody listens on now, ``among`` these or of the kernel's choice. All are held until all are
-    found, so that none comes twice."""
-    sockets: list[socket.socket] = []
-    try:
+    """Distinct TCP ports that nobody listens on now, ``among`` these or of the kernel's choice."""
+    with contextlib.ExitStack() as sockets:  # all stay open until all are found, so that none comes twice
+        found: list[int] = []
         for port in itertools.repeat(0) if among is None else random.sample(among, len(among)):
-            sockets.append(socket.socket())
-            try:
-                sockets[-1].bind(("", port))
-            except OSError:
-                sockets.pop().close()
-            if len(sockets) == count:
-                return [sock.getsockname()[1] for sock in sockets]
-        raise OSError(f"no {count} free TCP ports among {among}")
-    finally:
-        for sock in sockets:
-            sock.close()
+            sock = sockets.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                sock.bind(("", port))
+                found.append(sock.getsockname()[1])
+            if len(found) == count:
+                return found
+    raise OSError(f"no {count} free TCP ports among {among}")

@@ -1,7 +1,7 @@
-"""The engine arguments that make a stage: DESIGN's table of engine roles as one pure function.
+"""Engine arguments and environment of each stage, as pure functions of the config.
 
-Order of precedence: what the topology decides, the stage's own ``engine_args:``, the shared ``engine_args:``, defaults of
-the role, defaults of the device.
+Order of precedence: the topology, the stage's own ``engine_args:``, the shared ``engine_args:``, defaults of the role,
+defaults of the device.
 """
 
 from typing import Any
@@ -14,24 +14,24 @@ from serve_app.launch.connectors import ec_transfer_config, kv_transfer_config
 from serve_app.stage import Stage
 
 ENCODER_DEFAULTS: dict[str, Any] = {
-    # The current EPD implementation of vLLM's encoder-only engine asks for these two (reference).
+    # vLLM's encoder-only engine asks for these two (reference).
     "enforce_eager": True,
     "enable_prefix_caching": False,
-    # The size of one vision batch, of the encoder cache and of a buffer. vLLM raises the first two to the largest item by
-    # itself, and longer prompts are chunked; the reference's 114688 are 12.6 GiB of activations with Qwen2.5-VL.
+    # Size of a vision batch, the encoder cache and a buffer. vLLM raises the first two to the largest item, and chunks
+    # longer prompts. The reference's 114688 take 12.6 GiB of activations with Qwen2.5-VL.
     "max_num_batched_tokens": 16384,
 }
 
 CPU_DEFAULTS: dict[str, Any] = {
-    # torch.compile takes minutes and there is nothing to gain for the sizes one serves on a CPU.
+    # torch.compile takes minutes and gains nothing for models of a CPU's size.
     "enforce_eager": True,
-    # The worker in the engine's own process: 1 GB, 10 s of start-up and a hop per step less. vLLM would replace a plain
-    # "uni" on the CPU, because it could not set the threads' environment there; here CPU_ENV has set it before.
+    # The worker runs in the engine's process, which saves 1 GB, 10 s of start and a hop per step. vLLM replaces a plain
+    # "uni" on the CPU, because it could not set the threads' environment; CPU_ENV has set it here.
     "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
 }
 
 DEMO_DEFAULTS: dict[str, Any] = {
-    # vLLM would make half precision of a float32 model; batches of other sizes would then round to other tokens.
+    # vLLM would use half precision, where batches of other sizes round to other tokens.
     "dtype": "float32",
     "max_model_len": 4096,
     "max_num_seqs": 32,
@@ -45,40 +45,29 @@ CPU_ENV = {
     "OMP_NUM_THREADS": "1",
 }
 
-CPU_EAGER_ENV = {
-    # vLLM compiles small helpers even with enforce_eager: the first request for logprobs would wait 16 s.
-    "TORCHDYNAMO_DISABLE": "1",
-}
-
-NIXL_EC_ENV = {
-    # ECCPUConnector refuses vLLM's first model runner. Said here, an engine that cannot have the second one says why.
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-}
-
 ENGINE_ONLY_ARGS = frozenset({"ec_transfer_config", "kv_transfer_config", "profiler_config", "otlp_traces_endpoint"})
-"""Arguments that mean an engine process, which the ingress has not."""
+"""Arguments for engine processes, of which the ingress has none."""
 
 COMMON_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     # A replica has threads before it starts its engine: forking it could copy a held lock.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    # vLLM sets it itself unless NIXL was imported before, as our plugin does on the CPU.
+    # vLLM sets it unless NIXL was imported before, as our plugin does on the CPU.
     "UCX_RCACHE_MAX_UNRELEASED": "1024",
 }
 
-
 CUDA_ENV = {
-    # Where cards have no NVLink, UCX reads no other card's memory unless told to, and NIXL falls back to TCP: 0.5 GB/s
-    # (vllm#52607). NIXL's PR #2208 says it too, and 1.5.1 is older. Without a card UCX ignores it.
+    # Without NVLink and this, UCX reads no other card's memory and NIXL falls back to TCP, 0.5 GB/s (vllm#52607). Can go
+    # with a NIXL that has its PR #2208 (1.5.1 has not). Without a card UCX ignores it.
     "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
-    # UCX prints what it takes for KV blocks, one table per peer: `zero-copy | cuda_ipc/cuda`, `software emulation | tcp/…`.
+    # UCX prints its transport for KV blocks, one table per peer: `zero-copy | cuda_ipc/cuda`, `software emulation | tcp/…`.
     "UCX_PROTO_INFO": "*remote memory*(multi)*",
 }
 
 INGRESS_ENV = {
-    # The ingress has no device and needs none. Without a card, vLLM's GPU build would not even make a config.
+    # The ingress has no device, and without a card vLLM's GPU build makes no config.
     "VLLM_TARGET_DEVICE": "cpu",
-    # Choices of one request (vLLM: 16384). Each is a call of prefill and one of decode; this many fit into their queues.
+    # Most choices of a request (vLLM: 16384): each is a call of prefill and one of decode, and this many fit their queues.
     "VLLM_MAX_N_SEQUENCES": "1024",
 }
 
@@ -86,7 +75,7 @@ INGRESS_ENV = {
 def engine_args(config: EPDConfig, stage: Stage, model_path: str, card_gib: float | None = None) -> dict[str, Any]:
     """Arguments of ``AsyncEngineArgs`` for a stage of a resolved config (accelerator and model known).
 
-    ``card_gib``: memory of the replica's card; None: unknown. It matters to engines on a share of one.
+    ``card_gib``: memory of the replica's card, for engines on a share of one; None: unknown.
     """
     args: dict[str, Any] = {}
     if config.accelerator is Accelerator.CPU:
@@ -103,8 +92,8 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str, card_gib: floa
         args["distributed_executor_backend"] = "mp"
     if (claimed := config.stages[stage].card_share) is not None:
         args.setdefault("gpu_memory_utilization", share_of(stage, claimed, card_gib).utilization)
-    # Each engine gets every item of a request once, from the ingress: a cache here would only wait for repeats that
-    # vLLM's protocol between front end and engine does not know (it sends None for items it believes cached).
+    # The ingress sends each engine every item of a request once. vLLM's protocol of this cache would send None for an item
+    # that it believes cached.
     args["mm_processor_cache_gb"] = 0
     if (ec := ec_transfer_config(config, stage)) is not None:
         args["ec_transfer_config"] = ec
@@ -116,7 +105,7 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str, card_gib: floa
 
 
 def ingress_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
-    """Engine arguments of the ingress: what rendering and validation need of the decode engine's."""
+    """The decode engine's arguments that rendering and validation at the ingress need."""
     args = engine_args(config, Stage.DECODE, model_path)
     return {key: value for key, value in args.items() if key not in ENGINE_ONLY_ARGS}
 
@@ -141,18 +130,18 @@ def shared_args(config: EPDConfig, model_path: str) -> dict[str, Any]:
 
 
 def replica_env(config: EPDConfig, stage: Stage | None, card_gib: float | None = None) -> dict[str, str]:
-    """Defaults of the environment of a replica; what is already set there wins. ``stage``: None for the ingress."""
+    """Defaults of a replica's environment; variables that are already set win. ``stage``: None for the ingress."""
     env = COMMON_ENV | (INGRESS_ENV if stage is None else {})
     if config.accelerator is Accelerator.CPU:
         env |= CPU_ENV
         args = engine_args(config, stage, "") if stage is not None else None
         if args is None or args["enforce_eager"]:
-            env |= CPU_EAGER_ENV
+            # vLLM compiles small helpers even with enforce_eager: the first request for logprobs would wait 16 s.
+            env["TORCHDYNAMO_DISABLE"] = "1"
         if args is not None and "kv_transfer_config" in args:
             env[STILL_NIXL_ENV] = "1"
         if args is not None and "kv_cache_memory_bytes" not in args:
-            # GiB of KV cache; by itself each engine would take most of the machine's memory.
-            env["VLLM_CPU_KVCACHE_SPACE"] = "1"
+            env["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; the default is most of the machine's memory
     if stage is not None and config.accelerator is Accelerator.CUDA:
         env |= CUDA_ENV
         if (claimed := config.stages[stage].card_share) is not None:
@@ -160,7 +149,8 @@ def replica_env(config: EPDConfig, stage: Stage | None, card_gib: float | None =
             cap = max(share_of(stage, claimed, card_gib).cap, utilization)
             env[card_memory.ENV] = f"per_process_memory_fraction:{cap}"
     if stage is not None and config.encoder is not None and config.ec.uses_nixl:
-        env |= NIXL_EC_ENV
+        # ECCPUConnector refuses vLLM's first model runner. With this, an engine that cannot have the second one says why.
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     if config.model in BUILT_IN_MODELS:
         env["HF_HUB_OFFLINE"] = "1"
     if config.tracing.endpoint is not None:
@@ -169,7 +159,7 @@ def replica_env(config: EPDConfig, stage: Stage | None, card_gib: float | None =
 
 
 def model_path(config: EPDConfig) -> str:
-    """Folder or name of the model; makes a built-in one where it is asked for and not there yet."""
+    """Folder or name of the model. Makes the folder of a built-in model if it is missing."""
     assert config.model is not None  # resolved
     if config.model in BUILT_IN_MODELS:
         from serve_app.demo import ensure_demo_model

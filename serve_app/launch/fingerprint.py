@@ -1,12 +1,11 @@
-"""What both sides of a hand-off must have in common, in a few hex digits: the ``Version`` of an engine or an ingress.
+"""The ``Version`` of an engine or an ingress: a few hex digits that both sides of a hand-off must have in common.
 
-Token ids mean something to one tokenizer, embeddings and KV blocks to one set of weights. While a deploy replaces replicas
-one by one, or where two nodes have other copies of one folder, engines meet that would take each other's and answer 200. So
-each process tells what it was started from. Every process can tell ``front``, an ingress without weight files too;
-``template`` only where the file is; ``weights`` the engines tell.
+Token ids belong to one tokenizer, embeddings and KV blocks to one set of weights. While a deploy replaces replicas one by
+one, or where nodes have different copies of a folder, engines would take each other's and answer 200. So each process tells
+what it was started from: ``front`` everywhere, ``template`` where its file is, ``weights`` on engines.
 
-Weights of one architecture have one size and one header, whatever is in them. So some content is looked at too: the middle
-of each tensor. Weights that differ nowhere there are taken for the same. Times are not looked at: two nodes' copies differ.
+Weights of one architecture have the same size and header. So the middle of each tensor counts too, and weights that are
+equal there count as the same. Times of files do not count, because they differ between nodes.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ from serve_app.handoff.types import Version
 from serve_app.launch.engine_args import engine_args
 
 PROTOCOL = 1
-"""Of what crosses our handles. To be raised with what another release of ours would misread in ``handoff``."""
+"""Version of the messages between our processes. Raise it with a change in ``handoff`` that older code would misread."""
 
 VERSION_ARGS = (SHARED_ARGS - {"model", "served_model_name"}) | {"quantization", "load_format"}
 """Engine arguments that change token ids, item hashes, embeddings or KV blocks. The model is known by its files."""
@@ -44,19 +43,16 @@ FRONT_FILES = (
     "processor_config.json",
 )
 TOKENIZERS = (("tokenizer.json",), ("tekken.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
-"""Files of a tokenizer, best first. The ones after the first that is there need not be everywhere."""
+"""Files of a tokenizer, best first. Only the first that is there counts."""
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
-INDEX_BYTES = 64 << 20
-HEADER_BYTES = 100_000_000  # safetensors' own limit
 SAMPLE_BYTES = 1024
 MOST_SAMPLES = 4096
-"""Of all files: 4 MB, and on a network file system some seconds of the minutes that loading takes."""
-READERS = 8
+"""Samples of all files: 4 MB, and on a network file system some seconds of the minutes that loading takes."""
 
 
 def front_of(config: EPDConfig, model_config: Any) -> Version:
-    """What an ingress tells of itself, and every engine: all but the weights. ``model_config``: vLLM's."""
+    """The version of an ingress, and of an engine without its weights. ``model_config``: vLLM's."""
     stages = {stage: engine_args(config, stage, "") for stage in config.stages}
     front: dict[str, Any] = {
         "protocol": PROTOCOL,
@@ -71,12 +67,12 @@ def front_of(config: EPDConfig, model_config: Any) -> Version:
 
 
 def version_of(config: EPDConfig, vllm_config: Any) -> Version:
-    """What an engine tells, from what lies there now. How it lays out KV blocks is known once it runs."""
+    """The version of an engine from the files that are there now."""
     return front_of(config, vllm_config.model_config)._replace(weights=weights_of(vllm_config))
 
 
 def template_of(named: str | None) -> str:
-    """Of the chat template that the config names, by its file or as it is. Empty: there is none, or not on this node."""
+    """Digest of the config's chat template, by its file or text. Empty: there is none, or not on this node."""
     if named is None:
         return ""
     if os.path.isfile(named):
@@ -85,9 +81,9 @@ def template_of(named: str | None) -> str:
 
 
 def commit_of(model_config: Any) -> str | None:
-    """The commit of a model that came from a hub; None: it is a folder, or nothing tells."""
+    """The commit of a model from a hub; None: a folder, or unknown."""
     path = Path(model_config.model)
-    if path.parent.name == "snapshots":  # a hub's cache, as vLLM names it without a network
+    if path.parent.name == "snapshots":  # vLLM's name of a hub's cache without a network
         return path.name
     if path.exists():
         return None
@@ -98,14 +94,14 @@ def commit_of(model_config: Any) -> str | None:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """Digest by name of the files that an ingress reads."""
+    """Digests of the files that an ingress reads, by name."""
     tokenizer = next((names for names in TOKENIZERS if (folder / names[0]).is_file()), ())
     names = [name for name in (*FRONT_FILES, *tokenizer) if (folder / name).is_file()]
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
 def weights_of(vllm_config: Any) -> str:
-    """Names the weights that an engine loads: by the commit of a hub, or by what lies in the folder."""
+    """Digest of the weights that an engine loads, by a hub's commit or the files of the folder."""
     model = vllm_config.model_config
     load_format = str(vllm_config.load_config.load_format)
     named: Any = (getattr(model, "model_weights", "") or model.model, model.revision)
@@ -121,11 +117,11 @@ def weights_of(vllm_config: Any) -> str:
 
 
 def content_of(files: list[Path]) -> dict[str, str]:
-    """Digest by name: of a file's size, its header or the whole index, and samples of what it holds."""
+    """Digests of files by name, over size, header or index, and samples of the content."""
     most = max(MOST_SAMPLES // max(len(files), 1), 1)
-    with ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(8) as readers:
         digests = readers.map(lambda file: _content(file, most), files)
-        return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+        return dict(zip((file.name for file in files), digests, strict=True))
 
 
 def _content(path: Path, most: int) -> str:
@@ -133,7 +129,7 @@ def _content(path: Path, most: int) -> str:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
         if path.suffix == ".json":
-            digest.update(file.read(INDEX_BYTES))
+            digest.update(file.read(64 << 20))
             return digest.hexdigest()
         header = _header(file, size) if path.suffix == ".safetensors" else b""
         digest.update(header)
@@ -143,15 +139,15 @@ def _content(path: Path, most: int) -> str:
 
 
 def _header(file: Any, size: int) -> bytes:
-    """The JSON of a safetensors file; nothing where it is none."""
+    """The JSON of a safetensors file, which limits it to 100 MB; empty if it is none."""
     length = file.read(8)
-    if len(length) < 8 or (count := struct.unpack("<Q", length)[0]) > min(HEADER_BYTES, size - 8):
+    if len(length) < 8 or (count := struct.unpack("<Q", length)[0]) > min(100_000_000, size - 8):
         return b""
     return bytes(file.read(count))
 
 
 def _places(header: bytes, size: int, most: int) -> Iterator[int]:
-    """Where samples begin: around the middle of each tensor, or spread evenly where nothing tells of any."""
+    """Offsets of samples: around the middle of each tensor, or evenly spread where the header names none."""
     try:
         tensors = {name: of for name, of in json.loads(header or b"{}").items() if name != "__metadata__"}
         middles = sorted(8 + len(header) + sum(of["data_offsets"]) // 2 for of in tensors.values())

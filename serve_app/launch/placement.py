@@ -1,9 +1,9 @@
-"""Which device the stages run on, and what each replica claims from Ray. Pure functions of the config and the cluster."""
+"""Choose the device of the stages and each replica's claims from Ray: pure functions of the config and the cluster."""
 
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -20,17 +20,14 @@ NO_OVERRIDE_ENV = {
     Accelerator.XPU: "RAY_EXPERIMENTAL_NOSET_ONEAPI_DEVICE_SELECTOR",
 }
 
-DEFAULT_ARGS: dict[str, Any] = {
-    # The reference's MAX_MODEL_LEN. At the model's own 128,000 tokens vLLM profiles one video of 458,752 patches: 12.6 GiB
-    # of activations, for which no card of 24 GB has room.
-    "max_model_len": 32768,
-}
-"""Engine arguments of the model that GPUs serve where none is named."""
+DEFAULT_MODEL_LEN = 32768
+"""The reference's MAX_MODEL_LEN, for the model that GPUs serve where none is named. At its own 128,000 tokens vLLM profiles
+a video of 458,752 patches: 12.6 GiB of activations, too much for a card of 24 GB."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What Ray can give. ``elastic``: nodes may still be added, so what is missing now may come."""
+    """Resources of the Ray cluster. ``elastic``: nodes may still be added."""
 
     gpus: float
     cpus: float
@@ -51,12 +48,11 @@ def is_elastic() -> bool:
     from ray._common.usage.usage_constants import KUBERAY_ENV
     from ray._private.state import state
 
-    # KubeRay's nodes come after its head, with an autoscaler or without one, and nothing in Ray says how many.
+    # KubeRay's nodes come after its head, even without an autoscaler, and Ray does not know how many.
     return KUBERAY_ENV in os.environ or state.get_max_resources_from_cluster_config() is not None
 
 
-@dataclass(frozen=True)
-class Resolved:
+class Resolved(NamedTuple):
     """A config with accelerator, model and GPUs per replica decided, and the sentence that says why."""
 
     config: EPDConfig
@@ -64,39 +60,15 @@ class Resolved:
 
 
 def resolve(config: EPDConfig, cluster: Cluster) -> Resolved:
-    """Decide what the config leaves open.
-
-    Raises ``ConfigError`` where the cluster can never give what the config asks for.
-    """
+    """Decide what the config leaves open. Raises ``ConfigError`` where the cluster can never give what it asks for."""
     check_labels(config)
-    wanted = config.accelerator
-    names = f" ({', '.join(cluster.gpu_types)})" if cluster.gpu_types else ""
-    if wanted is Accelerator.AUTO:
-        if cluster.elastic and not cluster.gpus:
-            raise ConfigError(
-                "`accelerator: auto` cannot tell on this Ray cluster, which has no GPU now and may get some: "
-                "set `accelerator: cuda`, `xpu` or `cpu`."
-            )
-        accelerator = cluster.gpu_accelerator if cluster.gpus else Accelerator.CPU
-        found = f"the cluster has {cluster.gpus:g} GPUs{names}" if cluster.gpus else "the cluster has no GPU"
-        reason = f"accelerator: {accelerator}, because {found} (accelerator: auto)"
-    else:
-        accelerator = wanted
-        reason = f"accelerator: {accelerator}, as configured"
-        if wanted is not Accelerator.CPU and not cluster.gpus and not cluster.elastic:
-            raise ConfigError(
-                f"`accelerator: {wanted}` needs GPUs and the Ray cluster has none: start Ray on a machine with GPUs "
-                "(`ray status` lists them), or set `accelerator: cpu` or `auto`."
-            )
+    accelerator, reason = pick_accelerator(config.accelerator, cluster)
     model = config.model or (DEMO_MODEL if accelerator is Accelerator.CPU else GPU_MODEL)
-    if config.model is None:
-        reason += f"; model: {model}, because none is named"
-    else:
-        reason += f"; model: {model}, as configured"
+    reason += f"; model: {model}, {'because none is named' if config.model is None else 'as configured'}"
     cpus = cpus_per_replica(len(config.stages) + 1, cluster)
     decided: dict[str, Any] = {"accelerator": accelerator, "model": model}
     if model == GPU_MODEL != config.model:
-        decided["engine_args"] = DEFAULT_ARGS | config.engine_args
+        decided["engine_args"] = {"max_model_len": DEFAULT_MODEL_LEN} | config.engine_args
     if by_nixl(config, accelerator, cluster):
         decided["ec"] = config.ec.model_dump(exclude_unset=True) | {"connector": "ECCPUConnector"}
     if config.ingress_cpus is None:
@@ -108,6 +80,28 @@ def resolve(config: EPDConfig, cluster: Cluster) -> Resolved:
         return Resolved(EPDConfig.model_validate(config.model_dump(exclude_unset=True) | decided), reason)
     except ValidationError as error:
         raise ConfigError.of(error) from None
+
+
+def pick_accelerator(wanted: Accelerator, cluster: Cluster) -> tuple[Accelerator, str]:
+    """The accelerator of all stages, and the reason as text. Raises ``ConfigError`` where the cluster does not tell or lacks
+    it."""
+    if wanted is not Accelerator.AUTO:
+        if wanted is not Accelerator.CPU and not cluster.gpus and not cluster.elastic:
+            raise ConfigError(
+                f"`accelerator: {wanted}` needs GPUs and the Ray cluster has none: start Ray on a machine with GPUs "
+                "(`ray status` lists them), or set `accelerator: cpu` or `auto`."
+            )
+        return wanted, f"accelerator: {wanted}, as configured"
+    if cluster.elastic and not cluster.gpus:
+        raise ConfigError(
+            "`accelerator: auto` cannot tell on this Ray cluster, which has no GPU now and may get some: "
+            "set `accelerator: cuda`, `xpu` or `cpu`."
+        )
+    accelerator, found = Accelerator.CPU, "no GPU"
+    if cluster.gpus:
+        names = f" ({', '.join(cluster.gpu_types)})" if cluster.gpu_types else ""
+        accelerator, found = cluster.gpu_accelerator, f"{cluster.gpus:g} GPUs{names}"
+    return accelerator, f"accelerator: {accelerator}, because the cluster has {found} (accelerator: auto)"
 
 
 def check_labels(config: EPDConfig) -> None:
@@ -124,20 +118,20 @@ def check_labels(config: EPDConfig) -> None:
 
 
 def by_nixl(config: EPDConfig, accelerator: Accelerator, cluster: Cluster) -> bool:
-    """Whether embeddings go from engine to engine, where the config leaves it open: on GPUs of several nodes, or of nodes
-    that are still to come. A folder would have to be one that all of them mount."""
+    """Whether embeddings go from engine to engine where the config leaves it open: on GPUs of several or future nodes, which
+    may mount no common folder."""
     spread = cluster.elastic or cluster.nodes_with_gpus > 1
     is_open = config.ec.model_fields_set <= {"max_bytes", "salt_by_tenant"} and not config.advanced.ec.model_fields_set
     return config.encoder is not None and accelerator is Accelerator.CUDA and spread and is_open
 
 
 def cpus_per_replica(deployments: int, cluster: Cluster) -> float:
-    """1, or 0.1 on a machine too small for two replicas of each deployment, where claims would keep them from starting."""
+    """1, or 0.1 on a machine too small for two replicas of each deployment, so that they can start."""
     return 1.0 if cluster.elastic or cluster.cpus >= 2 * deployments else 0.1
 
 
 def fit_gpus(config: EPDConfig, accelerator: Accelerator, cluster: Cluster) -> dict[Stage, StageConfig]:
-    """Fill in ``gpus_per_replica`` where it is open: whole cards where there are enough, shares where there are not.
+    """Fill in ``gpus_per_replica`` where it is open: whole cards if there are enough, else shares.
 
     Raises ``ConfigError`` when one replica of each stage needs more cards than the cluster has.
     """
@@ -146,17 +140,15 @@ def fit_gpus(config: EPDConfig, accelerator: Accelerator, cluster: Cluster) -> d
         return {s: c if c.gpus_per_replica is not None else _claim(c, 0) for s, c in stages.items()}
     all_open = all(c.gpus_per_replica is None and c.world_size == 1 for c in stages.values())
     shares: Mapping[Stage, float] = {}
-    # On two nodes of a card each, encoder and prefill could be placed apart, with no whole card left for decode.
+    # On two nodes with a card each, Ray could place encoder and prefill apart, with no whole card left for decode.
     if all_open and not cluster.elastic and 1 <= cluster.gpus < len(stages) and cluster.nodes_with_gpus == 1:
         # On two cards as in the reference: encoder and prefill on one, decode on the other.
         sharing = [stage for stage in stages if cluster.gpus < 2 or stage is not Stage.DECODE]
         shares = shares_of_one(sharing, cluster.card_gib)
-    fitted = {}
-    for stage, stage_config in stages.items():
-        gpus = stage_config.gpus_per_replica
-        if gpus is None:
-            gpus = shares.get(stage, float(stage_config.world_size))
-        fitted[stage] = _claim(stage_config, gpus)
+    fitted = {
+        s: c if c.gpus_per_replica is not None else _claim(c, shares.get(s, float(c.world_size)))
+        for s, c in stages.items()
+    }
     needed = sum(c.gpus_per_replica or 0 for c in fitted.values())
     if needed > cluster.gpus + 1e-6 and not cluster.elastic:
         claims = ", ".join(f"{s} {c.gpus_per_replica:g}" for s, c in fitted.items())
@@ -172,7 +164,7 @@ def _claim(config: StageConfig, gpus: float) -> StageConfig:
 
 
 def actor_options(config: StageConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Ray's ``ray_actor_options`` of a stage of a resolved config: it claims what it uses."""
+    """Ray's ``ray_actor_options`` of a stage of a resolved config."""
     env = dict(config.env)
     if config.devices is not None and accelerator in AFFINITY_ENV:
         env[AFFINITY_ENV[accelerator]] = config.devices
@@ -196,13 +188,10 @@ def check_claims(
     assigned: Mapping[str, float],
     environ: Mapping[str, str],
 ) -> None:
-    """Raise ``ConfigError`` in a replica that lacks what its stage claims of Ray.
-
-    ``ray_actor_options`` under ``deployments:`` take the place of all claims, also of those that they do not name.
-    """
+    """Raise ``ConfigError`` in a replica without its stage's claims, which ``ray_actor_options`` of a deployment replace."""
     claimed = actor_options(config, accelerator)
     amounts = {"GPU": claimed.get("num_gpus", 0.0), **claimed.get("resources", {})}
-    # Ray counts in units of 0.0001 and drops what is less.
+    # Ray counts in units of 0.0001, rounded down.
     lacking = [
         f"{amount:g} {name}"
         for name, amount in amounts.items()
@@ -218,7 +207,7 @@ def check_claims(
 
 
 def shared_cards(config: StageConfig, gpu_ids: Collection[int | str]) -> list[int | str]:
-    """The cards of a replica that it may have in common with others: where it claims a share of one, or names them."""
+    """The cards that a replica may share with others: those that it names, or claims a part of."""
     if config.devices is not None:
         return list(config.devices.split(","))
     return list(gpu_ids) if (config.gpus_per_replica or 0) < 1 else []
@@ -227,7 +216,7 @@ def shared_cards(config: StageConfig, gpu_ids: Collection[int | str]) -> list[in
 def xpu_affinity(
     accelerator: Accelerator, gpu_ids: list[int] | list[str], environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """ZE_AFFINITY_MASK for the cards that Ray picked: vLLM reads it, Ray sets another variable."""
+    """ZE_AFFINITY_MASK for the cards that Ray picked. vLLM reads it, but Ray sets another variable."""
     mask = AFFINITY_ENV[Accelerator.XPU]
     if accelerator is not Accelerator.XPU or not gpu_ids or mask in environ:
         return {}

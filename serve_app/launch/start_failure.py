@@ -1,14 +1,14 @@
-"""Why an engine does not start, from its processes to its replica.
+"""Raise in a replica why its engine does not start.
 
-vLLM's front end says "Engine core initialization failed. See root cause above": the cause is in the log of another process.
-Here the processes of an engine tell it (``hooks.start_failure``) to their replica, which raises ``CannotStart``; Ray
-Serve's status carries its text to `make serve`, `serve status` and `/health`.
+vLLM's front end says "Engine core initialization failed. See root cause above", which is in the log of another process. Here
+the processes of an engine tell their replica the cause (``hooks.start_failure``), and it raises ``CannotStart``. Ray Serve's
+status carries the text to `make serve`, `serve status` and `/health`.
 """
 
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from serve_app.handoff.errors import CannotStart, EPDError
@@ -19,7 +19,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class EngineFailed(Exception):
-    """An engine did not start; ``errors`` is what its processes told of it."""
+    """An engine did not start. ``errors``: the exceptions that its processes told."""
 
     def __init__(self, errors: list[str]) -> None:
         super().__init__(errors[0])
@@ -27,19 +27,19 @@ class EngineFailed(Exception):
 
     @property
     def port_taken(self) -> bool:
-        """Another program was faster at a port that had been free: with another one the engine starts."""
+        """Whether another program took a port that had been free: with another one the engine starts."""
         return any("Address already in use" in error for error in self.errors)
 
 
 @contextmanager
 def hears_engine() -> Iterator[None]:
-    """Around the start of an engine. Raises ``EngineFailed`` where its processes tell why it failed."""
+    """Wraps the start of an engine. Raises ``EngineFailed`` if its processes tell why it failed."""
     memory = os.memfd_create("epd-start-failure")
     os.environ[REASON_ENV] = f"/proc/{os.getpid()}/fd/{memory}"
     try:
         yield
     except Exception:
-        if (errors := _root(_read(memory))) is not None:
+        if (errors := _root(memory)) is not None:
             raise EngineFailed(errors) from None
         raise
     finally:
@@ -61,11 +61,8 @@ def says_why(who: str, model: str) -> Iterator[None]:
         raise CannotStart(f"{who} cannot start: {reason(causes(error), model)}.") from None
 
 
-def _read(memory: int) -> list[Told]:
-    lines = os.pread(memory, os.fstat(memory).st_size, 0).decode().splitlines()
-    return [Told(*json.loads(line)) for line in lines]
-
-
-def _root(told: Sequence[Told]) -> list[str] | None:
-    """Workers end before the engine core that waits for them: the first is the cause of the others."""
-    return next((each.errors for each in sorted(told, key=lambda each: not each.ends)), None)
+def _root(memory: int) -> list[str] | None:
+    """The first error that ended a process, else the first: workers end before the engine core that waits for them."""
+    lines = os.pread(memory, os.fstat(memory).st_size, 0).splitlines()
+    told = [Told(*json.loads(line)) for line in lines]
+    return min(told, key=lambda each: not each.ends).errors if told else None

@@ -1,4 +1,4 @@
-"""An engine's failure to start as one sentence, with what to do if that is known: pure functions of texts."""
+"""An engine's failure to start as a sentence, with a remedy if one is known: pure functions of texts."""
 
 import re
 from collections.abc import Sequence
@@ -63,11 +63,11 @@ KNOWN: list[tuple[str, str]] = [
         "its engine's process ended, for a reason that is in vLLM's log above",
     ),
 ]
-"""Pattern, and what it means; the first that matches counts. ``{1}``: the pattern's first group."""
+"""Patterns and their meanings; the first match counts. ``{1}``: the pattern's first group."""
 
 
 def reason(errors: Sequence[str], model: str) -> str:
-    """One sentence, or two where the second says what to do, without the full stop. ``errors``: as of ``causes``."""
+    """A sentence, and a second one with a remedy, without the full stop. ``errors``: those of ``causes``."""
     text = "\n".join(errors)
     for pattern, words in KNOWN:
         if (match := re.search(pattern, text, re.DOTALL)) is not None:
@@ -79,7 +79,7 @@ def reason(errors: Sequence[str], model: str) -> str:
 
 
 def sentence(status: str) -> str | None:
-    """Ours in what Ray Serve says of an application or a deployment: a traceback that ends with it."""
+    """Our sentence at the end of the traceback in Ray Serve's status of an application or a deployment."""
     errors = re.escape(CannotStart.__module__)
     found = re.findall(rf"^{errors}\.(?:CannotStart|ConfigError): (.*(?:\n  .*)*)", status, re.MULTILINE)
     return found[-1].rstrip() if found else None

@@ -136,6 +136,6 @@ def test_folder_in_memory_is_removed_when_nobody_uses_it(memory: Path) -> None:
     users = Users(memory / NAME)
     remove_folder(EPDConfig())
     assert (memory / NAME).exists()
-    users.leave()
+    users.close()
     remove_folder(EPDConfig())
     assert not (memory / NAME).exists()
