@@ -1,5 +1,3 @@
 """What clusters name: ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.proxy:middlewares``."""
 
-from serve_app.hooks.proxy import middlewares
-
-__all__ = ["middlewares"]
+from serve_app.hooks.proxy import middlewares as middlewares

@@ -25,6 +25,9 @@ from serve_app.stage import Stage
 class EPDError(Exception):
     """Base of everything this package raises on purpose."""
 
+    status = 500
+    """The HTTP status of a request that ends with it."""
+
 
 class ConfigError(EPDError):
     """A configuration that cannot run; the message names the key and what to do."""
@@ -86,8 +89,12 @@ class StageTimeout(StageError):
 
 
 class Overloaded(EPDError):
-    """The ingress has as much under way as it takes; status 503 with Retry-After."""
+    """The ingress has as much under way as it takes. The answer has Retry-After."""
+
+    status = 503
 
 
 class BadRequest(EPDError):
-    """An engine refused the request itself; status 400, and no retry helps."""
+    """An engine refused the request itself, and no retry helps."""
+
+    status = 400

@@ -198,11 +198,6 @@ def resumed(request: StageRequest, tokens: list[int]) -> StageRequest:
     return msgspec.structs.replace(request, prompt=prompt, params=rest)
 
 
-def is_streamed(params: Any) -> bool:
-    """Whether the client of a request gets tokens as they come."""
-    return bool(params.output_kind.name != "FINAL_ONLY")
-
-
 def pulled_blocks(params: Any) -> dict[str, Any] | None:
     """``kv_transfer_params`` of a decode request that waits for the KV blocks of a prefill."""
     return (params.extra_args or {}).get("kv_transfer_params")

@@ -1,6 +1,6 @@
 """``HandOffs`` ends waits for KV blocks that are gone.
 
-Between prefill and the first token a request waits twice: at the ingress for a place at decode (``ingress.leases``), then
+Between prefill and the first token a request waits twice: at the ingress for a place at decode (``ingress.pipeline``), then
 at decode until its engine has the blocks (``pulls``). The engines' part is in ``transfer.kv_lease``.
 """
 

@@ -40,7 +40,9 @@ def assemble(
     renderer = renderer_from_config(vllm_config)
     install_renderer_guard(renderer)
     metrics = IngressMetrics()
-    admission = Admission(config.admission, embed_size_bytes(vllm_config.model_config), metrics.outstanding)
+    model = vllm_config.model_config
+    embed_bytes = int(model.get_inputs_embeds_size() * model.dtype.itemsize)
+    admission = Admission(config.admission, embed_bytes, metrics.outstanding)
     encoders = encode_stage(config, stages, renderer, version)
     processor = OutputProcessor(
         renderer.tokenizer, log_stats=False, stream_interval=vllm_config.scheduler_config.stream_interval
@@ -72,8 +74,3 @@ def engines_resume(config: EPDConfig, vllm_config: VllmConfig) -> bool:
     processors of users may look at the answer by itself."""
     processors = vllm_config.model_config.logits_processors or config.decode.engine_args.get("logits_processors")
     return vllm_config.watermark_config is None and not processors
-
-
-def embed_size_bytes(model_config: Any) -> int:
-    """Bytes of one embedding (visual or audio token) of a model."""
-    return int(model_config.get_inputs_embeds_size() * model_config.dtype.itemsize)

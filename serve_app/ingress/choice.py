@@ -7,8 +7,6 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from serve_app.handoff import shaping
-
 
 class Choice:
     """A choice outlives a decode replica. The next one adds its output tokens."""
@@ -33,7 +31,8 @@ class Choice:
 
     @property
     def streamed(self) -> bool:
-        return shaping.is_streamed(self.params)
+        """Whether the client gets output tokens as they come."""
+        return bool(self.params.output_kind.name != "FINAL_ONLY")
 
     @property
     def finished(self) -> bool:

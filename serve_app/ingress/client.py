@@ -28,6 +28,19 @@ from serve_app.ingress.vllm_errors import fails_as_vllm, to_vllm_error
 from serve_app.media.items import declared_fields
 
 
+def not_disaggregated(what: str) -> VLLMValidationError:
+    return VLLMValidationError(f"{what} is not available here: this server is an ingress in front of several engines.")
+
+
+def refusal_of(what: str) -> Any:
+    """A method of vLLM's protocol that refuses."""
+
+    async def refuse(self: EngineClient, *args: Any, **kwargs: Any) -> Any:
+        raise not_disaggregated(what)
+
+    return refuse
+
+
 class EPDClient(EngineClient):
     """The pipeline of one ingress replica."""
 
@@ -127,64 +140,27 @@ class EPDClient(EngineClient):
     async def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
 
-    async def abort(self, request_id: Any) -> None:
-        """Nothing to do: a request is aborted by closing its generator."""
-
-    async def check_health(self) -> None: ...
-
-    async def do_log_stats(self) -> None: ...
-
     async def is_tracing_enabled(self) -> bool:
         return self._config.tracing.endpoint is not None
 
     async def is_sleeping(self) -> bool:
         return False
 
-    async def is_paused(self) -> bool:
-        return False
-
-    async def reset_mm_cache(self) -> None: ...
-
-    async def notify_kv_transfer_request_rejected(
-        self, request_id: str, kv_transfer_params: dict[str, Any], *, data_parallel_rank: int | None = None
-    ) -> None: ...
+    is_paused = is_sleeping
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.renderer.shutdown()
 
+    async def _nothing_to_do(self, *args: Any, **kwargs: Any) -> None:
+        """A request is aborted by closing its generator, and the engines look after themselves."""
+
+    abort = check_health = do_log_stats = reset_mm_cache = notify_kv_transfer_request_rejected = _nothing_to_do
+
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         raise not_disaggregated("Pooling")
 
-    async def add_lora(self, lora_request: Any) -> bool:
-        raise not_disaggregated("Loading LoRA adapters at run time")
-
-    async def start_profile(self, profile_prefix: str | None = None, **overrides: Any) -> None:
-        raise not_disaggregated("vLLM's own profile route")
-
-    async def stop_profile(self) -> None:
-        raise not_disaggregated("vLLM's own profile route")
-
-    async def reset_encoder_cache(self) -> None:
-        raise not_disaggregated("Resetting caches")
-
-    async def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        raise not_disaggregated("Resetting caches")
-
-    async def sleep(self, *args: Any, **kwargs: Any) -> None:
-        raise not_disaggregated("Sleep mode")
-
-    async def wake_up(self, tags: list[str] | None = None) -> bool:
-        raise not_disaggregated("Sleep mode")
-
-    async def release_kv_cache_memory(self) -> None:
-        raise not_disaggregated("Sleep mode")
-
-    async def pause_generation(self, *args: Any, **kwargs: Any) -> None:
-        raise not_disaggregated("Pausing generation")
-
-    async def resume_generation(self) -> None:
-        raise not_disaggregated("Pausing generation")
-
-
-def not_disaggregated(what: str) -> VLLMValidationError:
-    return VLLMValidationError(f"{what} is not available here: this server is an ingress in front of several engines.")
+    add_lora = refusal_of("Loading LoRA adapters at run time")
+    start_profile = stop_profile = refusal_of("vLLM's own profile route")
+    reset_encoder_cache = reset_prefix_cache = refusal_of("Resetting caches")
+    sleep = wake_up = release_kv_cache_memory = refusal_of("Sleep mode")
+    pause_generation = resume_generation = refusal_of("Pausing generation")

@@ -21,17 +21,17 @@ from serve_app.config import EPDConfig
 from serve_app.handoff import shaping
 from serve_app.handoff.errors import BadRequest, EPDError, HandoffLost, OtherVersion, StageError
 from serve_app.handoff.types import Media, PrefillReply, StageRequest, Version
+from serve_app.handoff.waits import HandOffs
 from serve_app.ingress.admission import Admission
 from serve_app.ingress.answers import JOIN_S, Answer, Answers
 from serve_app.ingress.choice import Choice, choices_of
 from serve_app.ingress.decisions import UNSTRUCTURABLE, Attempts, Next
 from serve_app.ingress.encoding import Encoded, EncodeStage, Replies
-from serve_app.ingress.leases import leases
 from serve_app.ingress.request import Deadline, Request, current
 from serve_app.ingress.retry import Retries
 from serve_app.ingress.vllm_errors import fails_as_vllm
 from serve_app.observe.trace import Trace
-from serve_app.routing import overlap
+from serve_app.routing import rules
 from serve_app.routing.handles import Call, StageHandle
 from serve_app.stage import Stage
 
@@ -159,13 +159,15 @@ class Pipeline:
                     case Next.RESUME:
                         deadline = deadline.anew()
                     case Next.RESTART:
-                        self._restart(choice, request)
+                        choice.restart()
+                        if request.choices == 1:  # other choices have tokens of these weights
+                            request.weights = ""
                 request.trace.rung(f"{error.stage}-again")
                 await deadline.within(error.stage, self.retries.pause(number))
 
     def _plan(self, call: StageRequest, attempts: Attempts, weights: str) -> Plan:
         """``weights`` made the output tokens so far, of any choice."""
-        way = overlap.way({stage: handle.weights for stage, handle in self.stages.items()}, weights)
+        way = rules.way({stage: handle.weights for stage, handle in self.stages.items()}, weights)
         call = msgspec.structs.replace(call, version=call.version._replace(weights=way.weights))
         encoders = not (attempts.without_encoders or Stage.ENCODER in way.without)
         if Stage.PREFILL not in self.stages:
@@ -178,11 +180,6 @@ class Pipeline:
         elif Stage.PREFILL in way.without:
             why = "other version"
         return Plan(call, encoders, why is None, why)
-
-    def _restart(self, choice: Choice, request: Request) -> None:
-        choice.restart()
-        if request.choices == 1:  # other choices have tokens of these weights
-            request.weights = ""
 
     def _forget(self, error: StageError, encoded: Encoded) -> None:
         """Drop the encoders' answers that are of no use after this failure."""
@@ -310,6 +307,16 @@ class Pipeline:
         self.background.add(task)
         task.add_done_callback(self.background.discard)
         return task
+
+
+def leases(prefill: StageHandle, lease_s: float) -> HandOffs[str]:
+    """Waits for a place at decode, by prefill's ids of the requests. Prefill renews the leases of their KV blocks."""
+
+    async def lost(waiting: list[str]) -> set[str]:
+        replies = await prefill.broadcast("renew", waiting, timeout_s=lease_s / 3)
+        return {request for ended in replies if not isinstance(ended, Exception) for request in ended}
+
+    return HandOffs(lease_s / 6, lease_s / 3, lost, "waited for a place until the lease of its KV blocks was over")
 
 
 async def _quietly(call: Any) -> None:

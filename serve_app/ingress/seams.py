@@ -1,47 +1,4 @@
-"""All changes that the ingress process makes to vLLM 0.32.0, FastAPI and Pillow.
-
-Functions ``install_…`` stand here unless the table names another place. Each row has a test in ``tests/contracts``
-(``test_seams.py`` says which). The table of the engines' processes and of Serve's proxy is in ``serve_app/hooks``.
-
-==============================================  =========================================  ============================
-What, and by what                               Why                                        Until
-==============================================  =========================================  ============================
-BaseRenderer._process_mm_uuids                  A client's `uuid` would be the item's      vLLM can refuse `uuid`.
-  install_renderer_guard                        hash, the key of a cache that all clients
-                                                share: one picture in the place of
-                                                another's.
-BaseRenderer._process_multimodal_async          A prompt that does not fit its media is    vLLM answers 400 and says
-  install_renderer_guard                        the client's mistake, and the client is    why.
-                                                told which.
-BaseRenderer.render_chat_async                  Names of media are a tenant's own, told    Media connectors are told
-  install_renderer_guard                        apart by the `cache_salt` of the request.  it.
-BaseRenderer._process_tokens_async              A prompt is rendered around what encoders  vLLM's renderer has a hook
-  install_rendering                             answer, whichever API it comes through.    for items that it does not
-                                                                                           process.
-MEDIA_CONNECTOR_REGISTRY                        Media are fetched behind our guard,        Stays: vLLM's extension
-  install_media                                 counted, and left undecoded for encoders.  point.
-AsyncMultiModalContentParser.parse_image        A `uuid` goes to the connector as a name,  vLLM gives it to connectors.
-  install_names; parse_video, parse_audio       and is no item's hash.
-AsyncMultiModalContentParser.parse_image_pil    A client can only write a text there. A    vLLM takes none from a
-  install_names                                 processor of transformers takes it for a   request.
-                                                path or a URL and opens it, past every
-                                                guard.
-vllm.envs.VLLM_MAX_…, Image.MAX_IMAGE_PIXELS    Headers can lie: decoders keep the limits  Stays: settings.
-  media/check.py install_limits                 of `media:` too. On encoders as well.
-InputProcessor.resolve_watermarking             A beam search asks nothing else of its     vLLM bounds
-  guard.py GuardedInputProcessor                engine before its scores can overflow.     `length_penalty`.
-MultiModalConfig, CPU_KVCACHE_SPACE             Prompts are rendered around metadata,      Stays: settings.
-  server.py ingress_vllm_config                 which clients still cannot send; there is
-                                                no device.
-FastAPI.router.routes, .user_middleware         Some routes answer for all stages, some    Stays: vLLM's app has one
-  server.py make_app                            would reach past them; vLLM's page of      engine.
-                                                metrics is not read.
-FastAPI.exception_handlers                      Each API has errors in its own shape, and  vLLM does it for all errors.
-  server.py _shape_errors                       a body that cannot be read is a 400.
-OpenAIServingResponses                          What it stores has a bound, and all        vLLM takes a store from
-  responses.py Responses                        ingress replicas find it.                  outside.
-==============================================  =========================================  ============================
-"""
+"""The calls that change vLLM's front end in the ingress process. ``docs/seams.md`` lists them with their reasons."""
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial

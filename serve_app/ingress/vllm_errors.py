@@ -6,22 +6,17 @@ from http import HTTPStatus
 
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
-from serve_app.handoff.errors import BadRequest, EPDError, Overloaded, StageError
+from serve_app.handoff.errors import BadRequest, EPDError
 from serve_app.ingress.request import Request
 
 
 def to_vllm_error(error: Exception) -> Exception:
     """Return an error of ours as vLLM's, and any other as it is."""
     mapped: Exception = error
-    match error:
-        case StageError():
-            mapped = GracefulHTTPError(str(error), HTTPStatus(error.status))
-        case BadRequest():
-            mapped = VLLMValidationError(str(error))
-        case Overloaded():
-            mapped = GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
-        case EPDError():
-            mapped = GracefulHTTPError(str(error), HTTPStatus.INTERNAL_SERVER_ERROR)
+    if isinstance(error, BadRequest):
+        mapped = VLLMValidationError(str(error))
+    elif isinstance(error, EPDError):
+        mapped = GracefulHTTPError(str(error), HTTPStatus(error.status))
     return mapped
 
 

@@ -1,4 +1,4 @@
-"""Which encoder replica gets an item: pure functions of its key, its cost and the load of each replica.
+"""Which encoder replica gets an item, and which stages a request goes through while a deploy goes on: pure functions.
 
 An item goes to the replica that had it before while its load allows, else to the one with the least work. Load is counted
 in embeddings (visual or audio tokens), not in calls: an item of a 4K image is the work of a hundred thumbnails.
@@ -6,9 +6,12 @@ The rule is consistent hashing with bounded loads (Mirrokni et al., 2016), with 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from serve_app.handoff.types import MediaRequest, StageRequest
+from serve_app.stage import Stage
 
 FORGET_UNROUTED_S = 60.0
 
@@ -70,3 +73,37 @@ class Loads:
 
     def answered(self, call: str) -> None:
         self._calls.pop(call, None)
+
+
+# ---- a deploy goes on, and replicas of several weights run
+
+
+class Way(NamedTuple):
+    weights: str = ""
+    """The weights that all stages are to have. Empty: any."""
+    without: frozenset[Stage] = frozenset()
+    """Stages to leave out: the next stage can go on from none of their replicas."""
+
+
+def way(
+    told: Mapping[Stage, Collection[str]], weights: str = "", choose: Callable[[Sequence[str]], str] = random.choice
+) -> Way:
+    """A request keeps to replicas of the same weights. A call that the next stage would refuse is not made: it would cost an
+    encode or a prefill, and hold blocks until their lease ends. Decode goes on from prefill, which goes on from encoders.
+
+    ``told``: known weights of each stage's replicas; ``weights``: those that made the output tokens so far.
+    """
+    without = set()
+    taken = {weights} if weights else set(told.get(Stage.DECODE, ()))
+    for stage in (Stage.PREFILL, Stage.ENCODER):
+        given = set(told.get(stage, ()))
+        if not given:  # nothing is known
+            continue
+        if not taken or given <= taken:
+            taken = given
+        elif not (common := given & taken):
+            without.add(stage)
+        else:
+            weights = weights or choose(sorted(common))
+            taken = {weights}
+    return Way(weights, frozenset(without))

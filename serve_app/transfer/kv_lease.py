@@ -7,7 +7,7 @@ overwrites them. vLLM's decode pulls at any later time and does not notice. Here
 - decode pulls, uses what it has pulled, and tells prefill to free the blocks only if it knows that they are held: by
   prefill's clock the lease has not ended, as is usual, or prefill says so before the pull and again after it. A pull of
   blocks that were not held counts as lost;
-- a hand-off that waits for decode has its lease renewed (``renew_kv_leases``, called through ``ingress.leases``).
+- a hand-off that waits for decode has its lease renewed (``renew_kv_leases``, called through ``ingress.pipeline``).
 
 So no freeze, queue or clock can make a wrong answer: a lease that is too short costs a second prefill.
 

@@ -16,7 +16,7 @@ def test_sampling_params_have_the_fields_that_we_set() -> None:
     missing = set_by_us - set(SamplingParams.__struct_fields__)
     assert not missing, f"serve_app/handoff/shaping.py prefill_params, decode_params: SamplingParams lacks {missing}"
     assert {kind.name for kind in RequestOutputKind} == {"CUMULATIVE", "DELTA", "FINAL_ONLY"}, (
-        "serve_app/handoff/shaping.py is_streamed: output kinds"
+        "serve_app/ingress/choice.py streamed: output kinds"
     )
 
 

@@ -1,6 +1,5 @@
-"""Every row of the tables of seams has a test here that says what broke on an upgrade of vLLM, Ray or NIXL."""
+"""Every row of docs/seams.md has a test here that says what broke on an upgrade of vLLM, Ray or NIXL."""
 
-import importlib
 import inspect
 import re
 from pathlib import Path
@@ -8,7 +7,9 @@ from typing import Any
 
 import pytest
 
-TABLES = ("serve_app.ingress.seams", "serve_app.hooks")
+ROOT = Path(__file__).parents[2]
+ROWS = re.findall(r"^\| `(.+?)` \| (.+?) \|", (ROOT / "docs" / "seams.md").read_text(), re.M)
+"""What is changed, and by what."""
 
 TESTS = {
     "BaseRenderer._process_mm_uuids": "test_renderer_processes_media_through_the_hooks_that_are_guarded",
@@ -38,19 +39,8 @@ TESTS = {
 }
 
 
-def rows() -> set[str]:
-    """What is patched, of the tables in the docstrings: a row starts in the first column, and goes on indented."""
-    found = set()
-    for name in TABLES:
-        for table in re.findall(
-            r"^=+ .*\n.*\n=+ .*\n((?:.*\n)*?)=+ ", importlib.import_module(name).__doc__ or "", re.M
-        ):
-            found |= {line[:46].strip() for line in table.splitlines() if line[:1].strip()}
-    return found
-
-
-def test_tables_and_tests_are_of_the_same_seams() -> None:
-    assert rows() == TESTS.keys()
+def test_page_and_tests_are_of_the_same_seams() -> None:
+    assert {what for what, _ in ROWS} == TESTS.keys()
 
 
 @pytest.mark.parametrize("name", sorted(set(TESTS.values())))
@@ -59,17 +49,14 @@ def test_seam_has_its_test(name: str) -> None:
     assert f"def {name}(" in text
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_what_installs_a_seam_is_where_the_table_says(name: str) -> None:
-    """``install_x`` in its own module, or ``file.py name`` of its package or below ``serve_app``."""
-    module = importlib.import_module(name)
-    root = Path(importlib.import_module("serve_app").__file__ or "").parent
-    here = Path(module.__file__ or "").parent
-    for file, names in re.findall(r"^  ([\w/]+\.py) ?(\w*)", module.__doc__ or "", re.M):
-        path = next(each for each in (here / file, root / file) if each.exists())
-        assert not names or re.search(rf"^(async def|def|class) {names}\b", path.read_text(), re.M), (file, names)
-    for installs in re.findall(r"^  (install_\w+)", module.__doc__ or "", re.M):
-        assert callable(getattr(module, installs)), installs
+@pytest.mark.parametrize("by", [by for _, by in ROWS])
+def test_what_installs_a_seam_is_where_the_page_says(by: str) -> None:
+    """`file.py name`, the file below ``serve_app``."""
+    places = re.findall(r"`([\w/]+\.py) ?(\w*)`", by)
+    assert places, by
+    for file, name in places:
+        text = (ROOT / "serve_app" / file).read_text()
+        assert not name or re.search(rf"^(async def|def|class) {name}\b", text, re.M), (file, name)
 
 
 def test_every_prompt_becomes_an_engine_input_in_one_method() -> None:

@@ -66,7 +66,6 @@ PURE = [
     "handoff.shaping",
     "handoff.waits",
     "routing.rules",
-    "routing.overlap",
     "scaling.rules",
     "ingress.decisions",
     "ingress.encode_rule",

@@ -12,7 +12,7 @@ from serve_app.stages import fit
 from serve_app.launch.card_memory import GIB
 from serve_app.config import EPDConfig
 from serve_app.stage import Stage
-from serve_app.stages.model_size import demand_of
+from serve_app.stages.fit import demand_of
 from serve_app.launch.placement import Cluster, resolve
 from serve_app.launch.engine_args import engine_args, replica_env
 from serve_app.stages.engine import engine_config

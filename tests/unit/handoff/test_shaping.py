@@ -20,7 +20,6 @@ from serve_app.handoff.shaping import (
     decode_params,
     distinct,
     for_encoder,
-    is_streamed,
     merge_ec_params,
     prefill_params,
     resumed,
@@ -253,14 +252,6 @@ def test_decode_is_the_clients_request_for_one_choice() -> None:
     assert (params.detokenize, params.output_kind) == (False, RequestOutputKind.FINAL_ONLY)
     assert params.extra_args == {"mine": 1, "kv_transfer_params": KV, "ec_transfer_params": EC}
     assert (choice.detokenize, choice.output_kind) == (True, RequestOutputKind.DELTA), "as the client has it"
-
-
-@pytest.mark.parametrize(
-    ("kind", "streamed"),
-    [(RequestOutputKind.DELTA, True), (RequestOutputKind.CUMULATIVE, True), (RequestOutputKind.FINAL_ONLY, False)],
-)
-def test_answer_is_streamed_unless_only_its_end_is_wanted(kind: RequestOutputKind, streamed: bool) -> None:
-    assert is_streamed(client_params(output_kind=kind)) is streamed
 
 
 def test_logprobs_of_the_prompt_come_from_the_engine_that_ran_it() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from serve_app.handoff.errors import EngineDead, HandoffLost
-from serve_app.ingress.leases import leases
+from serve_app.ingress.pipeline import leases
 from serve_app.stage import Stage
 
 SOON_S = 0.01

@@ -16,8 +16,16 @@ from serve_app.launch.engine_args import engine_args
 from serve_app.launch.placement import Cluster, resolve
 from serve_app.stage import Stage
 from serve_app.stages.engine import engine_config
-from serve_app.stages.fit import WHOLE, Demand, alternatives, check, check_fit, check_precision, room_gib
-from serve_app.stages.model_size import bytes_per_vision_token
+from serve_app.stages.fit import (
+    WHOLE,
+    Demand,
+    alternatives,
+    bytes_per_vision_token,
+    check,
+    check_fit,
+    check_precision,
+    room_gib,
+)
 
 QWEN_3B = Demand(
     weights=int(6.99 * GIB),

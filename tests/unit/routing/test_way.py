@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from serve_app.routing.overlap import Way, way
+from serve_app.routing.rules import Way, way
 from serve_app.stage import Stage
 
 BOTH = ("new", "old")
