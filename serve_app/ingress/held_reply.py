@@ -35,7 +35,6 @@ class HeldReply:
         self._held: list[Message] = []
         self._streaming = False
         self._holding = False
-        self._replaced = False
         self._over = False
         """The reply has been sent, or the client has left."""
         self.status: int | str | None = None
@@ -45,7 +44,7 @@ class HeldReply:
             self._over, self.status = True, "cancelled"
 
     async def __call__(self, message: Message) -> None:
-        if self._replaced or self._over:
+        if self._over:
             return
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -109,7 +108,7 @@ class HeldReply:
     async def _replace(self) -> None:
         """Answer with the failure's status instead of the held stream."""
         assert self._request.error is not None
-        self._replaced = True
+        self._streaming, self._over = False, True
         error = create_error_response(self._request.error)
         self.status = error.error.code
         start = self._held[0]

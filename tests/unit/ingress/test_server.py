@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import logging
 import re
+from contextlib import nullcontext
 from http import HTTPStatus
 
 import pytest
@@ -143,6 +145,27 @@ def test_replaced_stream_of_the_messages_api_is_anthropics_error() -> None:
     assert (client.status, answer["type"]) == (503, "error")
     assert answer["error"]["message"] == "The decode stage is gone"
     assert int(client.headers["content-length"]) == len(client.body)
+
+
+@pytest.mark.parametrize("after", ["its client leaves", "its app fails"])
+def test_stream_that_was_replaced_is_over(caplog: pytest.LogCaptureFixture, after: str) -> None:
+    client = Client()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        the_request().trace.rendered = 1.0  # its line is logged
+        await send(start())
+        the_request().fail(GracefulHTTPError("The decode stage is gone", HTTPStatus(503)))
+        await send(body(b""))
+        if after == "its app fails":
+            raise KeyError("ours")
+        client._messages[:] = [{"type": "http.disconnect"}]
+        await receive()
+
+    fails = pytest.raises(KeyError) if after == "its app fails" else nullcontext()
+    with caplog.at_level(logging.INFO, "ray.serve"), fails:
+        asyncio.run(client.ask(app))
+    assert (client.status, len(client.sent)) == (503, 2)
+    assert [" status=503 " in record.getMessage() for record in caplog.records if record.name == "ray.serve"] == [True]
 
 
 async def echo_id(scope: Scope, receive: Receive, send: Send) -> None:
