@@ -36,7 +36,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu import ec_connector as runner_v2
 
-from serve_app.config import AdvancedEC, EPDConfig
+from serve_app.config import EPDConfig
+from serve_app.config.advanced import AdvancedEC
 from serve_app.launch.connectors import ec_transfer_config
 from serve_app.stage import Stage
 from serve_app.transfer.ec_metrics import LOAD_SECONDS
