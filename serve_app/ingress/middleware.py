@@ -81,14 +81,13 @@ class PipelineMiddleware:
             except ValueError:
                 message = f"The header x-request-timeout-s must be a positive number of seconds, not {timeout[:40]!r}."
                 return await refusal(scope, 400, message)(scope, receive, reply)
-        too_large = refusal(scope, 413, BodyTooLarge(self.max_body_bytes).detail, "RequestEntityTooLarge")
-        if int(headers.get("content-length") or 0) > self.max_body_bytes:
-            return await too_large(scope, receive, reply)
         token = current.set(request)
         try:
+            if int(headers.get("content-length") or 0) > self.max_body_bytes:
+                raise BodyTooLarge(self.max_body_bytes)
             await self.app(scope, self._limited(receive, reply), reply)
-        except BodyTooLarge:
-            await too_large(scope, receive, reply)
+        except BodyTooLarge as error:
+            await refusal(scope, 413, error.detail, "RequestEntityTooLarge")(scope, receive, reply)
         except asyncio.CancelledError:
             reply.status = "cancelled"
             raise

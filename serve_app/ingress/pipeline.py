@@ -27,7 +27,7 @@ from serve_app.ingress.answers import JOIN_S, Answer, Answers
 from serve_app.ingress.choice import Choice, choices_of
 from serve_app.ingress.decisions import UNSTRUCTURABLE, Attempts, Next
 from serve_app.ingress.encoding import Encoded, EncodeStage, Replies
-from serve_app.ingress.request import Deadline, Request, current
+from serve_app.ingress.request import Deadline, Request
 from serve_app.ingress.retry import Retries
 from serve_app.ingress.vllm_errors import fails_as_vllm
 from serve_app.observe.trace import Trace
@@ -77,10 +77,9 @@ class Pipeline:
         leased = prefill if config.kv_has_leases else None
         self._leases = leases(leased, config.advanced.kv.lease_s) if leased is not None else None
 
-    async def encode_media(self, media: list[Media]) -> Replies:
+    async def encode_media(self, request: Request, media: list[Media]) -> Replies:
         """Encode items while their prompt is rendered. Raises vLLM's own exceptions."""
         assert self.encoders is not None
-        request = current.get() or Request("media")
         with fails_as_vllm(request), self.admission.admit_media(media):
             deadline = request.deadline(self._config.timeouts.request_s)
             return await deadline.within(Stage.ENCODER, self.encoders.encode_media(media, request.id, request.trace))

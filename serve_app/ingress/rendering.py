@@ -23,7 +23,7 @@ from vllm.renderers.chat_utils import _get_embeds_data
 
 from serve_app.handoff.types import Features, Media, Source, keyed
 from serve_app.ingress.encoding import Replies
-from serve_app.ingress.request import current
+from serve_app.ingress.request import Request, current
 from serve_app.media.items import ItemProcessor
 
 logger = logging.getLogger("ray.serve")
@@ -37,7 +37,7 @@ class FromMedia:
     """
 
     def __init__(
-        self, processor: ItemProcessor, encode: Callable[[list[Media]], Awaitable[Replies]], salted: bool
+        self, processor: ItemProcessor, encode: Callable[[Request, list[Media]], Awaitable[Replies]], salted: bool
     ) -> None:
         self._processor = processor
         self._encode = encode
@@ -55,7 +55,7 @@ class FromMedia:
             return await self._processed_here(prompt, raw, skip_mm_cache)
         media = {modality: [self._keyed(each, prompt) for each in items] for modality, items in raw.items()}
         distinct = {each.key: each for items in media.values() for each in items}
-        replies = await self._encode(list(distinct.values()))
+        replies = await self._encode(request, list(distinct.values()))
         features = {key: reply.features for key, reply in replies.items() if reply.features is not None}
         for key in distinct.keys() - features.keys():
             features[key] = await self._processor.features(distinct[key])
