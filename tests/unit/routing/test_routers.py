@@ -14,7 +14,7 @@ from ray.serve.config import RequestRouterConfig
 from serve_app.handoff.types import ANY, Item, Prompt, StageRequest, Version
 from serve_app.routing import handles
 from serve_app.routing.handles import Call, KnownReplicas, StageHandle, sending
-from serve_app.routing.routers import LeastCostRouter, TwoChoicesRouter
+from serve_app.routing.routers import LeastCostRouter, PrefixRouter
 from serve_app.routing.rules import FORGET_UNROUTED_S, Loads, rank, tiers
 from serve_app.stage import Stage
 
@@ -177,7 +177,7 @@ def test_an_item_passes_by_an_encoder_whose_engine_is_dead(
 
 def two_choices(replicas: list[Replica], waits: bool) -> Callable[..., set[str]]:
     """Asks Ray's router of prefill and decode, as ours changes it, for the candidates of a call."""
-    router: Any = object.__new__(TwoChoicesRouter)
+    router: Any = object.__new__(PrefixRouter)
     router._deployment_id = DeploymentID("Decode", "shop")
     router._replicas = {replica.replica_id: replica for replica in replicas}
     router.apply_locality_routing = lambda pending_request: set(router._replicas)
@@ -264,14 +264,14 @@ def as_ray_sends_it(name: str) -> Any:
     return made
 
 
-@pytest.mark.parametrize("name", ["LeastCostRouter", "TwoChoicesRouter"])
+@pytest.mark.parametrize("name", ["LeastCostRouter", "PrefixRouter"])
 def test_the_router_is_known_to_the_handle_as_ray_sends_it(name: str) -> None:
     made = as_ray_sends_it(name)
     made.initialize_state()
     assert handles.known.routers["sent", "Encoder"] is made
 
 
-@pytest.mark.parametrize("name", ["LeastCostRouter", "TwoChoicesRouter"])
+@pytest.mark.parametrize("name", ["LeastCostRouter", "PrefixRouter"])
 def test_a_call_is_told_where_it_is_sent(name: str) -> None:
     router, call = as_ray_sends_it(name), Call(0.0)
     first, second, third = (ReplicaID(each, DeploymentID("Decode", "shop")) for each in ("r1", "r2", "r3"))
