@@ -152,6 +152,6 @@ class Trace:
         error = f' error="{self.error}"' if self.error is not None else ""
         line = (
             f"request={self.request_id} status={status} items={self.items.total()} prompt_tokens={self.prompt_tokens} "
-            f"output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
+            f"cached_tokens={self.cached_tokens} output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
         )
         return line.rstrip() + rungs + error

@@ -321,8 +321,8 @@ def test_request_ids_reach_the_engines_and_the_log(epd: Server) -> None:
         rf"Encoder.*Added request {request_id}:1:\w{{6}}\.",
         rf"Prefill.*Added request chatcmpl-{request_id}-",
         rf"Decode.*Added request chatcmpl-{request_id}-",
-        rf"Ingress.*request={request_id} status=200 items=2 prompt_tokens=\d+ output_tokens=16 render=.* queue=.* encode=.* "
-        r"prefill=.* first_token=.* total=.* encoder=\w+.* prefill=\w+ decode=\w+",
+        rf"Ingress.*request={request_id} status=200 items=2 prompt_tokens=\d+ cached_tokens=\d+ output_tokens=16 "
+        r"render=.* queue=.* encode=.* prefill=.* first_token=.* total=.* encoder=\w+.* prefill=\w+ decode=\w+",
     ]
     epd.wait_until(
         lambda: all(re.search(pattern, epd.log.read_text(errors="replace")) for pattern in expected),
