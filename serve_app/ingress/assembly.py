@@ -69,7 +69,8 @@ def encode_stage(
         encode = encode.model_copy(update={"remember_s": 0})
     declared = declared_fields(renderer)
     stage = EncodeStage(stages[Stage.ENCODER], encode, timeout_s, config.ec.shareable, declared, version=version)
-    stage.leaves_cached = stages[config.prefilling].affinity is not None and config.ec.fails_without
+    prefilling = stages.get(config.prefilling)
+    stage.leaves_cached = prefilling is not None and prefilling.affinity is not None and config.ec.fails_without
     return stage
 
 
@@ -79,10 +80,11 @@ SEQUENCE_TOKENS = 256.0
 
 def place_by_prefix(config: EPDConfig, vllm_config: VllmConfig, stages: Mapping[Stage, StageHandle]) -> None:
     """Have prompts go to the replica that has their prefix in its cache, if it has one."""
-    if not (config.routing.prefix and config.caches_prefixes and vllm_config.model_config.is_prefix_caching_supported):
+    stage, model = stages.get(config.prefilling), vllm_config.model_config
+    if stage is None or not (config.routing.prefix and config.caches_prefixes and model.is_prefix_caching_supported):
         return
-    sequence_tokens = SEQUENCE_TOKENS if config.prefilling is Stage.DECODE else 0.0
-    stages[config.prefilling].place_by(Affinity(config.advanced.routing.prefix_blocks, sequence_tokens))
+    sequence_tokens = SEQUENCE_TOKENS if stage.stage is Stage.DECODE else 0.0
+    stage.place_by(Affinity(config.advanced.routing.prefix_blocks, sequence_tokens))
 
 
 def engines_resume(config: EPDConfig, vllm_config: VllmConfig) -> bool:

@@ -148,10 +148,11 @@ class Trace:
         times = " ".join(f"{name}={seconds * 1000:.1f}ms" for name, seconds in self.stage_times().items())
         who = " ".join(f"{stage}={','.join(replicas)}" for stage, replicas in self.replicas.items())
         total = (time.perf_counter() - self.began) * 1000
+        left = f" unencoded_items={self.unencoded_items}" if self.unencoded_items else ""
         rungs = f" rungs={self.rungs_told()}" if self.rungs else ""
         error = f' error="{self.error}"' if self.error is not None else ""
         line = (
             f"request={self.request_id} status={status} items={self.items.total()} prompt_tokens={self.prompt_tokens} "
             f"cached_tokens={self.cached_tokens} output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
         )
-        return line.rstrip() + rungs + error
+        return line.rstrip() + left + rungs + error
