@@ -33,21 +33,14 @@ class Prefix(NamedTuple):
 def prefix_of(prompt: Prompt, session: str | None = None, apart: str = "") -> Prefix:
     """``apart``: what else keeps KV blocks apart, such as an adapter. Prompts with different salts share no key."""
     secret = repr((prompt.cache_salt, apart)).encode(errors="surrogatepass")
-    digest, keys = hashlib.blake2b(secret, digest_size=8).digest(), []
-    tokens = memoryview(array("q", prompt.token_ids)).cast("B")
-    items = sorted(prompt.items, key=lambda item: item.offset)
-    first = 0  # of the items that do not end before the block
-    for start in range(0, len(prompt.token_ids) - BLOCK + 1, BLOCK):
-        block = hashlib.blake2b(digest, digest_size=8)
-        block.update(tokens[8 * start : 8 * (start + BLOCK)])
-        while first < len(items) and items[first].offset + items[first].length <= start:
-            first += 1
-        for item in items[first:]:
-            if item.offset >= start + BLOCK:
-                break
-            block.update(f"{item.offset - start} {item.hash}".encode(errors="surrogatepass"))
-        digest = block.digest()
-        keys.append(int.from_bytes(digest))
+    so_far, keys = hashlib.blake2b(secret, digest_size=8), []
+    tokens = memoryview(array("I", prompt.token_ids)).cast("B")
+    coming = sorted((item.offset, item.hash) for item in prompt.items)[::-1]
+    for end in range(BLOCK, len(prompt.token_ids) + 1, BLOCK):
+        while coming and coming[-1][0] < end:
+            so_far.update(repr(coming.pop()).encode())
+        so_far.update(tokens[4 * (end - BLOCK) : 4 * end])
+        keys.append(int.from_bytes(so_far.digest()))
     named = hashlib.blake2b(f"{secret!r} {session}".encode(errors="surrogatepass"), digest_size=8).hexdigest()
     return Prefix(tuple(keys), len(prompt.token_ids), named if session else "")
 
