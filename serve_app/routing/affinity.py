@@ -70,7 +70,7 @@ class Affinity:
     """What one ingress replica knows of the replicas of one stage."""
 
     max_blocks: int
-    """Blocks to remember of all replicas together. A block takes 200 bytes or less."""
+    """Blocks to remember, of all replicas together: 125 bytes each."""
     sequence_tokens: float = 0.0
     """What a call counts for from its first token on: a sequence that is decoded."""
     clock: Callable[[], float] = time.monotonic

@@ -304,6 +304,7 @@ def test_the_log_line_is_the_one_that_is_written() -> None:
         return [(word.partition("=")[0], word.endswith("ms")) for word in shape(text)]
 
     assert names(line) == names(record.line(200))
+    record.unencoded_items = 1
     record.rung("a-rung")
     keys = re.findall(r"^\| (`.*?`) \|", section("Logs", page("operations")), re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", " ".join(keys))) <= {name for name, _ in names(record.line(200))}
