@@ -253,3 +253,18 @@ def test_ends_of_requests_are_those_that_we_know() -> None:
         f"{TAP} UNHEARD"
     )
     assert str(FinishReason.ERROR) == "error", RUN
+
+
+def test_what_a_prefix_cache_had_is_told_with_the_first_token_and_not_read_for_logprobs_of_the_prompt() -> None:
+    from vllm import SamplingParams
+    from vllm.config import ModelConfig
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.metrics.stats import PrefillStats
+
+    assert "prefill_stats" in EngineCoreOutput.__struct_fields__, "serve_app/ingress/pipeline.py _decode"
+    assert "num_cached_tokens" in fields(PrefillStats), "serve_app/ingress/pipeline.py _decode"
+    assert SamplingParams(prompt_logprobs=1).skip_reading_prefix_cache, "serve_app/ingress/pipeline.py _prefix"
+    assert not SamplingParams().skip_reading_prefix_cache, "serve_app/ingress/pipeline.py _prefix"
+    assert isinstance(ModelConfig.is_prefix_caching_supported, property), (
+        "serve_app/ingress/assembly.py place_by_prefix"
+    )

@@ -69,3 +69,20 @@ def test_serve_ends_the_life_of_the_app_before_anything_else_of_a_replica() -> N
     assert source.index(steps[0]) < source.index(steps[1]), "serve_app/ingress/front.py Front._live"
     ending = inspect.getsource(replica.Replica._perform_graceful_shutdown)
     assert "await self.shutdown()" in ending, "serve_app/ingress/front.py Front.drain"
+
+
+def test_a_request_router_chooses_in_tiers_and_knows_how_long_queues_are() -> None:
+    from ray.serve._private.request_router.common import PendingRequest, ReplicaQueueLengthCache, RequestRoutingContext
+    from ray.serve._private.request_router.request_router import RequestRouter
+
+    where = "serve_app/routing/routers.py"
+    assert {"candidate_replicas", "pending_request"} <= parameters(RequestRouter.choose_replicas).keys(), where
+    assert {"pending_request", "replica_id"} <= parameters(RequestRouter.on_request_routed).keys(), where
+    assert {"replica_id", "internal_request_id"} <= parameters(RequestRouter.on_request_completed).keys(), where
+    assert "replicas" in parameters(RequestRouter.update_replicas), where
+    assert "replica_id" in parameters(RequestRouter.on_send_request), where
+    assert {"args", "metadata", "routing_context"} <= fields(PendingRequest), where
+    assert "should_backoff" in fields(RequestRoutingContext), where
+    assert isinstance(RequestRouter.replica_queue_len_cache, property), "serve_app/routing/handles.py queues_of"
+    assert "replica_id" in parameters(ReplicaQueueLengthCache.get), "serve_app/routing/handles.py queues_of"
+    assert isinstance(RequestRouter.curr_replicas, property), where

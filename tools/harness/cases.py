@@ -205,7 +205,21 @@ LIKE: dict[str, tuple[list[Case], Case]] = {
 }
 """What vLLM's own server refuses: requests one after the other, of which the last is answered as the one after them."""
 
-CASES = TEXT | MEDIA | SAMPLING | OTHER
+
+def conversation(seed: int, turns: int) -> Case:
+    """So many turns of a conversation, whose first one has two pictures. All conversations have the same system prompt."""
+    messages = [turn("system", text(LONG))]
+    for number in range(turns):
+        pictures = [] if number else [image(seed), image(seed + 1, (140, 84))]
+        messages.append(turn("user", *pictures, text(f"{number}. {LONG}")))
+        if number + 1 < turns:
+            messages.append(turn("assistant", text(f"This is answer {number}.")))
+    return chat(messages=messages)
+
+
+CONVERSATION: dict[str, Case] = {"a conversation about two pictures": conversation(50, 2)}
+
+CASES = TEXT | MEDIA | SAMPLING | OTHER | CONVERSATION
 STREAMED = ["text", "1 image", "2 images", "video", "n=2", "logprobs", "stop strings", "a named tool", "completion"]
 MANY = 32
 
