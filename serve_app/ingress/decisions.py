@@ -44,8 +44,6 @@ class Attempts:
     resumable: bool = False
     """Whether an engine makes the rest of the answer from its prompt and output tokens alone."""
     embeddings_lost: int = 0
-    caches_missed: int = 0
-    """How often items that were left to a prefix cache were not there."""
     prefills_lost: int = 0
     blocks_lost: int = 0
     engines_died: int = 0
@@ -59,17 +57,15 @@ class Attempts:
         tokens: bool,
         late: bool,
         allow: Callable[[bool], bool],
-        cached: bool = False,
+        missed: bool = False,
     ) -> Next:
         """What follows an attempt that failed.
 
-        ``encoded``: whether encoders had encoded items of it; ``cached``: whether items were left to a prefix cache.
-        ``tokens``: whether there are output tokens. ``late``: whether the deadline of the first token is over.
-        ``allow(resumes)`` tells whether there may be one more attempt; it is called last, and at most once.
+        ``encoded``: whether encoders had encoded items of it. ``tokens``: whether there are output tokens. ``late``: whether
+        the deadline of the first token is over. ``allow(resumes)`` tells whether there may be one more attempt; it is called
+        last, and at most once. ``missed``: a prefix cache did not have what was left to it, which tells nothing of a stage.
         """
-        if cached and isinstance(error, HandoffLost):
-            self.caches_missed += 1
-        else:
+        if not missed:
             self._learn(error, encoded, tokens)
         resumes = tokens and self.resumable and not _nobody_resumes(error)
         unkept = tokens and not resumes and (late or not self.buffered)

@@ -153,8 +153,8 @@ class Pipeline:
                     return
                 self._forget(error, encoded, time.perf_counter() - began)
                 tokens, allow = len(choice.output_tokens), partial(self.retries.allow, error, number)
-                of_encoders, left = bool(encoded.hashes), bool(encoded.cached)
-                following = attempts.after(error, of_encoders, bool(tokens), deadline.is_over, allow, left)
+                of_encoders, missed = bool(encoded.hashes), bool(encoded.cached) and isinstance(error, HandoffLost)
+                following = attempts.after(error, of_encoders, bool(tokens), deadline.is_over, allow, missed)
                 if not (choice.streamed or following is Next.RESUME):
                     request.trace.dropped(tokens)
                 match following:
@@ -168,7 +168,6 @@ class Pipeline:
                         choice.restart()
                         if request.choices == 1:  # other choices have tokens of these weights
                             request.weights = ""
-                missed = left and isinstance(error, HandoffLost)
                 request.trace.rung("encode-after-all" if missed else f"{error.stage}-again")
                 await deadline.within(error.stage, self.retries.pause(number))
 

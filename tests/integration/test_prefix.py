@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from tools.harness.answers import differences, reduce
-from tools.harness.cases import LONG, chat, conversation, text
+from tools.harness.cases import LONG, chat, conversation, image, text
 from tools.harness.servers import Server, serve_run
 
 NAME = "a conversation about two pictures"
@@ -79,11 +79,12 @@ def test_pictures_in_the_prefix_cache_are_not_encoded_and_the_answer_is_that_of_
 def test_pictures_that_are_not_there_after_all_are_encoded(
     server: Server, folder: Path, baseline: dict[str, Any]
 ) -> None:
-    """Other prompts have filled the caches of both replicas, and the folder of embeddings is emptied."""
+    """Other prompts and pictures have filled the caches of both replicas, and the folder of embeddings is emptied."""
     path, body = conversation(50, 2)
     server.wait_until(lambda: not was_encoded(server.post(path, body)), "the pictures to be left to the cache")
     for number in range(30):
-        assert cached(server.post(*chat(text(f"{number} {LONG * 5}"))))[0] < BLOCK
+        others = chat(image(200 + number, (448, 448)), text(f"{number} {LONG * 5}"))
+        assert cached(server.post(*others))[0] < BLOCK
     for each in (folder / "ec").glob("**/*.safetensors"):
         each.unlink()
     response = server.post(path, body)

@@ -25,8 +25,9 @@ def after(
     tokens: bool = False,
     late: bool = False,
     allowed: bool = True,
+    missed: bool = False,
 ) -> Next:
-    return attempts.after(error, encoded, tokens, late, lambda resumes: allowed)
+    return attempts.after(error, encoded, tokens, late, lambda resumes: allowed, missed)
 
 
 @pytest.mark.parametrize(
@@ -105,3 +106,10 @@ def test_structured_choice_is_decodes_alone_after_one_loss_and_its_grammar_is_at
     assert attempts.without_encoders and attempts.without_prefill and not attempts.cannot_be_structured
     assert after(attempts, BLOCKS_LOST) is Next.GIVE_UP
     assert attempts.cannot_be_structured
+
+
+def test_what_a_prefix_cache_did_not_have_tells_nothing_of_the_stages() -> None:
+    attempts = Attempts(structured=True)
+    assert after(attempts, EMBEDDINGS_LOST, encoded=True, missed=True) is Next.AGAIN
+    assert after(attempts, BLOCKS_LOST, missed=True) is Next.AGAIN
+    assert attempts == Attempts(structured=True)
