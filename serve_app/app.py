@@ -80,7 +80,7 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
         )
     else:
         router = RequestRouterConfig(
-            request_router_class="serve_app.routing.routers:TwoChoicesRouter",
+            request_router_class="serve_app.routing.routers:PrefixRouter",
             # Decode can do the work of prefill; nobody can do that of decode.
             request_router_kwargs={"waits": stage is Stage.DECODE},
         )

@@ -53,16 +53,32 @@ class FakeStage:
         self.decodes: FakeDecode | None = None
         self.sources: list[str] = []
         self.learnt: dict[str, Version] = {}
+        self.affinity: Any = None
+        self.holds = (0, 0.0)
+        """What ``expected`` tells of every prompt."""
+        self.placed: list[Call] = []
+        """Calls of prompts that are to be prefilled."""
         self._log = [] if log is None else log
         self._fails = {method: list(errors) for method, errors in (fails or {}).items()}
         self._methods = methods
 
     async def call(self, method: str, *args: Any, call: Call | None = None) -> Any:
         """``calls`` has what decode was asked, without where its tokens go."""
-        if call is not None:
+        if call is not None and method == "decode":
             self.sources.append(call.source)
+        if call is not None and call.prefix is not None:
+            self.placed.append(call)
         self._called(method, args[:1] if method == "decode" else args)
         return await self._methods[method](*args)
+
+    def place_by(self, affinity: Any) -> None:
+        self.affinity = affinity
+
+    def expected(self, prefix: Any) -> tuple[int, float]:
+        return self.holds
+
+    def began(self, request_id: str, call: Call, cached_tokens: int) -> None:
+        call.expected_tokens = self.holds[0]
 
     def learn(self, replica: str, version: Version) -> None:
         self.learnt[replica] = version

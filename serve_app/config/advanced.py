@@ -71,9 +71,16 @@ class QueueConfig(Strict):
     max_queued_requests: int = Field(1024, ge=-1)
 
 
+class AdvancedRouting(Strict):
+    """What an ingress replica remembers of prefix caches."""
+
+    prefix_blocks: int = Field(262_144, ge=1024)
+
+
 class AdvancedConfig(Strict):
     encode: EncodeConfig = EncodeConfig()
     retry: RetryConfig = RetryConfig()
+    routing: AdvancedRouting = AdvancedRouting()
     ec: AdvancedEC = AdvancedEC()
     kv: AdvancedKV = AdvancedKV()
     media: MediaLimits = MediaLimits()

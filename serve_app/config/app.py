@@ -8,7 +8,15 @@ from pydantic import Field, field_validator, model_validator
 from serve_app.config.advanced import AdvancedConfig, QueueConfig
 from serve_app.config.handoff import ECConfig, KVConfig, check_ec
 from serve_app.config.moved import moved_keys
-from serve_app.config.parts import AdmissionConfig, MediaConfig, MetricsConfig, Strict, Timeouts, TracingConfig
+from serve_app.config.parts import (
+    AdmissionConfig,
+    MediaConfig,
+    MetricsConfig,
+    RoutingConfig,
+    Strict,
+    Timeouts,
+    TracingConfig,
+)
 from serve_app.config.stages import SharedArgs, StageConfig, check_engine
 from serve_app.stage import Stage
 
@@ -52,6 +60,7 @@ class EPDConfig(Strict):
     ingress_cpus: float | None = Field(None, ge=0)
     ec: ECConfig = ECConfig()
     kv: KVConfig = KVConfig()
+    routing: RoutingConfig = RoutingConfig()
     admission: AdmissionConfig = AdmissionConfig()
     media: MediaConfig = MediaConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -88,6 +97,17 @@ class EPDConfig(Strict):
         return self.model_names[0]
 
     @property
+    def prefilling(self) -> Stage:
+        """The stage that prefills, unless another has to."""
+        return Stage.DECODE if self.prefill is None else Stage.PREFILL
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether the stage that prefills may cache prefixes. vLLM does so unless told otherwise, for most models."""
+        own = self.stages[self.prefilling].engine_args
+        return bool(own.get("enable_prefix_caching", self.engine_args.get("enable_prefix_caching", True)))
+
+    @property
     def kv_has_leases(self) -> bool:
         """Whether the KV connector is one of ours, which have leases (``transfer.kv_lease``)."""
         return self.kv.connector.startswith("Nixl") and self.advanced.kv.module_path is None
@@ -113,6 +133,10 @@ class EPDConfig(Strict):
                 raise ValueError(
                     f"`{given[0]}` has no effect without the stage `{stage}`: leave it out, or do not set `{stage}: null`"
                 )
+        if not self.caches_prefixes and self.routing.prefix and "prefix" in self.routing.model_fields_set:
+            raise ValueError(
+                f"`routing.prefix: true` has no effect while `{self.prefilling}` has `enable_prefix_caching: false`"
+            )
         check_ec(self.ec, self.advanced.ec)
         for stage, config in self.stages.items():
             check_engine(stage, config, self.engine_args, self.tracing.endpoint is not None)

@@ -56,6 +56,11 @@ class ECConfig(Strict):
         return self.connector == "ECCPUConnector"
 
     @property
+    def fails_without(self) -> bool:
+        """Whether the connector fails a request whose item has neither an embedding nor pixels: it is tried again."""
+        return self.connector == "SharedFolderECConnector" or self.uses_nixl
+
+    @property
     def shareable(self) -> bool:
         """Whether an encoder's answer serves every request that waits for it: an embedding can be read more than once.
 

@@ -23,6 +23,12 @@ class AdmissionConfig(Strict):
     max_embed_bytes: int = Field(4 << 30, ge=1)
 
 
+class RoutingConfig(Strict):
+    """Which replica gets a prompt."""
+
+    prefix: bool = True
+
+
 class MetricsConfig(Strict):
     engines_in_ray: bool = True
 

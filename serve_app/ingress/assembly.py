@@ -18,6 +18,7 @@ from serve_app.ingress.rendering import FromMedia
 from serve_app.ingress.seams import install_renderer_guard, install_rendering
 from serve_app.media.items import ItemProcessor, declared_fields
 from serve_app.observe.ingress_metrics import IngressMetrics
+from serve_app.routing.affinity import Affinity
 from serve_app.routing.handles import StageHandle
 from serve_app.stage import Stage
 
@@ -37,6 +38,7 @@ def assemble(
     config: EPDConfig, vllm_config: VllmConfig, stages: Mapping[Stage, StageHandle], version: Version = ANY
 ) -> Parts:
     """``version``: of this ingress replica."""
+    place_by_prefix(config, vllm_config, stages)
     renderer = renderer_from_config(vllm_config)
     install_renderer_guard(renderer)
     metrics = IngressMetrics()
@@ -66,7 +68,23 @@ def encode_stage(
     if not config.ec.uses_folder:
         encode = encode.model_copy(update={"remember_s": 0})
     declared = declared_fields(renderer)
-    return EncodeStage(stages[Stage.ENCODER], encode, timeout_s, config.ec.shareable, declared, version=version)
+    stage = EncodeStage(stages[Stage.ENCODER], encode, timeout_s, config.ec.shareable, declared, version=version)
+    prefilling = stages.get(config.prefilling)
+    stage.leaves_cached = prefilling is not None and prefilling.affinity is not None and config.ec.fails_without
+    return stage
+
+
+SEQUENCE_TOKENS = 256.0
+"""What a sequence that decode has prefilled counts for to prompts that come after it, in tokens to prefill."""
+
+
+def place_by_prefix(config: EPDConfig, vllm_config: VllmConfig, stages: Mapping[Stage, StageHandle]) -> None:
+    """Have prompts go to the replica that has their prefix in its cache, if it has one."""
+    stage, model = stages.get(config.prefilling), vllm_config.model_config
+    if stage is None or not (config.routing.prefix and config.caches_prefixes and model.is_prefix_caching_supported):
+        return
+    sequence_tokens = SEQUENCE_TOKENS if stage.stage is Stage.DECODE else 0.0
+    stage.place_by(Affinity(config.advanced.routing.prefix_blocks, sequence_tokens))
 
 
 def engines_resume(config: EPDConfig, vllm_config: VllmConfig) -> bool:

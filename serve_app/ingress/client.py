@@ -82,10 +82,12 @@ class EPDClient(EngineClient):
         """Encode the items, prefill and decode each choice, and yield as one engine would.
 
         Closing the generator aborts what is running on any stage and gives back KV blocks that nobody will pull.
+        ``session_id``: what the client calls the conversation, which stays where it is while the load there allows.
         ``trace_headers``, the client's, are not used: the request's own span continues them, see ``tracing.py``.
         Raises vLLM's own exceptions: ``VLLMClientError`` (4xx) or ``GracefulHTTPError`` with 503 or 504.
         """
         request = current.get() or Request(request_id)
+        request.session = session_id
         options = {
             "lora_request": lora_request,
             "priority": priority,

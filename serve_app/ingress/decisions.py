@@ -44,20 +44,33 @@ class Attempts:
     resumable: bool = False
     """Whether an engine makes the rest of the answer from its prompt and output tokens alone."""
     embeddings_lost: int = 0
+    caches_missed: int = 0
+    """How often items that were left to a prefix cache were not there."""
     prefills_lost: int = 0
     blocks_lost: int = 0
     engines_died: int = 0
     other_than_encoders: bool = False
     other_than_prefill: bool = False
 
-    def after(self, error: StageError, encoded: bool, tokens: bool, late: bool, allow: Callable[[bool], bool]) -> Next:
+    def after(
+        self,
+        error: StageError,
+        encoded: bool,
+        tokens: bool,
+        late: bool,
+        allow: Callable[[bool], bool],
+        cached: bool = False,
+    ) -> Next:
         """What follows an attempt that failed.
 
-        ``encoded``: whether encoders had encoded items of it. ``tokens``: whether there are output tokens. ``late``: whether
-        the deadline of the first token is over. ``allow(resumes)`` tells whether there may be one more attempt; it is called
-        last, and at most once.
+        ``encoded``: whether encoders had encoded items of it; ``cached``: whether items were left to a prefix cache.
+        ``tokens``: whether there are output tokens. ``late``: whether the deadline of the first token is over.
+        ``allow(resumes)`` tells whether there may be one more attempt; it is called last, and at most once.
         """
-        self._learn(error, encoded, tokens)
+        if cached and isinstance(error, HandoffLost):
+            self.caches_missed += 1
+        else:
+            self._learn(error, encoded, tokens)
         resumes = tokens and self.resumable and not _nobody_resumes(error)
         unkept = tokens and not resumes and (late or not self.buffered)
         if unkept or self.cannot_be_structured or self.engines_died >= 2 or not allow(resumes):

@@ -1,4 +1,5 @@
-"""Who encodes an item: an encoder, or prefill itself. The rule of an ingress replica, and what it is decided on.
+"""Who encodes an item: an encoder, prefill itself, or nobody, as its tokens are in a prefix cache. The rules of an ingress
+replica, and what they are decided on.
 
 Without vLLM, so that the simulation (``tools/sim``) runs the same.
 """
@@ -34,6 +35,31 @@ def encode_at_prefill(cost: int, encodes: Encodes, config: EncodeConfig, now: fl
     if config.max_outstanding_embeds and encodes.outstanding + cost > config.max_outstanding_embeds:
         return "encoders full"
     return None
+
+
+FAILED_S = 0.25
+"""Seconds that an attempt takes which fails, as nobody knows before the first."""
+
+
+@dataclass
+class Savings:
+    """Whether it pays to leave items to a prefix cache. Where their tokens are not there, the attempt fails, and the next
+    has them encoded."""
+
+    embed_s: float = 0.0
+    """Seconds that an encoder works on one embedding: the latest answer counts a fifth."""
+    failed_s: float = FAILED_S
+    """Seconds of an attempt that fails, in the same way."""
+
+    def pays(self, embeds: int, likely: float) -> bool:
+        """``likely``: the probability that the tokens are there."""
+        return likely * embeds * self.embed_s > (1 - likely) * self.failed_s
+
+    def encoded(self, embeds: int, ran_s: float) -> None:
+        self.embed_s += 0.2 * (ran_s / max(embeds, 1) - self.embed_s)
+
+    def failed(self, seconds: float) -> None:
+        self.failed_s += 0.2 * (seconds - self.failed_s)
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """The encode stage as the ingress sees it.
 
-An item goes to an encoder replica. When that fails it goes to another one, and then prefill encodes it. An item that prefill
-encodes keeps its pixels; all others go on without. The answer for an item is remembered while the shared cache surely has
-its embedding, and an item that is being encoded for one request is not sent again for another.
+An item goes to an encoder replica. When that fails it goes to another one, and then prefill encodes it. An item that
+prefill encodes keeps its pixels; all others go on without. The answer for an item is remembered while the shared cache
+surely has its embedding, and an item that is being encoded for one request is not sent again for another. An item whose
+tokens prefill has in its prefix cache is not encoded, where that pays. Prompts are rendered around answers that are
+remembered longer for this.
 """
 
 import asyncio
@@ -13,7 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,7 +24,7 @@ from serve_app.handoff import shaping
 from serve_app.handoff.engine_input import ENCODE_PARAMS
 from serve_app.handoff.errors import BadRequest, EPDError, HandoffLost, OtherVersion, StageError, StageTimeout
 from serve_app.handoff.types import ANY, EncodeReply, Features, Item, Media, MediaRequest, Prompt, StageRequest, Version
-from serve_app.ingress.encode_rule import Costs, Encodes, encode_at_prefill
+from serve_app.ingress.encode_rule import Costs, Encodes, Savings, encode_at_prefill
 from serve_app.observe.trace import Trace
 from serve_app.routing.handles import StageHandle
 from serve_app.stage import Stage
@@ -30,6 +32,18 @@ from serve_app.stage import Stage
 logger = logging.getLogger("ray.serve")
 
 WAKE_S = 60.0
+
+
+class Cached(NamedTuple):
+    """What the replica that prefills a prompt is expected to have in its prefix cache."""
+
+    tokens: int = 0
+    """Of the prompt's beginning."""
+    likely: float = 0.0
+    """The probability that it has them."""
+
+
+NOT_CACHED = Cached()
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,10 @@ class Encoded:
     """The items whose embeddings prefill and decode get through the EC connector."""
     version: Version = ANY
     """The version of the encoders that made them."""
+    cached: frozenset[str] = frozenset()
+    """The items that were not encoded, as their tokens are expected in a prefix cache."""
+    cached_tokens: int = 0
+    """Tokens of the prompt up to the end of the last of these."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +111,17 @@ class EncodeStage:
     clock: Callable[[], float] = time.monotonic
     state: Encodes = field(default_factory=Encodes)
     costs: Costs = field(default_factory=Costs)
+    leaves_cached: bool = False
+    """Whether items may be left to prefix caches: the EC connector fails a request whose item is not there after all."""
+    savings: Savings = field(default_factory=Savings)
     _flights: dict[tuple[str, Version], _Flight] = field(default_factory=dict)
     _waking: asyncio.Task[None] | None = None
     _known: OrderedDict[str, tuple[float, EncodeReply]] = field(default_factory=OrderedDict)
 
-    async def encode(self, request: StageRequest, trace: Trace, first: bool = True) -> Encoded:
-        """Encode all items of a prompt at the same time, by encoders of one version: the version that the request asks for,
+    async def encode(
+        self, request: StageRequest, trace: Trace, first: bool = True, cached: Cached = NOT_CACHED
+    ) -> Encoded:
+        """Encode the items of a prompt at the same time, by encoders of one version: the version that the request asks for,
         or else the one of most encoders that answered.
 
         ``first``: answers that came while the prompt was rendered still hold. Otherwise encoders are asked again.
@@ -107,7 +130,11 @@ class EncodeStage:
         indices = shaping.distinct(items).values()
         sources = {index: source for index in indices if first and (source := items[index].source) is not None}
         replies = {index: source.reply for index, source in sources.items() if source.reply is not None}
-        replies |= await self._asked(request, [index for index in indices if index not in sources], trace)
+        # Of a remembered item the embedding may be gone.
+        replies = {index: reply for index, reply in replies.items() if reply.ec_transfer_params}
+        decided = replies.keys() | {index for index, source in sources.items() if source.reply is None}
+        left = self._left_to_cache(items, [index for index in indices if index not in decided], cached)
+        replies |= await self._asked(request, [i for i in indices if i not in decided and i not in left], trace)
         if replies and not version.weights:
             version = version.after(Counter(reply.version for reply in replies.values()).most_common(1)[0][0])
         if others := [index for index, reply in replies.items() if not reply.version.fits(version)]:
@@ -117,9 +144,21 @@ class EncodeStage:
             params = shaping.merge_ec_params(replies, request.prompt)
         except ValueError as error:
             raise HandoffLost(Stage.ENCODER, f"gave an unusable answer: {error}") from error
-        hashes = frozenset(items[index].hash for index in replies)
-        prompt = await self._with_pixels(shaping.without_pixels(request.prompt, self.declared, hashes), hashes)
-        return Encoded(prompt, params or None, hashes, version if hashes else ANY)
+        hashes, unencoded = (frozenset(items[index].hash for index in those) for those in (replies, left))
+        trace.unencoded_items += len(unencoded)
+        bare = hashes | unencoded
+        prompt = await self._with_pixels(shaping.without_pixels(request.prompt, self.declared, bare), bare)
+        last = max((item.offset + item.length for item in items if item.hash in unencoded), default=0)
+        return Encoded(prompt, params or None, hashes, version if hashes else ANY, unencoded, last)
+
+    def _left_to_cache(self, items: tuple[Item, ...], indices: list[int], cached: Cached) -> list[int]:
+        """Those of the items, by index, that need no encoder: all their tokens are cached, wherever they stand."""
+        if not self.leaves_cached:
+            return []
+        beyond = {item.hash for item in items if item.offset + item.length > cached.tokens}
+        left = [index for index in indices if items[index].hash not in beyond]
+        pays = self.savings.pays(sum(items[index].num_embeds for index in left), cached.likely)
+        return left if pays else []
 
     async def _asked(self, request: StageRequest, indices: list[int], trace: Trace) -> dict[int, EncodeReply]:
         """The encoders' answers for items of a prompt, by index."""
@@ -134,7 +173,17 @@ class EncodeStage:
     async def encode_media(self, media: list[Media], request_id: str, trace: Trace) -> Replies:
         """Encode the distinct items of a prompt, in their order, before it is rendered around them."""
         jobs = [self._media_job(each, request_id, index, {}, self.version) for index, each in enumerate(media)]
-        return await self.run(jobs, trace)
+        known = {job.key: reply for job in jobs if (reply := self._features_of(job)) is not None}
+        return known | await self.run([job for job in jobs if job.key not in known], trace)
+
+    def _features_of(self, job: Job) -> EncodeReply | None:
+        """An earlier answer without its key: the prompt is rendered around it, and then it shows whether an encoder is
+        needed. None: there is no such answer, or its key is still good."""
+        entry = self._known.get(job.key) if self.leaves_cached else None
+        if entry is None or self._remembered(job) is not None or not entry[1].version.fits(job.call.version):
+            return None
+        self._known.move_to_end(job.key)
+        return msgspec.structs.replace(entry[1], ec_transfer_params={})
 
     async def run(self, jobs: list[Job], trace: Trace) -> Replies:
         """Ask encoders for items, all at the same time. An item that fails cancels the others."""
@@ -312,9 +361,12 @@ class EncodeStage:
         if set(reply.ec_transfer_params) != {expected}:
             raise HandoffLost(Stage.ENCODER, f"answered for {sorted(reply.ec_transfer_params)}, not for {expected}")
         self.state.down = False
+        embeds = job.cost
         if isinstance(job.call, MediaRequest) and reply.features is not None:
-            self.costs.learn(job.call.media, reply.features.item.num_embeds)
-        if self.shareable and self.config.remember_s:
+            embeds = reply.features.item.num_embeds
+            self.costs.learn(job.call.media, embeds)
+        self.savings.encoded(embeds, reply.ran_s)
+        if (self.shareable and self.config.remember_s) or (self.leaves_cached and reply.features is not None):
             self._known[job.key] = (self.clock() + self.config.remember_s, reply)
             self._known.move_to_end(job.key)
             while len(self._known) > self.config.remember_items:

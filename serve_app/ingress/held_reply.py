@@ -83,11 +83,15 @@ class HeldReply:
         return True
 
     def _add_headers(self, start: Message) -> None:
-        """Add step times, fallbacks and ``retry-after``. The held start of a stream gets them again with its first token."""
+        """Add step times, cached tokens, fallbacks and ``retry-after``. The held start of a stream gets them again with its
+        first token."""
         headers = MutableHeaders(raw=start["headers"])
         if times := self._trace.stage_times():
             steps = [f"{name};dur={seconds * 1000:.2f}{self._who(name)}" for name, seconds in times.items()]
             headers["server-timing"] = ", ".join(steps + self._items())
+        # While a stream has its first token, the prompts of other choices may still be looked up in caches.
+        if self._request.answered and (self._trace.choices == 1 or not self._streaming):
+            headers["x-epd-cached-tokens"] = f"{self._trace.cached_tokens}/{self._trace.prompt_tokens}"
         if self._trace.rungs:
             headers["x-epd-rungs"] = self._trace.rungs_told()
         if self.status in (429, 503):

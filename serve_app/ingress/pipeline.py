@@ -26,13 +26,14 @@ from serve_app.ingress.admission import Admission
 from serve_app.ingress.answers import JOIN_S, Answer, Answers
 from serve_app.ingress.choice import Choice, choices_of
 from serve_app.ingress.decisions import UNSTRUCTURABLE, Attempts, Next
-from serve_app.ingress.encoding import Encoded, EncodeStage, Replies
+from serve_app.ingress.encoding import NOT_CACHED, Cached, Encoded, EncodeStage, Replies
 from serve_app.ingress.request import Deadline, Request
 from serve_app.ingress.retry import Retries
 from serve_app.ingress.vllm_errors import fails_as_vllm
 from serve_app.observe.trace import Trace
 from serve_app.routing import rules
 from serve_app.routing.handles import Call, StageHandle
+from serve_app.routing.prefix import Prefix, prefix_of
 from serve_app.stage import Stage
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ class Plan(NamedTuple):
     prefill: bool
     decode_prefills: str | None
     """The reason why decode prefills although there is a prefill stage."""
+    prefix: Prefix | None
+    """By which the replica is chosen that prefills."""
 
 
 class Pipeline:
@@ -70,6 +73,7 @@ class Pipeline:
         self.answers = Answers(processor)
         self.retries = Retries(config.advanced.retry)
         self.background: set[asyncio.Task[Any]] = set()
+        self._by_prefix = any(stage.affinity is not None for stage in stages.values())
         self._config = config
         self._processor = processor
         self._engines_resume = engines_resume
@@ -135,19 +139,22 @@ class Pipeline:
             resumable=self._engines_resume and shaping.can_resume(choice.params),
         )
         for number in itertools.count(1):
-            plan = self._plan(shaping.resumed(call, choice.output_tokens), attempts, request.weights)
+            plan = self._plan(shaping.resumed(call, choice.output_tokens), attempts, request)
             encoded = Encoded(plan.call.prompt, None)
+            began = time.perf_counter()
             try:
                 # Encoders' answers that came while the prompt was rendered serve all choices, or the first alone.
                 first = number == 1 and (choice.index == 0 or self._config.ec.shareable)
-                encoded = await deadline.within(Stage.ENCODER, self._encode(plan, request.trace, first))
+                cached = self._cached(plan) if number == 1 else NOT_CACHED
+                encoded = await deadline.within(Stage.ENCODER, self._encode(plan, request.trace, first, cached))
                 return await self._attempt(plan, encoded, choice, deadline, request)
             except StageError as error:
                 if choice.finished:  # the replica was lost after its last token
                     return
-                self._forget(error, encoded)
+                self._forget(error, encoded, time.perf_counter() - began)
                 tokens, allow = len(choice.output_tokens), partial(self.retries.allow, error, number)
-                following = attempts.after(error, bool(encoded.hashes), bool(tokens), deadline.is_over, allow)
+                of_encoders, left = bool(encoded.hashes), bool(encoded.cached)
+                following = attempts.after(error, of_encoders, bool(tokens), deadline.is_over, allow, left)
                 if not (choice.streamed or following is Next.RESUME):
                     request.trace.dropped(tokens)
                 match following:
@@ -161,16 +168,17 @@ class Pipeline:
                         choice.restart()
                         if request.choices == 1:  # other choices have tokens of these weights
                             request.weights = ""
-                request.trace.rung(f"{error.stage}-again")
+                missed = left and isinstance(error, HandoffLost)
+                request.trace.rung("encode-after-all" if missed else f"{error.stage}-again")
                 await deadline.within(error.stage, self.retries.pause(number))
 
-    def _plan(self, call: StageRequest, attempts: Attempts, weights: str) -> Plan:
-        """``weights`` made the output tokens so far, of any choice."""
-        way = rules.way({stage: handle.weights for stage, handle in self.stages.items()}, weights)
+    def _plan(self, call: StageRequest, attempts: Attempts, request: Request) -> Plan:
+        way = rules.way({stage: handle.weights for stage, handle in self.stages.items()}, request.weights)
         call = msgspec.structs.replace(call, version=call.version._replace(weights=way.weights))
         encoders = not (attempts.without_encoders or Stage.ENCODER in way.without)
+        prefix = self._prefix(call, request)
         if Stage.PREFILL not in self.stages:
-            return Plan(call, encoders, False, None)
+            return Plan(call, encoders, False, None, prefix)
         why = None
         if len(call.prompt.token_ids) < self._config.advanced.kv.min_prompt_tokens:
             why = "short"
@@ -178,24 +186,39 @@ class Pipeline:
             why = "failed"
         elif Stage.PREFILL in way.without:
             why = "other version"
-        return Plan(call, encoders, why is None, why)
+        return Plan(call, encoders, why is None, why, prefix)
 
-    def _forget(self, error: StageError, encoded: Encoded) -> None:
+    def _prefix(self, call: StageRequest, request: Request) -> Prefix | None:
+        """None: the replica is chosen without, or reads no prefix cache for this request."""
+        if not self._by_prefix or call.params.skip_reading_prefix_cache:
+            return None
+        adapter = call.options.get("lora_request")
+        return prefix_of(call.prompt, request.session, adapter.lora_name if adapter is not None else "")
+
+    def _cached(self, plan: Plan) -> Cached:
+        """What the replica that prefills is expected to have in its prefix cache."""
+        if plan.prefix is None or not plan.call.prompt.items:
+            return NOT_CACHED
+        return Cached(*self.stages[Stage.PREFILL if plan.prefill else Stage.DECODE].expected(plan.prefix))
+
+    def _forget(self, error: StageError, encoded: Encoded, took_s: float) -> None:
         """Drop the encoders' answers that are of no use after this failure."""
         if self.encoders is None:
             return
         if isinstance(error, HandoffLost):
             self.encoders.forget(encoded.hashes)
+            if encoded.cached:
+                self.encoders.savings.failed(took_s)
         if isinstance(error, OtherVersion) and encoded.version.weights:
             self.encoders.forget_version(encoded.version)
 
-    async def _encode(self, plan: Plan, trace: Trace, first: bool) -> Encoded:
+    async def _encode(self, plan: Plan, trace: Trace, first: bool, cached: Cached) -> Encoded:
         """The prompt for prefill and decode. It stays as it is where no encoder is needed."""
         if self.encoders is None or not plan.call.prompt.items:
             return Encoded(plan.call.prompt, None)
         if not plan.encoders:
             return await self.encoders.at_prefill(plan.call.prompt)
-        return await self.encoders.encode(plan.call, trace, first)
+        return await self.encoders.encode(plan.call, trace, first, cached)
 
     async def _attempt(
         self, plan: Plan, encoded: Encoded, choice: Choice, deadline: Deadline, request: Request
@@ -206,20 +229,26 @@ class Pipeline:
         call, prefilled = plan.call, None
         version = call.version.after(encoded.version)
         if plan.prefill:
-            prefilled = await deadline.within(Stage.PREFILL, self._prefill(call, encoded, version, request.trace))
+            prefilled = await deadline.within(Stage.PREFILL, self._prefill(plan, encoded, version, request.trace))
             version = version.after(prefilled.version)
         kv = prefilled.kv_transfer_params if prefilled else None
         params = shaping.decode_params(call.params, kv, encoded.ec_transfer_params)
         key = shaping.unique_id(call.request_id)
         call = StageRequest(key, encoded.prompt, params, call.options, version)
-        await self._decode(call, prefilled, choice, deadline, request)
+        under_way = Call(prefilled.node) if prefilled else Call(prefix=plan.prefix, needs=encoded.cached_tokens)
+        await self._decode(call, under_way, prefilled, choice, deadline, request)
 
     async def _decode(
-        self, call: StageRequest, prefilled: PrefillReply | None, choice: Choice, deadline: Deadline, request: Request
+        self,
+        call: StageRequest,
+        under_way: Call,
+        prefilled: PrefillReply | None,
+        choice: Choice,
+        deadline: Deadline,
+        request: Request,
     ) -> None:
         """Have a choice decoded. Blocks that decode did not pull are given back."""
         stage, trace, began = self.stages[Stage.DECODE], request.trace, time.perf_counter()
-        under_way = Call(prefilled.node if prefilled else "")
 
         def accept(first: First) -> None:
             request.goes_on_with(first.version.weights)
@@ -231,9 +260,14 @@ class Pipeline:
         def came(output: EngineCoreOutput) -> None:
             under_way.heard()
             request.token(len(output.new_token_ids))
-            if output.prefill_stats is not None and choice.counts_cached:
-                trace.cached_tokens += output.prefill_stats.num_cached_tokens
-                choice.counts_cached = False
+            if output.prefill_stats is not None:
+                cached = output.prefill_stats.num_cached_tokens
+                if choice.counts_cached:
+                    trace.cached_tokens += cached
+                    choice.counts_cached = False
+                if prefilled is None:
+                    stage.began(call.request_id, under_way, cached)
+                    trace.found(Stage.DECODE, under_way.expected_tokens, cached)
 
         with trace.span.child("decode", choice=choice.index) as span:
             answer = Answer(call.request_id, choice.id, prefilled, accept, came)
@@ -262,13 +296,15 @@ class Pipeline:
         hand_off = shaping.hand_off_id(prefilled.kv_transfer_params) if prefilled else None
         return self._leases.wait(hand_off, first) if self._leases is not None else first
 
-    async def _prefill(self, asked: StageRequest, encoded: Encoded, version: Version, trace: Trace) -> PrefillReply:
+    async def _prefill(self, plan: Plan, encoded: Encoded, version: Version, trace: Trace) -> PrefillReply:
+        asked = plan.call
         params = shaping.prefill_params(asked.params, encoded.ec_transfer_params)
         key = shaping.unique_id(asked.request_id)
         call = StageRequest(key, encoded.prompt, params, asked.options, version)
         began = time.perf_counter()
         with trace.span.child("prefill", prompt_tokens=len(encoded.prompt.token_ids)) as span:
-            work = self.stages[Stage.PREFILL].call("prefill", shaping.traced(call, span.headers))
+            under_way = Call(prefix=plan.prefix, needs=encoded.cached_tokens)
+            work = self.stages[Stage.PREFILL].call("prefill", shaping.traced(call, span.headers), call=under_way)
             # The call has a context of its own. Serve would cancel it with the request, and lose a reply on its way.
             task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
             try:
@@ -278,6 +314,8 @@ class Pipeline:
                 raise
             span.set(replica=reply.replica, ran_s=reply.ran_s, cached_tokens=reply.num_cached_tokens)
         trace.saw(Stage.PREFILL, reply.replica)
+        if plan.prefix is not None:
+            trace.found(Stage.PREFILL, under_way.expected_tokens, reply.num_cached_tokens or 0)
         took = time.perf_counter() - began
         trace.took("prefill", took)
         trace.moved("ec_transfer", reply.ec_s)

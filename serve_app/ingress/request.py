@@ -61,6 +61,8 @@ class Request:
     """Seconds from its beginning to its first token, where the client set a bound."""
     credentials: str = field(default="", repr=False)
     """The header `Authorization` that it came with: whose names of media are meant."""
+    session: str | None = None
+    """What its client calls the conversation."""
     choices: int = 0
     """The number of choices that its prompts asked for so far."""
     weights: str = ""

@@ -6,6 +6,8 @@ from typing import Any
 
 from PIL import Image
 from vllm import envs
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm.renderers.chat_utils import AsyncMultiModalContentParser
@@ -105,3 +107,27 @@ def _parse_decoded(parser: Any, image_pil: Any, uuid: str | None = None) -> None
     if not isinstance(image_pil, Image.Image):
         raise VLLMValidationError("`image_pil` cannot be sent in a request: send the image as an `image_url`.")
     _parse_image_pil(parser, image_pil, uuid)
+
+
+def install_sessions() -> None:
+    """Take OpenAI's ``prompt_cache_key`` and Anthropic's ``metadata.user_id`` for the session, where vLLM knows of none."""
+    GenerateBaseServing._get_session_id = staticmethod(_session_of)
+    AnthropicServingMessages.to_chat_completion_request = staticmethod(_keyed_by_user)
+
+
+_get_session_id = GenerateBaseServing._get_session_id
+_to_chat = AnthropicServingMessages.to_chat_completion_request
+
+
+def _session_of(request: Any, raw_request: Any) -> str | None:
+    """Chats and completions keep fields that vLLM does not know, unchecked."""
+    key = _get_session_id(request, raw_request) or getattr(request, "prompt_cache_key", None)
+    # JSON can have half of a surrogate pair, which cannot be encoded.
+    return (key.encode(errors="replace").decode() or None) if isinstance(key, str) else None
+
+
+def _keyed_by_user(request: Any, **options: Any) -> Any:
+    """The chat completion that vLLM makes of messages. It drops their metadata."""
+    chat = _to_chat(request, **options)
+    chat.prompt_cache_key = (getattr(request, "metadata", None) or {}).get("user_id")
+    return chat

@@ -30,7 +30,7 @@ from serve_app.ingress.peers import Peers
 from serve_app.ingress.replies import error_response, of_route, route_of
 from serve_app.ingress.responses import Responses
 from serve_app.ingress.routes import add_routes
-from serve_app.ingress.seams import install_media
+from serve_app.ingress.seams import install_media, install_sessions
 from serve_app.media.fetch import Fetcher
 from serve_app.observe.status import Status
 from serve_app.observe.tracing import tracing
@@ -98,6 +98,7 @@ async def make_app(config: EPDConfig, args: Namespace, parts: Parts, status: Sta
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
     client = parts.client
     fetcher = install_media(config, parts.from_media, client.pipeline.admission, peers)
+    install_sessions()
     app = build_app(args, ("generate",), client.model_config)
     _shape_errors(app)
     app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)

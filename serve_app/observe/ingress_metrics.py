@@ -43,6 +43,13 @@ class IngressMetrics:
         self._media_bytes = counter("epd_media_bytes", "Bytes of these, as media or as the tensors made of it.")
         self._prompt_tokens = counter("epd_prompt_tokens", "Tokens of prompts, placeholders of items included.")
         self._cached_tokens = counter("epd_cached_tokens", "Tokens of prompts that prefill had in its cache.")
+        self._prefix_expected = counter(
+            "epd_prefix_expected_tokens", "Tokens of prompts that a replica was chosen for.", "stage"
+        )
+        self._prefix_found = counter(
+            "epd_prefix_found_tokens", "Tokens of the same prompts that the replica had in its cache.", "stage"
+        )
+        self._unencoded = counter("epd_unencoded_items", "Items that were left to prefix caches.")
         self._output_tokens = counter("epd_output_tokens", "Tokens that were sent.")
         self._rungs = counter("epd_rungs", "Rungs of the failure ladder that ran.", "rung")
         outstanding = Gauge(
@@ -65,6 +72,10 @@ class IngressMetrics:
             self._items.labels(modality).inc(count)
         for rung in record.rungs:
             self._rungs.labels(rung).inc()
+        for stage, (expected, found) in record.expected.items():
+            self._prefix_expected.labels(stage).inc(expected)
+            self._prefix_found.labels(stage).inc(found)
+        self._unencoded.inc(record.unencoded_items)
         self._remembered.inc(record.remembered_items)
         self._media_bytes.inc(record.media_bytes)
         self._prompt_tokens.inc(record.prompt_tokens)

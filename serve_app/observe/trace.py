@@ -46,6 +46,10 @@ class Trace:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens that the first prefill of each prompt found in its cache."""
+    expected: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Stage → tokens of prompts that its replicas were expected to have in their caches, and those that they had."""
+    unencoded_items: int = 0
+    """Items that were not encoded, as their tokens were expected in a cache."""
     choices: int = 0
     output_tokens: int = 0
     rungs: list[str] = field(default_factory=list)
@@ -86,6 +90,11 @@ class Trace:
         """Embeddings or KV blocks were transferred; 0 or None if there were none, or the time is unknown."""
         if seconds:
             self.took(step, seconds)
+
+    def found(self, stage: str, expected: int, got: int) -> None:
+        """A replica has told how many tokens of a prompt it had in its cache."""
+        before = self.expected.get(stage, (0, 0))
+        self.expected[stage] = before[0] + expected, before[1] + got
 
     def encoded(self, item: int, ran_s: float, replica: str) -> None:
         self.by_item[item] = (ran_s, replica)
@@ -139,10 +148,11 @@ class Trace:
         times = " ".join(f"{name}={seconds * 1000:.1f}ms" for name, seconds in self.stage_times().items())
         who = " ".join(f"{stage}={','.join(replicas)}" for stage, replicas in self.replicas.items())
         total = (time.perf_counter() - self.began) * 1000
+        left = f" unencoded_items={self.unencoded_items}" if self.unencoded_items else ""
         rungs = f" rungs={self.rungs_told()}" if self.rungs else ""
         error = f' error="{self.error}"' if self.error is not None else ""
         line = (
             f"request={self.request_id} status={status} items={self.items.total()} prompt_tokens={self.prompt_tokens} "
-            f"output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
+            f"cached_tokens={self.cached_tokens} output_tokens={self.output_tokens} {times} total={total:.1f}ms {who}"
         )
-        return line.rstrip() + rungs + error
+        return line.rstrip() + left + rungs + error

@@ -345,6 +345,8 @@ function showWaterfall(told, waitMs, restMs) {
     });
   });
   $("steps").replaceChildren(...rows);
+  const [cached, prompt] = (told.get("x-epd-cached-tokens") ?? "").split("/");
+  $("cached").textContent = prompt ? `${cached} of ${prompt} prompt tokens were in a cache.` : "";
   const rungs = told.get("x-epd-rungs");
   $("rungs").textContent = rungs ? `Failed and done otherwise: ${rungs}` : "";
   $("waterfall").hidden = false;

@@ -23,7 +23,9 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import RequestRouter, RunningReplica
 
 from serve_app.handoff.errors import EngineDead, EPDError, HandoffLost, OtherVersion, StageUnavailable
-from serve_app.handoff.types import ANY, MediaRequest, StageRequest, Version
+from serve_app.handoff.types import ANY, MediaRequest, PrefillReply, StageRequest, Version
+from serve_app.routing.affinity import Affinity
+from serve_app.routing.prefix import Prefix
 from serve_app.stage import Stage
 
 LIGHT_BYTES = 1 << 20
@@ -64,6 +66,12 @@ class Call:
     """Time of its last sign of life."""
     replica: str = ""
     """Ray's name of the replica it was sent to. Its router sets this (``routing.routers``)."""
+    prefix: Prefix | None = None
+    """Of a prompt that the replica is to prefill: it goes where its prefix is."""
+    needs: int = 0
+    """Tokens of the prompt that the replica has to hold: it gets nothing to compute them from."""
+    expected_tokens: int = 0
+    """Tokens that the replica was expected to hold, once it has told what it held."""
     response: Any = None
     lost: Exception | None = None
 
@@ -107,6 +115,8 @@ class KnownReplicas:
         """The version that each replica told last."""
         self.kinds: set[Version] = set()
         """All versions in ``versions``: as few as there are stages, as long as no deploy goes on."""
+        self.affinities: dict[tuple[str, str], Affinity] = {}
+        """What is known of the prefix caches of a stage's replicas, by application and deployment."""
 
     def avoid(self, replica: str) -> None:
         """Have routers pass by a replica whose engine is dead: it is always idle, and would be chosen first."""
@@ -145,6 +155,12 @@ known = KnownReplicas()
 """That of this process: Ray makes a handle's router by itself, with nothing but the two names of its deployment."""
 
 
+def queues_of(router: RequestRouter, replicas: Iterable[RunningReplica]) -> dict[str, int]:
+    """Calls at each replica, by its id: those that Ray Serve has heard of. 0: it has not heard of it for 10 s."""
+    lengths = router.replica_queue_len_cache
+    return {replica.replica_id.unique_id: lengths.get(replica.replica_id) or 0 for replica in replicas}
+
+
 def is_alive(replica: str) -> bool:
     """Whether Ray has an actor of this name; True where Ray cannot say. Waits for Ray."""
     try:
@@ -173,6 +189,8 @@ class StageHandle:
         self._light = handle.options(_by_reference=False)
         self._methods: dict[tuple[str, bool], DeploymentHandle[Any]] = {}
         self._calls: set[Call] = set()
+        self.affinity: Affinity | None = None
+        """Where prompts that the stage prefills go by their prefix. None: they go by the number of calls."""
         self._watching: asyncio.Task[None] | None = None
 
     def actor(self, replica: str) -> str:
@@ -193,6 +211,22 @@ class StageHandle:
         told = {known.versions.get(replica.to_full_id_str(), ANY).weights for replica in self._router.curr_replicas}
         return frozenset(told - {""})
 
+    def place_by(self, affinity: Affinity) -> None:
+        """Have prompts go by their prefix from now on."""
+        self.affinity = known.affinities[self._unary.app_name, self._unary.deployment_name] = affinity
+
+    def expected(self, prefix: Prefix) -> tuple[int, float]:
+        """Tokens of a prompt that the replica holds which would get it now, and how likely it is that they are."""
+        if self.affinity is None or self._router is None:
+            return 0, 0.0
+        return self.affinity.expected(prefix, queues_of(self._router, self._router.curr_replicas.values()))
+
+    def began(self, request_id: str, call: Call, cached_tokens: int) -> None:
+        """A replica has prefilled a prompt, and decodes it from now on."""
+        if self.affinity is not None and call.prefix is not None:
+            call.expected_tokens = self.affinity.found(request_id, cached_tokens)
+            self.affinity.began(request_id)
+
     @property
     def _router(self) -> RequestRouter | None:
         return known.routers.get((self._unary.app_name, self._unary.deployment_name))
@@ -203,11 +237,12 @@ class StageHandle:
         Cancelling the caller cancels the call, and with it the replica's engine request. A caller that hears of the call
         in other ways too passes its own record of it, ``call``.
         """
-        handle = self._method(method, all(map(is_light, args)))
+        handle, call = self._method(method, all(map(is_light, args))), call or Call()
         for refusals in itertools.count(1):
             try:
-                with self._calling(handle, args, call or Call()) as made:
-                    reply = await made.response
+                with self._placed(call, args), self._calling(handle, args, call):
+                    reply = await call.response
+                    self._found(call, args, reply)
             except OtherVersion as refused:
                 if not self._others_may_fit(refused, args, refusals):
                     raise
@@ -234,6 +269,27 @@ class StageHandle:
         if (bound := self._methods.get((name, light))) is None:
             bound = self._methods[name, light] = getattr(self._light if light else self._unary, name)
         return bound
+
+    @contextmanager
+    def _placed(self, call: Call, args: tuple[Any, ...]) -> Iterator[None]:
+        """Have the router know the prefix of a call, until it has ended."""
+        if self.affinity is None or call.prefix is None:
+            yield
+            return
+        request_id = args[0].request_id
+        self.affinity.expect(request_id, call.prefix, call.needs)
+        try:
+            yield
+        except HandoffLost:
+            if call.needs:
+                self.affinity.lost(request_id)
+            raise
+        finally:
+            self.affinity.ended(request_id)
+
+    def _found(self, call: Call, args: tuple[Any, ...], reply: Any) -> None:
+        if self.affinity is not None and call.prefix is not None and isinstance(reply, PrefillReply):
+            call.expected_tokens = self.affinity.found(args[0].request_id, reply.num_cached_tokens or 0)
 
     @contextmanager
     def _calling(self, handle: DeploymentHandle[Any], args: tuple[Any, ...], call: Call) -> Iterator[Call]:

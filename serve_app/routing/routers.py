@@ -1,6 +1,7 @@
 """Request routers of Ray Serve: which replica gets a call. Each ingress replica has its own, which sees its calls only.
 
-Prefill and decode keep Ray Serve's rule, the fewer calls in flight of two at random. ``routing.rules`` is that of encoders.
+``routing.rules`` has the rule for items, ``routing.affinity`` that for prompts. Where prompts do not go by their prefix, Ray
+Serve's own holds: the fewer calls under way of two at random.
 """
 
 import time
@@ -11,6 +12,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
 from serve_app.handoff.types import MediaRequest, StageRequest
 from serve_app.routing import handles
+from serve_app.routing.affinity import Affinity
 from serve_app.routing.rules import Loads, rank, tiers, work_of
 
 
@@ -29,9 +31,10 @@ class _KnownRouter(RequestRouter):
             call.replica = replica_id.to_full_id_str()
 
 
-class TwoChoicesRouter(_KnownRouter, PowerOfTwoChoicesRequestRouter):
-    """The request router of the Prefill and Decode deployments: Ray Serve's, for healthy replicas of the call's version.
+class PrefixRouter(_KnownRouter, PowerOfTwoChoicesRequestRouter):
+    """The request router of the Prefill and Decode deployments, for healthy replicas of the call's version.
 
+    A call whose prefix its handle has announced (``StageHandle.place_by``) goes by that, any other by Ray Serve's rule.
     Where no replica is healthy, a call ``waits`` for one, or else goes to any and fails at once.
     """
 
@@ -42,12 +45,42 @@ class TwoChoicesRouter(_KnownRouter, PowerOfTwoChoicesRequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
     ) -> list[list[Any]]:
-        chosen: list[list[Any]] = await super().choose_replicas(candidate_replicas, pending_request)
         healthy = handles.known.healthy(candidate_replicas, pending_request.args if pending_request else ())
+        if pending_request is not None and (placed := self._placed(healthy, pending_request)):
+            return placed
+        chosen: list[list[Any]] = await super().choose_replicas(candidate_replicas, pending_request)
         if len(healthy) == len(candidate_replicas) or not (self._waits or healthy):
             return chosen
         # The healthy ones of the two; all healthy ones where neither of the two is.
         return [[each for each in replicas if each in healthy] or healthy for replicas in chosen]
+
+    def _placed(self, replicas: list[Any], pending: PendingRequest) -> list[list[Any]]:
+        """The replicas in the order in which a call tries them by its prefix. Empty: it has none."""
+        affinity, request_id = self._affinity, request_id_of(pending)
+        if affinity is None or not request_id:
+            return []
+        by_id = {replica.replica_id.unique_id: replica for replica in replicas}
+        tiers = affinity.order(request_id, handles.queues_of(self, replicas))
+        pending.routing_context.should_backoff |= bool(tiers)
+        return [[by_id[name] for name in tier] for tier in tiers]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        if self._affinity is not None and (request_id := request_id_of(pending_request)):
+            self._affinity.sent(request_id, replica_id.unique_id)
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        super().update_replicas(replicas)
+        if self._affinity is not None:
+            self._affinity.keep({replica.unique_id for replica in self.curr_replicas})
+
+    @property
+    def _affinity(self) -> Affinity | None:
+        return handles.known.affinities.get((self.app_name, self._deployment_id.name))
+
+
+def request_id_of(pending: PendingRequest) -> str:
+    """The id of the request that a call of a stage is for; empty if it is for none."""
+    return next((arg.request_id for arg in pending.args if isinstance(arg, StageRequest)), "")
 
 
 class LeastCostRouter(_KnownRouter):

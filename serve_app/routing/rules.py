@@ -7,13 +7,18 @@ The rule is consistent hashing with bounded loads (Mirrokni et al., 2016), with 
 
 import hashlib
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from serve_app.handoff.types import MediaRequest, StageRequest
 from serve_app.stage import Stage
 
 FORGET_UNROUTED_S = 60.0
+
+
+def rendezvous(key: str, names: Iterable[str]) -> dict[str, int]:
+    """A number for each name: the same in all processes. The name with the greatest is home to ``key``."""
+    return {name: int.from_bytes(hashlib.blake2b(f"{key} {name}".encode(), digest_size=8).digest()) for name in names}
 
 
 def rank(key: str, cost: float, loads: Mapping[str, float], headroom: float) -> list[str]:
@@ -23,7 +28,7 @@ def rank(key: str, cost: float, loads: Mapping[str, float], headroom: float) -> 
     others by load, and those of the same load in the order of their hashes: one order for all would send the items of all
     ingress replicas to the same one. ``loads``: work outstanding by replica, without this item.
     """
-    hashes = {r: hashlib.blake2b(f"{key} {r}".encode(), digest_size=8).digest() for r in loads}
+    hashes = rendezvous(key, loads)
     home = max(loads, key=hashes.__getitem__)
     mean = (sum(loads.values()) + cost) / len(loads)
     home_fits = loads[home] + cost <= max(headroom * mean, cost)

@@ -11,6 +11,7 @@ for a retry. The scheduler's side here closes vLLM's gaps:
   not saved again, and could not be read.
 - Items that are asked for again stay longest. An encoder has such an item still in its own cache and does not save it again,
   so otherwise repeated items would be evicted first, and could not be read any more.
+- An item that was left to the prefix cache and is not there fails its request too.
 - The buffer's file is unlinked once all processes of the engine have opened it, so it ends with them.
 """
 
@@ -59,6 +60,20 @@ class NixlECScheduler(ECCPUScheduler):
                     f"`ec.max_bytes` holds {room * block} bytes of embeddings, and {what} may have {needed * block} with "
                     f"`{of}: {tokens}`: raise the one or lower the other."
                 )
+
+    def _nixl_consumer_admit(self, request: Request, num_computed_tokens: int) -> bool:
+        for feature in request.mm_features:
+            beyond = feature.mm_position.offset + feature.mm_position.length > num_computed_tokens
+            if beyond and self._has_nothing_of(request, feature):
+                return bool(self._fail_or_fallback(request, feature, "its tokens are not in the prefix cache"))
+        return bool(super()._nixl_consumer_admit(request, num_computed_tokens))
+
+    def _has_nothing_of(self, request: Request, feature: Any) -> bool:
+        """Whether an item has neither an address nor pixels, and is not here: it was left to the prefix cache."""
+        if feature.identifier in (request.ec_transfer_params or {}) or self.has_cache_item(feature.identifier):
+            return False
+        metadata = self._metadata_resolver.fields_for(feature.modality)
+        return all(field.data is None for key, field in (feature.data or {}).items() if key not in metadata)
 
     def ensure_cache_available(self, request: Request, *args: Any, **kwargs: Any) -> bool:
         if self._is_producer:

@@ -20,6 +20,8 @@ TESTS = {
     "AsyncMultiModalContentParser.parse_image": "test_every_part_with_a_url_and_its_name_pass_three_methods_of_the_parser",
     "AsyncMultiModalContentParser.parse_image_pil": "test_renderer_processes_media_through_the_hooks_that_are_guarded",
     "vllm.envs.VLLM_MAX_…, Image.MAX_IMAGE_PIXELS": "test_settings_that_the_ingress_writes_exist",
+    "GenerateBaseServing._get_session_id": "test_every_api_asks_one_method_for_the_session_of_a_request",
+    "AnthropicServingMessages.to_chat_completion_request": "test_messages_become_a_chat_without_their_metadata",
     "InputProcessor.resolve_watermarking": "test_beam_search_asks_for_its_watermark_before_anything_else",
     "MultiModalConfig, CPU_KVCACHE_SPACE": "test_metadata_alone_is_taken_where_the_ingress_says_so_and_not_from_clients",
     "FastAPI.router.routes, .user_middleware": "test_what_a_request_passes_on_its_way_into_vllms_app_is_known",

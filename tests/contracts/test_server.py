@@ -141,3 +141,45 @@ def test_beam_search_asks_for_its_watermark_before_anything_else() -> None:
     hook = source.index("self.engine_client.input_processor.resolve_watermarking(params)")
     assert hook < source.index("create_sort_beams_key_function("), "serve_app/ingress/guard.py GuardedInputProcessor"
     assert hook < source.index("self.engine_client.generate("), "serve_app/ingress/guard.py GuardedInputProcessor"
+
+
+def test_every_api_asks_one_method_for_the_session_of_a_request() -> None:
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
+    from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    where = "serve_app/ingress/seams.py _session_of"
+    assert "session_id=session_id" in inspect.getsource(GenerateBaseServing.beam_search), where
+    assert list(inspect.signature(GenerateBaseServing._get_session_id).parameters) == ["request", "raw_request"], where
+    for serving in (OpenAIServingChat, OpenAIServingChatBatch, OpenAIServingCompletion, OpenAIServingResponses):
+        assert issubclass(serving, GenerateBaseServing), f"{where}: {serving}"
+        assert "session_id = self._get_session_id(" in inspect.getsource(serving), f"{where}: {serving}"
+    for request in (ChatCompletionRequest, BatchChatCompletionRequest, CompletionRequest):
+        assert request.model_config["extra"] == "allow", f"{where}: `prompt_cache_key` is dropped from {request}"
+        assert "prompt_cache_key" not in request.model_fields, f"{where}: vLLM checks it now"
+    assert "prompt_cache_key" in ResponsesRequest.model_fields, where
+
+
+def test_messages_become_a_chat_without_their_metadata() -> None:
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+
+    from serve_app.ingress.seams import _to_chat
+
+    where = "serve_app/ingress/seams.py _keyed_by_user"
+    assert list(inspect.signature(_to_chat).parameters) == [
+        "anthropic_request",
+        "merge_inline_system",
+        "disabled_thinking_effort",
+    ], where
+    source = inspect.getsource(AnthropicServingMessages.create_messages)
+    assert "chat_req = self.to_chat_completion_request(\n            request,\n" in source, where
+    assert "self.create_chat_completion(chat_req, raw_request)" in source, where
+    assert "metadata" in AnthropicMessagesRequest.model_fields, where
+    assert "metadata" not in inspect.getsource(_to_chat), f"{where}: vLLM keeps them now"
+    assert ".metadata" not in inspect.getsource(AnthropicServingMessages), f"{where}: vLLM keeps them now"

@@ -182,6 +182,16 @@ def test_response_says_where_the_time_to_the_first_token_went(epd: Server) -> No
         assert float(steps["encode"]) > 0 and float(steps["prefill"]) > 0
 
 
+def test_response_says_how_many_tokens_of_the_prompt_were_in_a_cache(epd: Server) -> None:
+    path, body = chat(text("How far is it from here to the sea? " * 20), prompt_cache_key="the sea")
+    told = []
+    for stream in (False, True, False):  # of two prefill replicas one is asked again
+        answer = epd.post(path, body | {"stream": stream})
+        told.append([int(count) for count in answer.headers["x-epd-cached-tokens"].split("/")])
+    cached, prompt = zip(*told, strict=True)
+    assert cached[0] < max(cached) < prompt[0] and len(set(prompt)) == 1, told
+
+
 def test_command_line_streams_an_answer_with_its_timing_and_shows_the_stages(epd: Server, tmp_path: Path) -> None:
     def run(*command: Any) -> str:
         done = subprocess.run(
@@ -321,8 +331,8 @@ def test_request_ids_reach_the_engines_and_the_log(epd: Server) -> None:
         rf"Encoder.*Added request {request_id}:1:\w{{6}}\.",
         rf"Prefill.*Added request chatcmpl-{request_id}-",
         rf"Decode.*Added request chatcmpl-{request_id}-",
-        rf"Ingress.*request={request_id} status=200 items=2 prompt_tokens=\d+ output_tokens=16 render=.* queue=.* encode=.* "
-        r"prefill=.* first_token=.* total=.* encoder=\w+.* prefill=\w+ decode=\w+",
+        rf"Ingress.*request={request_id} status=200 items=2 prompt_tokens=\d+ cached_tokens=\d+ output_tokens=16 "
+        r"render=.* queue=.* encode=.* prefill=.* first_token=.* total=.* encoder=\w+.* prefill=\w+ decode=\w+",
     ]
     epd.wait_until(
         lambda: all(re.search(pattern, epd.log.read_text(errors="replace")) for pattern in expected),

@@ -1,6 +1,7 @@
 """The page in a real Chromium, in front of real engines."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,7 @@ def test_page_draws_asks_and_shows_the_answer_of_the_api_with_its_steps(
         steps = page.locator("#steps tr").evaluate_all(
             "rows => rows.map(row => [row.children[0].textContent, row.children[3].textContent])"
         )
+        cached = page.text_content("#cached")
         stages = page.locator("#stages b").all_text_contents()
         page.wait_for_selector(".replicas .worked")
     (body,) = map(json.loads, sent)
@@ -57,6 +59,7 @@ def test_page_draws_asks_and_shows_the_answer_of_the_api_with_its_steps(
     ]
     assert {replica for _, replica in steps if replica} <= replicas(epd)
     assert all(replica for _, replica in steps[2:])
+    assert re.fullmatch(rf"\d+ of {answer['usage']['prompt_tokens']} prompt tokens were in a cache\.", cached)
     assert stages == ["ingress", "encoder", "prefill", "decode"]
 
 

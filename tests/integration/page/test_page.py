@@ -44,6 +44,7 @@ class Replay:
         self.events = [chunk(role="assistant"), *(chunk(content=text) for text in ANSWER), "data: [DONE]\n\n"]
         self.refusal: Response | None = None
         self.goes_on: asyncio.Event | None = None
+        self.more_headers: dict[str, str] = {}
         self.decodes = 1
         self.starting = 0
 
@@ -89,7 +90,7 @@ class Replay:
             return refused or StreamingResponse(
                 self.stream(),
                 media_type="text/event-stream",
-                headers={"server-timing": TIMING, "x-epd-rungs": "encode-again"},
+                headers={"server-timing": TIMING, "x-epd-rungs": "encode-again"} | self.more_headers,
             )
 
         return app
@@ -361,6 +362,19 @@ def test_waterfall_has_every_step_with_its_replica_one_after_the_other(browser: 
     lefts, widths = [row[3] for row in rows], [row[4] for row in rows]
     assert lefts == sorted(lefts) and lefts[2] == lefts[3] < lefts[4]
     assert widths[3] == pytest.approx(2 * widths[2], rel=0.1) and widths[3] == pytest.approx(2 * widths[5], rel=0.1)
+
+
+def test_cached_tokens_of_each_request_are_shown(browser: Any, replay: Replay) -> None:
+    with page_at(browser, replay.url) as page:
+        for told, shown in (
+            ("1184/1200", "1184 of 1200 prompt tokens were in a cache."),
+            ("0/7", "0 of 7 prompt tokens were in a cache."),
+            (None, ""),  # another server
+        ):
+            replay.more_headers = {"x-epd-cached-tokens": told} if told else {}
+            page.click("#send")
+            answered(page)
+            assert page.text_content("#cached") == shown
 
 
 def test_stages_are_shown_with_their_load_and_scaling_as_it_happens(browser: Any, replay: Replay) -> None:

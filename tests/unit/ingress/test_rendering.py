@@ -396,3 +396,48 @@ def test_cost_is_guessed_from_what_encoders_told(make_client: Make) -> None:
         assert costs.of(video(1)) == pytest.approx(36, rel=0.2)
 
     asyncio.run(main())
+
+
+def test_a_prompt_is_rendered_around_what_is_remembered_and_an_encoder_is_asked_only_if_it_is_needed(
+    make_client: Make,
+) -> None:
+    """The embedding may be gone, and the picture's tokens are in prefill's cache, or not."""
+
+    async def main() -> None:
+        bench = Bench(make_client, advanced={"encode": {"remember_s": 0}})
+        bench.client.pipeline.encoders.savings.embed_s = 10.0
+        prompts = []
+        for holds in ((0, 0.0), (10_000, 1.0), (0, 1.0)):
+            bench.pipeline.prefiller.holds = holds
+            rendered = await bench.render(IMAGE, {"image": [image(1)]})
+            bench.pipeline.log.append("rendered")
+            prompts.append(like_vllm(rendered, bench.processor.declared))
+            await bench.tokens(rendered)
+        assert prompts[0] == prompts[1] == prompts[2]
+        first = ["encode_media", "rendered", "prefill", "decode"]
+        assert bench.pipeline.log == [*first, "rendered", "prefill", "decode", "rendered", *first[:1], *first[2:]]
+        params = [
+            call.params.extra_args.get("ec_transfer_params") for call in bench.pipeline.prefiller.requests("prefill")
+        ]
+        assert params[0] == params[2] and params[0]
+        assert not params[1]
+        for prompt in bench.sent(Stage.PREFILL, "prefill"):
+            assert "pixel_values" not in prompt.items[0].data and prompt.items[0].source is None
+
+    asyncio.run(main())
+
+
+def test_a_picture_that_no_encoder_takes_after_it_was_remembered_goes_to_prefill_with_its_pixels(
+    make_client: Make,
+) -> None:
+    async def main() -> None:
+        bench = Bench(make_client, advanced={"encode": {"remember_s": 0}})
+        await bench.tokens(await bench.render(IMAGE, {"image": [image(1)]}))
+        bench.encoder._fails["encode_media"] = [GONE, GONE]
+        await bench.tokens(await bench.render(IMAGE, {"image": [image(1)]}))
+        first, second = bench.sent(Stage.PREFILL, "prefill")
+        assert "pixel_values" not in first.items[0].data
+        assert "pixel_values" in second.items[0].data
+        assert first.items[0].hash == second.items[0].hash
+
+    asyncio.run(main())

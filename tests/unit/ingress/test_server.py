@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
 from serve_app.ingress.held_reply import ITEMS_TOLD
-from tests.unit.asgi import JSON, Client, app_of, body, start, the_request
+from tests.unit.asgi import EVENTS, JSON, Client, app_of, body, start, the_request
 
 
 def test_start_of_a_stream_waits_for_the_first_token() -> None:
@@ -219,3 +219,30 @@ def test_header_of_many_items_is_one_that_clients_take() -> None:
 
     timing = asyncio.run(Client().ask(app_of(steps))).headers["server-timing"]
     assert timing.count("encode.") == ITEMS_TOLD and len(timing) < 2048
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices", "told"), [(EVENTS, 1, "3/9"), (JSON, 1, "3/9"), (JSON, 2, "3/9"), (EVENTS, 2, None)]
+)
+def test_cached_tokens_are_told_once_they_are_known(kind: tuple[bytes, bytes], choices: int, told: str | None) -> None:
+    async def steps(send: Send) -> None:
+        if kind == EVENTS:
+            await send(start(kind))
+        trace = the_request().trace
+        trace.prompt_tokens, trace.cached_tokens, trace.choices = 9, 3, choices
+        the_request().token(1)
+        if kind == JSON:
+            await send(start(kind))
+        await send(body(b"one;"))
+        await send(body(b"two", more=False))
+
+    assert asyncio.run(Client().ask(app_of(steps))).headers.get("x-epd-cached-tokens") == told
+
+
+def test_request_without_a_token_has_no_cached_ones() -> None:
+    async def steps(send: Send) -> None:
+        the_request().trace.prompt_tokens = 9
+        await send(start(JSON, 400))
+        await send(body(b"{}", more=False))
+
+    assert "x-epd-cached-tokens" not in asyncio.run(Client().ask(app_of(steps))).headers

@@ -89,12 +89,14 @@ def test_time_of_a_stage_that_there_is_not_goes_to_the_next() -> None:
 
 
 def test_line_has_everything_that_is_known() -> None:
-    trace = Trace("r", rendered=0.25, items=Counter(image=1, audio=1), prompt_tokens=9, output_tokens=4, began=0.0)
+    trace = Trace("r", rendered=0.25, items=Counter(image=1, audio=1), began=0.0)
+    trace.prompt_tokens, trace.cached_tokens, trace.output_tokens = 9, 3, 4
     trace.took("encode", 0.5)
     trace.saw("encoder", "e1")
     trace.saw("encoder", "e2")
     line = trace.line(200)
-    assert line.startswith("request=r status=200 items=2 prompt_tokens=9 output_tokens=4 render=250.0ms encode=500.0ms")
+    counts = "items=2 prompt_tokens=9 cached_tokens=3 output_tokens=4"
+    assert line.startswith(f"request=r status=200 {counts} render=250.0ms encode=500.0ms")
     assert line.endswith("encoder=e1,e2")
     assert " total=" in line
 

@@ -31,7 +31,9 @@ from vllm import SamplingParams
 from serve_app.handoff.errors import BadRequest, EngineDead, EPDError, HandoffLost, OtherVersion, StageUnavailable
 from serve_app.handoff.types import Item, Media, MediaRequest, PrefillReply, Prompt, StageRequest, Version
 from serve_app.routing import handles
+from serve_app.routing.affinity import Affinity
 from serve_app.routing.handles import Call, KnownReplicas, StageHandle, to_stage_error
+from serve_app.routing.prefix import Prefix
 from serve_app.stage import Stage
 from tests.fakes import FakeBroadcast, FakeHandle, FakeResponse
 
@@ -460,3 +462,61 @@ def test_refusal_comes_out_of_a_replica_as_it_went_in() -> None:
     refusal = OtherVersion(Stage.DECODE, "is of another version", "r1", NEW)
     sent = pickle.loads(pickle.dumps(refusal))
     assert (str(sent), sent.stage, sent.replica, sent.version) == (str(refusal), Stage.DECODE, "r1", NEW)
+
+
+class Placing:
+    """A stage whose replica `r1` answers calls one after the other as told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *replies: Any) -> None:
+        monkeypatch.setattr(handles, "known", KnownReplicas())
+        self.affinity, self._replies = Affinity(1000), list(replies)
+        self.stage = StageHandle(Stage.PREFILL, FakeHandle(self._send))  # type: ignore[arg-type]
+        self.stage.place_by(self.affinity)
+
+    def _send(self, *_: Any, streaming: bool) -> FakeResponse:
+        self.affinity.order("id", {"r1": 0})
+        self.affinity.sent("id", "r1")
+        return FakeResponse(value(self._replies.pop(0)))
+
+    def call(self, needs: int = 0) -> int:
+        """The tokens that the replica was expected to hold."""
+        call = Call(prefix=Prefix((1, 2), 140), needs=needs)
+        asyncio.run(self.stage.call("prefill", StageRequest("id", Prompt([1]), SamplingParams()), call=call))
+        return call.expected_tokens
+
+
+ANSWER = PrefillReply({}, None, 0, "r1")
+
+
+def failure(error: EPDError) -> RayTaskError:
+    return RayTaskError("f", "traceback", error)
+
+
+def test_a_stage_learns_what_its_replicas_hold_from_what_they_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    placing = Placing(monkeypatch, ANSWER, ANSWER)
+    assert [placing.call(), placing.call()] == [0, 128]
+    assert placing.affinity.blocks == 2
+    assert placing.affinity._calls == {}
+    assert placing.affinity.right == 0.0, "it was expected to hold 128 tokens, and held none"
+
+
+@pytest.mark.parametrize("error", [StageUnavailable(Stage.PREFILL, "is gone"), HandoffLost(Stage.PREFILL, "is lost")])
+def test_a_call_that_fails_tells_nothing_of_a_prefix_cache(monkeypatch: pytest.MonkeyPatch, error: EPDError) -> None:
+    placing = Placing(monkeypatch, failure(error), ANSWER, failure(error))
+    with pytest.raises(type(error)):
+        placing.call()
+    assert (placing.affinity.blocks, placing.affinity._calls) == (0, {})
+    placing.call()
+    with pytest.raises(type(error)):
+        placing.call()
+    assert placing.affinity.blocks == 2
+
+
+def test_a_replica_without_the_items_that_were_left_to_it_is_known_to_hold_nothing_of_the_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    placing = Placing(monkeypatch, ANSWER, failure(HandoffLost(Stage.PREFILL, "is lost")))
+    placing.call()
+    with pytest.raises(HandoffLost):
+        placing.call(needs=128)
+    assert (placing.affinity.blocks, placing.affinity._calls) == (0, {})

@@ -5,18 +5,23 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.handoff.types import ANY, Item, Prompt, StageRequest, Version
 from serve_app.routing import handles
+from serve_app.routing.affinity import Affinity
 from serve_app.routing.handles import Call, KnownReplicas, StageHandle, sending
-from serve_app.routing.routers import LeastCostRouter, TwoChoicesRouter
+from serve_app.routing.prefix import BLOCK, Prefix
+from serve_app.routing.routers import LeastCostRouter, PrefixRouter
 from serve_app.routing.rules import FORGET_UNROUTED_S, Loads, rank, tiers
 from serve_app.stage import Stage
+from tests.fakes import FakeHandle
 
 REPLICAS = ["a", "b", "c", "d"]
 
@@ -177,7 +182,7 @@ def test_an_item_passes_by_an_encoder_whose_engine_is_dead(
 
 def two_choices(replicas: list[Replica], waits: bool) -> Callable[..., set[str]]:
     """Asks Ray's router of prefill and decode, as ours changes it, for the candidates of a call."""
-    router: Any = object.__new__(TwoChoicesRouter)
+    router: Any = object.__new__(PrefixRouter)
     router._deployment_id = DeploymentID("Decode", "shop")
     router._replicas = {replica.replica_id: replica for replica in replicas}
     router.apply_locality_routing = lambda pending_request: set(router._replicas)
@@ -190,6 +195,87 @@ def two_choices(replicas: list[Replica], waits: bool) -> Callable[..., set[str]]
         return {replica.replica_id.unique_id for tier in ranks for replica in tier}
 
     return chosen
+
+
+class PrefixBench:
+    """Ray's side of a router of prefill: replicas, and the lengths of their queues that it has heard of."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        monkeypatch.setattr(handles, "known", KnownReplicas())
+        self.lengths: dict[str, int] = {}
+        self.replicas = [Replica(name) for name in names]
+        self.router: Any = object.__new__(PrefixRouter)
+        self.router._deployment_id = DeploymentID("Stage", "shop")
+        self.router._replicas = {replica.replica_id: replica for replica in self.replicas}
+        self.router._replica_queue_len_cache = SimpleNamespace(get=lambda replica: self.lengths.get(replica.unique_id))
+        self.router.apply_locality_routing = lambda pending_request: set(self.router._replicas)
+        self.router.initialize_state()
+        self.handle = StageHandle(Stage.PREFILL, FakeHandle(lambda *_, **__: None))  # type: ignore[arg-type]
+        self.affinity = Affinity(1000)
+        self.handle.place_by(self.affinity)
+
+    def choose(self, request_id: str) -> list[list[str]]:
+        request = pending("call", "item", 1)
+        request.args = [msgspec.structs.replace(request.args[0], request_id=request_id)]
+        request.metadata.multiplexed_model_id = ""
+        tiers = asyncio.run(self.router.choose_replicas(self.replicas, request))
+        assert request.routing_context.should_backoff or request_id not in self.affinity._calls
+        if tiers and tiers[0]:
+            self.router.on_request_routed(request, tiers[0][0].replica_id, None)
+        return [[replica.replica_id.unique_id for replica in tier] for tier in tiers]
+
+    def did(self, request_id: str) -> str:
+        """The replica of a call that is answered."""
+        self.affinity.expect(request_id, PROMPT)
+        first = self.choose(request_id)[0][0]
+        self.affinity.found(request_id, 0)
+        self.affinity.ended(request_id)
+        return first
+
+
+PROMPT = Prefix((1, 2, 3, 4), 300)
+
+
+def test_an_announced_call_tries_every_replica_and_first_that_with_its_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = PrefixBench(monkeypatch, "a", "b", "c")
+    home = bench.did("first")
+    bench.affinity.expect("second", PROMPT)
+    order = bench.choose("second")
+    assert order[0] == [home]
+    assert sorted(name for tier in order for name in tier) == ["a", "b", "c"]
+    assert bench.handle.expected(PROMPT)[0] == 4 * BLOCK
+
+
+def test_calls_of_others_at_a_replica_count_as_far_as_ray_has_heard_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = PrefixBench(monkeypatch, "a", "b")
+    home = bench.did("first")
+    bench.lengths[home] = 20
+    bench.affinity.expect("second", PROMPT)
+    assert bench.choose("second")[0] != [home]
+
+
+def test_a_call_that_was_not_announced_goes_by_rays_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = PrefixBench(monkeypatch, *REPLICAS)
+    seen = [bench.choose("other") for _ in range(30)]
+    assert all(len(order) == 1 and len(order[0]) == 2 for order in seen)
+    assert {name for order in seen for name in order[0]} == set(REPLICAS)
+
+
+def test_an_announced_call_passes_by_a_replica_whose_engine_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = PrefixBench(monkeypatch, "a", "b")
+    handles.known.avoid(bench.replicas[0].replica_id.to_full_id_str())
+    bench.affinity.expect("call", PROMPT)
+    assert bench.choose("call") == [["b"]]
+
+
+def test_replicas_that_serve_has_removed_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = PrefixBench(monkeypatch, "a", "b")
+    home = bench.did("call")
+    monkeypatch.setattr(PowerOfTwoChoicesRequestRouter, "update_replicas", lambda *_: None)
+    bench.router._replicas = {r.replica_id: r for r in bench.replicas if r.replica_id.unique_id != home}
+    assert bench.affinity.blocks == 4
+    bench.router.update_replicas([])
+    assert bench.affinity.blocks == 0
 
 
 OLD, NEW = Version("f", weights="old"), Version("f", weights="new")
@@ -264,14 +350,14 @@ def as_ray_sends_it(name: str) -> Any:
     return made
 
 
-@pytest.mark.parametrize("name", ["LeastCostRouter", "TwoChoicesRouter"])
+@pytest.mark.parametrize("name", ["LeastCostRouter", "PrefixRouter"])
 def test_the_router_is_known_to_the_handle_as_ray_sends_it(name: str) -> None:
     made = as_ray_sends_it(name)
     made.initialize_state()
     assert handles.known.routers["sent", "Encoder"] is made
 
 
-@pytest.mark.parametrize("name", ["LeastCostRouter", "TwoChoicesRouter"])
+@pytest.mark.parametrize("name", ["LeastCostRouter", "PrefixRouter"])
 def test_a_call_is_told_where_it_is_sent(name: str) -> None:
     router, call = as_ray_sends_it(name), Call(0.0)
     first, second, third = (ReplicaID(each, DeploymentID("Decode", "shop")) for each in ("r1", "r2", "r3"))

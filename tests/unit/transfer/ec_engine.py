@@ -28,6 +28,8 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -75,8 +77,9 @@ def embedding(name: str, width: int, length: int = LENGTH) -> torch.Tensor:
 
 
 class Engine:
-    """One stage. ``ahead``: with vLLM's asynchronous scheduler, one step scheduled before the last one's output is seen.
-    ``v2``: with its V2 model runner. ``apart``: with the worker in another process, as far as it can see."""
+    """One stage. ``ahead``: with vLLM's asynchronous scheduler, one step scheduled before the last one's output is
+    seen. ``v2``: with its V2 model runner. ``prefixes``: with a prefix cache. ``apart``: with the worker in another
+    process, as far as it can see."""
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class Engine:
         apart: bool = False,
         blocks: int = 100,
         cache: int | None = None,
+        prefixes: bool = False,
         **ec: Any,
     ) -> None:
         settings = self._settings(stage, {"storage_path": folder, **ec})
@@ -97,7 +101,9 @@ class Engine:
         config.ec_transfer_config = ECTransferConfig(**settings)
         config.cache_config = copy.copy(config.cache_config)
         config.cache_config.num_gpu_blocks = blocks
-        config.cache_config.enable_prefix_caching = False
+        config.cache_config.enable_prefix_caching = prefixes
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(BLOCK, sha256) if prefixes else None
         if stage is Stage.ENCODER:  # as AsyncEngineArgs does it
             config.model_config = copy.copy(config.model_config)
             config.model_config.multimodal_config = copy.copy(config.model_config.multimodal_config)
@@ -161,7 +167,7 @@ class Engine:
             offset += length
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args={"ec_transfer_params": ec_params})
         params.update_from_generation_config({}, eos_token_id=0)
-        request = Request(request_id, [7] * (offset + text), params, None, mm_features=items)
+        request = Request(request_id, [7] * (offset + text), params, None, mm_features=items, block_hasher=self._hasher)
         self.requests[request_id] = request
         self.scheduler.add_request(request)
         return request

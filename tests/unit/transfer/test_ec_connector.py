@@ -27,7 +27,7 @@ from serve_app.transfer.ec_connector import SharedFolderECConnector, weights_of
 from serve_app.transfer.ec_metrics import SharedFolderStats
 from serve_app.transfer.ec_store import FolderStore, Shape
 from serve_app.transfer.ec_writer import Writer
-from tests.unit.transfer.ec_engine import GRID, LENGTH, PIXELS, Engine, feature
+from tests.unit.transfer.ec_engine import BLOCK, GRID, LENGTH, PIXELS, Engine, feature
 
 MakeEngine = Callable[..., Engine]
 
@@ -360,6 +360,25 @@ def test_cache_that_vllm_resets_is_filled_again(encoder: Engine, prefill: Engine
     prefill.encoder_cache.clear()
     lose(prefill, "A")
     assert prefill.ask("third", feature("A", GRID)) == "error"
+
+
+def test_item_that_is_left_to_the_prefix_cache_needs_no_file_while_its_tokens_are_there(
+    make: MakeEngine, encoder: Engine
+) -> None:
+    publish(encoder, "A")
+    prefill = make(Stage.PREFILL, prefixes=True)
+    assert prefill.ask("first", feature("A", GRID), text=3 * BLOCK) == "length"
+    lose(prefill, "A")
+    for request in ("in the cache", "there still"):
+        prefill.scheduler.reset_encoder_cache()
+        prefill.encoder_cache.clear()
+        assert prefill.ask(request, feature("A", GRID), text=3 * BLOCK) == "length"
+    assert prefill.counts["loaded"] == 1
+    prefill.scheduler.reset_prefix_cache()
+    prefill.scheduler.reset_encoder_cache()
+    prefill.encoder_cache.clear()
+    assert prefill.ask("not any more", feature("A", GRID), text=3 * BLOCK) == "error"
+    assert prefill.tokens["not any more"] == []
 
 
 def test_requests_that_are_aborted_let_go_of_their_files(make: MakeEngine, encoder: Engine) -> None:

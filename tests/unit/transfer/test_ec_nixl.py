@@ -20,7 +20,7 @@ from vllm.v1.request import Request
 from serve_app.config import EPDConfig
 from serve_app.launch.connectors import ec_transfer_config, side_channel_env
 from serve_app.stage import Stage
-from tests.unit.transfer.ec_engine import GRID, LENGTH, PIXELS, Engine, EngineDied, embedding, feature
+from tests.unit.transfer.ec_engine import BLOCK, GRID, LENGTH, PIXELS, Engine, EngineDied, embedding, feature
 
 MakeEngine = Callable[..., "NixlEngine"]
 
@@ -221,6 +221,26 @@ def test_embedding_that_left_the_encoder_fails_its_request_and_no_other(make: Ma
     add(prefill, "again", make(Stage.ENCODER).encode("B"), "A", fields=PIXELS)  # with pixels, as prefill encodes
     together(prefill, encoder)
     assert prefill.tokens["again"] == [prefill.answer("A")]
+
+
+def test_item_that_is_left_to_the_prefix_cache_needs_no_address_while_its_tokens_are_there(
+    make: MakeEngine, encoder: NixlEngine
+) -> None:
+    prefill = make(Stage.PREFILL, prefixes=True)
+
+    def ask(request_id: str, answer: Any) -> Any:
+        add(prefill, request_id, answer, "A", text=3 * BLOCK)
+        together(prefill, encoder)
+        prefill.scheduler.reset_encoder_cache()
+        prefill.encoder_cache.clear()
+        prefill.half._cache._evict_until(prefill.half._cache._num_blocks)
+        return prefill.reasons[request_id]
+
+    assert ask("first", encoder.encode("A")) == "length"
+    assert ask("in the cache", None) == "length"
+    prefill.scheduler.reset_prefix_cache()
+    assert ask("not any more", None) == "error"
+    assert ask("encoded after all", encoder.encode("A")) == "length"
 
 
 def test_encoder_that_is_gone_fails_the_requests_that_need_it(
