@@ -30,7 +30,6 @@ from benchmarks.conversations.loads import (
     Load,
 )
 from benchmarks.conversations.page import page
-from serve_app.config import EPDConfig
 from tools.harness import record
 from tools.harness.servers import API, Server, serve_run
 
@@ -49,14 +48,13 @@ QUICK = {SMALL: [CONVERSATIONS]}
 
 def server(folder: Path, arm: str, caches: str) -> AbstractContextManager[Server]:
     args = {
+        **ARMS[arm],
         "accelerator": "cpu",
         "api": API | {"enable_prompt_tokens_details": True},
         "engine_args": {"max_model_len": CONTEXT},
         "prefill": {"engine_args": {"kv_cache_memory_bytes": CACHES[caches] * TOKEN_BYTES}},
         "media": {"processor_kwargs": {"max_pixels": PIXELS}},
     }
-    if "routing" in EPDConfig.model_fields:
-        args |= ARMS[arm]
     replicas = {"Ingress": 1, "Encoder": 1, "Prefill": PREFILLS, "Decode": 1}
     fixed = {name: {"num_replicas": count, "autoscaling_config": None} for name, count in replicas.items()}
     return serve_run(folder, args, fixed)

@@ -30,6 +30,8 @@ WORK = re.compile(
     r'^vllm:prompt_tokens_by_source_total\{.*?replica="(\w+)",source="local_compute",stage="prefill"\} (\S+)',
     re.MULTILINE,
 )
+LINE = re.compile(r"request=(\S+) (.+)")
+SLOWEST = 3
 LIKE_ALL, LIKE_NONE = 0.9, 0.1
 """The share of a prompt in the cache from which a request is a hit, and up to which it is a miss."""
 
@@ -38,6 +40,7 @@ LIKE_ALL, LIKE_NONE = 0.9, 0.1
 class Asked:
     """A request as its user saw it."""
 
+    id: str
     turn: int
     counts: bool
     began: float
@@ -72,7 +75,7 @@ def body(turn: Turn) -> bytes:
 
 async def ask(client: aiohttp.ClientSession, url: str, data: bytes, asked: Asked) -> None:
     """What becomes of a request that fails is that it has no tokens."""
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json", "x-request-id": asked.id}
     try:
         async with client.post(f"{url}/v1/chat/completions", data=data, headers=headers) as response:
             response.raise_for_status()
@@ -147,7 +150,8 @@ class Run:
                 self._begun = asyncio.create_task(look(client, self._url, self._mark))
             for turn, (think_s, data) in enumerate(self._users[user][number]):
                 await asyncio.sleep(think_s)
-                self.asked.append(asked := Asked(turn, counts, time.monotonic()))
+                name = f"{self._load.name.replace(' ', '-')}-{self._seed}-{user}-{number}-{turn}"
+                self.asked.append(asked := Asked(name, turn, counts, time.monotonic()))
                 await ask(client, self._url, data, asked)
             number += 1
             self._left -= number == after
@@ -217,6 +221,13 @@ def outcome(asked: list[Asked], before: Look, after: Look) -> dict[str, Any]:
     }
 
 
+def slowest(asked: list[Asked], log: str) -> list[dict[str, Any]]:
+    """Of the requests that count those with the latest first tokens, and what the server's log says of them."""
+    last = sorted((each for each in asked if each.counts), key=lambda each: each.ttft_s)[-SLOWEST:]
+    told = {found[1]: found[2] for found in LINE.finditer(log)}
+    return [{"ttft_ms": each.ttft_s * 1000, "turn": each.turn, "log": told.get(each.id, "")} for each in last]
+
+
 def ttft_ms(some: list[Asked], percent: int) -> float:
     return share([each.ttft_s for each in some], percent) * 1000
 
@@ -235,7 +246,9 @@ def run(load: Load, seed: int, url: str, mark: str) -> dict[str, Any]:
 
     one = Run(load, seed, url, mark)
     before, after, found = uvloop.run(one.go())
-    return {"load": load.name, **outcome(one.asked, before, after), "speed_ms": statistics.median(found)}
+    log = Path(mark).read_text(errors="replace")  # a server's mark is the path of its log
+    last = {"slowest": slowest(one.asked, log), "speed_ms": statistics.median(found)}
+    return {"load": load.name, **outcome(one.asked, before, after), **last}
 
 
 def answer_job(job: dict[str, Any]) -> list[dict[str, Any]]:

@@ -68,7 +68,8 @@ def spread(document: Document, arm: str, cell: Cell, figure: Figure) -> Spread |
 def ratio(document: Document, cell: Cell, figure: Figure) -> Spread | None:
     """Of the prefix router to two choices, within each round."""
     ours, theirs = runs(document, PREFIX, cell), runs(document, TWO_CHOICES, cell)
-    return Spread.of([figure(ours[round_]) / figure(theirs[round_]) for round_ in ours.keys() & theirs.keys()])
+    pairs = [(figure(ours[round_]), figure(theirs[round_])) for round_ in ours.keys() & theirs.keys()]
+    return Spread.of([one / other for one, other in pairs if other])
 
 
 @dataclass(frozen=True)

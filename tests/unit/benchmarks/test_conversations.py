@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,7 +11,7 @@ from aiohttp import web
 
 from benchmarks import cpu
 from benchmarks.conversations import clients
-from benchmarks.conversations.clients import Asked, Look, Run, outcome, work
+from benchmarks.conversations.clients import Asked, Look, Run, outcome, slowest, work
 from benchmarks.conversations.figures import PREFIX, TWO_CHOICES, cached_share, most_work
 from benchmarks.conversations.loads import (
     ANSWER_TOKENS,
@@ -86,7 +85,7 @@ def test_users_think_as_long_as_the_load_says() -> None:
 def saw(
     began: float, ttft_s: float, cached: int, turn: int = 0, counts: bool = True, tokens: int = ANSWER_TOKENS
 ) -> Asked:
-    return Asked(turn, counts, began, ttft_s, ttft_s + 0.1, prompt=1000, cached=cached, tokens=tokens)
+    return Asked(f"{began:g}", turn, counts, began, ttft_s, ttft_s + 0.1, prompt=1000, cached=cached, tokens=tokens)
 
 
 def look(time: float, cpu_s: float, work: dict[str, float]) -> Look:
@@ -118,7 +117,14 @@ def test_work_is_what_prefill_computed() -> None:
     assert work("".join(name % sample for sample in samples)) == {"p1": 5.0, "p2": 6.0}
 
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+def test_the_slowest_are_told_with_their_log_lines() -> None:
+    seen = [saw(1.0, 0.5, 0), saw(2.0, 0.9, 0), saw(3.0, 0.7, 0), saw(4.0, 0.6, 0), saw(5.0, 9.0, 0, counts=False)]
+    found = slowest(seen, "INFO -- request=2 status=200 prefill=5.0ms\nINFO -- request=1 status=200\n")
+    assert [(each["ttft_ms"], each["log"]) for each in found] == [
+        (600.0, ""),
+        (700.0, ""),
+        (900.0, "status=200 prefill=5.0ms"),
+    ]
 
 
 async def served(load: Load, status: int = 200) -> tuple[list[Asked], list[bytes], Look, Look]:
