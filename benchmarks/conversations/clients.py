@@ -150,7 +150,7 @@ class Run:
                 self._begun = asyncio.create_task(look(client, self._url, self._mark))
             for turn, (think_s, data) in enumerate(self._users[user][number]):
                 await asyncio.sleep(think_s)
-                name = f"{self._load.name.replace(' ', '-')}-{self._seed}-{user}-{number}-{turn}"
+                name = re.sub(r"\W+", "-", f"{self._load.name} {self._seed} {user} {number} {turn}")
                 self.asked.append(asked := Asked(name, turn, counts, time.monotonic()))
                 await ask(client, self._url, data, asked)
             number += 1
