@@ -1,0 +1,95 @@
+"""What runs say: figures of one, spreads over rounds, ratios of the two arms, and the targets they are held against."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.report import Spread, text
+
+TWO_CHOICES, PREFIX = "two choices", "prefix"
+Run = dict[str, Any]
+Document = dict[str, Any]
+Figure = Callable[[Run], float]
+Cell = tuple[str, str]
+"""A load, and the caches that it ran with."""
+
+
+def of(key: str) -> Figure:
+    return lambda run: float(run[key])
+
+
+def cached_share(run: Run) -> float:
+    return float(run["cached_tokens"] / run["prompt_tokens"])
+
+
+def cached(run: Run) -> float:
+    """Tokens per request."""
+    return float(run["cached_tokens"] / run["requests"])
+
+
+def most_work(run: Run) -> float:
+    """Prompt tokens that the busiest prefill replica computed, by the mean of all."""
+    tokens = list(run["work"].values())
+    return float(max(tokens) / statistics.fmean(tokens))
+
+
+def cpu_s(run: Run) -> float:
+    """Of all processes of the server, per request."""
+    return float(sum(run["cpu_s"].values()) / run["requests_meanwhile"])
+
+
+def cores(run: Run) -> float:
+    """That the server kept busy."""
+    return float(sum(run["cpu_s"].values()) / run["took_s"])
+
+
+TTFT, RATE = of("ttft_p50_ms"), of("requests_per_s")
+
+
+def runs(document: Document, arm: str, cell: Cell) -> dict[int, Run]:
+    """By round, where anything was answered."""
+    return {
+        run["round"]: run
+        for run in document["runs"]
+        if run["arm"] == arm and "error" not in run and (run["load"], run["caches"]) == cell and run["requests"]
+    }
+
+
+def cells(document: Document) -> list[Cell]:
+    """In the order in which they ran first."""
+    return list(dict.fromkeys((run["load"], run["caches"]) for run in document["runs"] if "error" not in run))
+
+
+def spread(document: Document, arm: str, cell: Cell, figure: Figure) -> Spread | None:
+    return Spread.of([figure(run) for run in runs(document, arm, cell).values()])
+
+
+def ratio(document: Document, cell: Cell, figure: Figure) -> Spread | None:
+    """Of the prefix router to two choices, within each round."""
+    ours, theirs = runs(document, PREFIX, cell), runs(document, TWO_CHOICES, cell)
+    pairs = [(figure(ours[round_]), figure(theirs[round_])) for round_ in ours.keys() & theirs.keys()]
+    return Spread.of([one / other for one, other in pairs if other])
+
+
+@dataclass(frozen=True)
+class Target:
+    title: str
+    limit: float
+    at_least: bool
+    cell: Cell
+    figure: Figure
+    against: bool = True
+    """Whether the figure is held against that of two choices."""
+
+    def line(self, document: Document) -> list[str] | None:
+        found = (
+            ratio(document, self.cell, self.figure)
+            if self.against
+            else spread(document, PREFIX, self.cell, self.figure)
+        )
+        if found is None:
+            return None
+        met = found.median >= self.limit if self.at_least else found.median <= self.limit
+        limit = f"{'≥' if self.at_least else '≤'} {self.limit:g}"
+        return [f"{self.cell[0]}: {self.title}", limit, text(found), "met" if met else "**missed**"]
