@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 from serve_app.config import AdmissionConfig, EncodeConfig, QueueConfig, Timeouts
 from serve_app.config.advanced import AdvancedRouting
@@ -18,7 +19,7 @@ from serve_app.handoff.types import Item
 from serve_app.ingress import encode_rule
 from serve_app.ingress.admission import Admission
 from serve_app.stage import Stage
-from tools.sim.by_prefix import ByPrefix
+from tools.sim.by_prefix import ByPrefix, KnownTwo
 from tools.sim.loop import Action, Cores, Loop, OwnCore, Timer
 from tools.sim.pools import Cards, LeastCost, Pool, Router, TwoChoices
 from tools.sim.replicas import Call, Decode, Encoder, Prefill, Replica
@@ -41,8 +42,8 @@ class Shape:
     cards: float = float("inf")
     two_choices_for_encoders: bool = False
     """Ray's own rule in place of production's, to compare."""
-    prefill_by_prefix: bool = False
-    """Production's rule for prompts in place of Ray's."""
+    prefill_by: Literal["true lengths", "known lengths", "prefix"] = "true lengths"
+    """Two choices, by the true queue lengths or by those that Ray knows; or production's rule for prompts."""
     prefix_blocks: int = AdvancedRouting().prefix_blocks
     lease_s: float = 0.0
     """A draining encoder stays so long for embeddings that were not pulled: the lease, unless they are in a folder."""
@@ -128,10 +129,12 @@ class App:
 
     def _ingress(self) -> Ingress:
         encoders: Router = self._two_choices
-        prefills: Router = self._two_choices
+        prefills: Router = KnownTwo(self.loop, self._chance)
         if not self.shape.two_choices_for_encoders:
             encoders = LeastCost(self.loop, self.shape.encode.affinity_headroom)
-        if self.shape.prefill_by_prefix:
+        if self.shape.prefill_by == "true lengths":
+            prefills = self._two_choices
+        elif self.shape.prefill_by == "prefix":
             prefills = ByPrefix(self.loop, self.shape.prefix_blocks)
         return Ingress(self.loop, self._cores, self.shape, encoders, prefills)
 
