@@ -1,5 +1,5 @@
-"""Who prefills, as one ingress replica chooses it: production's ``Affinity`` or Ray's two choices. Both with the queue lengths
-that Ray knows there, not the true ones."""
+"""Who prefills, as one ingress replica chooses it: production's ``Affinity`` or Ray's two choices. Both have the queue
+lengths that Ray knows there, not the true ones."""
 
 import random
 
@@ -25,8 +25,8 @@ class KnownLengths:
         return self._cache.get(name) or 0
 
     def take(self, tier: list[str], pool: Pool) -> Replica | None:
-        """Of some replicas the one with the shortest known length that takes a call. Ray asks those that it knows nothing of:
-        it waits for their reply if it knows of none."""
+        """Of some replicas the one with the shortest known length that takes a call. Ray asks those that it knows nothing
+        of, and waits for their reply if it knows of none."""
         open_ = [name for name in tier if pool.by_name[name].ongoing < pool.max_ongoing]
         known = [name for name in open_ if self._cache.get(name) is not None]
         for name in open_:

@@ -8,6 +8,9 @@ import numpy as np
 from serve_app.routing.prefix import BLOCK, Prefix
 from tools.sim.traffic import Kind, Request, Traffic, request
 
+FIVE_PICTURES = Kind(images=5, embeds=2_700, text_tokens=200, output_tokens=300)
+MORE_TEXT = Kind(text_tokens=200, output_tokens=300)
+
 
 @dataclass(frozen=True)
 class Talk:
@@ -16,8 +19,8 @@ class Talk:
     system_tokens: int = 2_000
     """The same for all, and first in each prompt."""
     turns: int = 8
-    first: Kind = Kind(images=5, embeds=2_700, text_tokens=200, output_tokens=300)
-    later: Kind = Kind(text_tokens=200, output_tokens=300)
+    first: Kind = FIVE_PICTURES
+    later: Kind = MORE_TEXT
     window: int = 5
     """Images in a prompt at most: those before leave it, and the prompt begins anew after the system's part."""
     think_s: float = 10.0

@@ -228,7 +228,7 @@ def jobs(quick: bool, full: bool) -> Iterator[Job]:
                 for seed in range(1 if quick or size >= 300 else 3 if full else 2):
                     yield Job(experiment, size, strategy, seed, quick)
     for size, strategy, traffic in cases(quick):
-        for seed in range(1 if quick or size >= 100 else 2):
+        for seed in range(1 if quick or size >= 100 else 2 if size < 10 or full else 1):
             yield Job("prefix", size, strategy, seed, quick, traffic)
 
 
