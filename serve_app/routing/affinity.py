@@ -75,6 +75,8 @@ class _Seen(NamedTuple):
     missing: float
     """Tokens that it is expected to compute."""
     score: float
+    near: int
+    """The greatest: its home, as all ingress replicas see it."""
     guessed: bool
     """Whether it may have more than it is known to hold, as others send such prompts there."""
 
@@ -144,10 +146,9 @@ class Affinity:
         if made is None or not queues:
             return []
         self._leave(made)
-        seen = self._look(made.prefix, queues)
-        near = rendezvous(self._conversation(made.prefix, max(each.held for each in seen.values())), queues)
+        seen = self._look(made.prefix, queues, call)
         short = {name: seen[name].held * BLOCK < made.needs for name in queues}
-        names = sorted(queues, key=lambda name: (short[name], seen[name].score, -near[name]))
+        names = sorted(queues, key=lambda name: (short[name], seen[name].score, -seen[name].near))
         self._go(made, names[0], seen[names[0]].missing, seen[names[0]].guessed)
         return tiers(names, {name: each.score for name, each in seen.items()})
 
@@ -196,11 +197,12 @@ class Affinity:
 
     # ---- the rule
 
-    def _look(self, prefix: Prefix, queues: Mapping[str, int]) -> dict[str, _Seen]:
+    def _look(self, prefix: Prefix, queues: Mapping[str, int], call: str = "") -> dict[str, _Seen]:
         self._decay()
         loads = {name: self._load(name) for name in queues}
         depths = {name: self._of(name).leading(prefix.keys) for name in queues}
-        home = self._home(prefix, depths)
+        near = rendezvous(self._conversation(prefix, max(depths.values())) or call, queues)
+        home = self._home(prefix, depths, near)
         share = HEADROOM * sum(load.recent for load in loads.values()) / len(loads)
         calls = sum(load.calls for load in loads.values())
         each = sum(load.busy for load in loads.values()) / calls if calls else self._mean_cost
@@ -213,18 +215,19 @@ class Affinity:
                 missing, guessed = missing * (1 - home.share), home.guessed
             work = load.busy + max(others[name] - long, 0.0) * each
             score = WORTH * missing + work + max(load.recent - share, 0.0)
-            seen[name] = _Seen(depths[name], missing, score, guessed)
+            seen[name] = _Seen(depths[name], missing, score, near[name], guessed)
         return seen
 
-    def _home(self, prefix: Prefix, depths: Mapping[str, int]) -> _Home | None:
-        """None: one replica is known to hold the most of the prompt."""
+    def _home(self, prefix: Prefix, depths: Mapping[str, int], near: Mapping[str, int]) -> _Home | None:
+        """None: one replica is known to hold the most of the prompt, or it has not one whole block."""
         last = self._sessions.get(prefix.session, "")
         if last in depths:
             return _Home(last, STAYS, guessed=False)
         deepest = max(depths.values())
+        if not prefix.session and not prefix.keys:
+            return None
         if deepest and not prefix.session and list(depths.values()).count(deepest) == 1:
             return None
-        near = rendezvous(self._conversation(prefix, deepest), depths)
         return _Home(max(near, key=near.__getitem__), self.guess, guessed=True)
 
     @staticmethod

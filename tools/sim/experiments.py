@@ -18,6 +18,7 @@ from ray.serve.config import AutoscalingConfig
 from serve_app.stage import Stage
 from tools.sim import traffic as traffics
 from tools.sim.app import NO_LIMIT, UNBOUND, Shape
+from tools.sim.prefix import STRATEGIES as BY_PREFIX
 from tools.sim.prefix import cases, prefix
 from tools.sim.run import SLO, Result, Strategy, simulate
 from tools.sim.service import ServiceTimes
@@ -212,6 +213,7 @@ STRATEGIES = {
     "scale": (*STATIC, "static, split for this traffic", *SCALED),
     "burst": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
     "day": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
+    "prefix": BY_PREFIX,
 }
 
 
