@@ -210,12 +210,12 @@ class Affinity:
         long = LONG_QUEUE * (1 + sum(others.values()) / len(others))
         seen = {}
         for name, load in loads.items():
-            missing, guessed = float(prefix.tokens - depths[name] * BLOCK), False
+            missing, saved, guessed = float(prefix.tokens - depths[name] * BLOCK), 0.0, False
             if home is not None and home.replica == name:
-                missing, guessed = missing * (1 - home.share), home.guessed
+                saved, guessed = missing * home.share, home.guessed
             work = load.busy + max(others[name] - long, 0.0) * each
-            score = WORTH * missing + work + max(load.recent - share, 0.0)
-            seen[name] = _Seen(depths[name], missing, score, near[name], guessed)
+            score = WORTH * (missing - saved) + work + max(load.recent - share, 0.0)
+            seen[name] = _Seen(depths[name], missing - saved * guessed, score, near[name], guessed)
         return seen
 
     def _home(self, prefix: Prefix, depths: Mapping[str, int], near: Mapping[str, int]) -> _Home | None:
