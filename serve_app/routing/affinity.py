@@ -1,8 +1,9 @@
 """Which replica gets a prompt: the one where the fewest tokens are computed before its first token.
 
-A replica's score is what its prefix cache does not hold of the prompt, plus the work under way there, plus what it was sent
-lately beyond its share. So a prompt goes where its prefix is while the load there is bounded, a prefix that everybody shares
-spreads, and prompts that share nothing go to whoever has least to do. All of it is counted in tokens.
+A replica's score is what its prefix cache does not hold of the prompt, which counts double, plus the work under way
+there, plus what it was sent lately beyond its share. So a prompt goes where its prefix is while the load there is bounded,
+a prefix that everybody shares spreads, and prompts that share nothing go to whoever has least to do. All of it is counted
+in tokens.
 
 An ingress replica knows what it sent itself. Others may have sent the beginning of a conversation: all prefer the same
 replica for it, by hash, and each learns how far that can be relied on. Pure bookkeeping: the simulation (``tools/sim``)
@@ -16,6 +17,14 @@ from typing import NamedTuple
 
 from serve_app.routing.prefix import BLOCK, LEARNING, Held, Prefix
 from serve_app.routing.rules import rendezvous, tiers
+
+WORTH = 2.0
+"""A token to compute counts as so many of the work under way. A prompt that waits for its prefix waits alone; one that is
+computed elsewhere delays those after it too."""
+
+LONG_QUEUE = 2.0
+"""Calls of others count where they are more than so many, and so many times the mean, together. The lengths that Ray Serve
+knows are seconds old: shorter queues say nothing."""
 
 HEADROOM = 1.25
 """What a replica was sent lately counts against it above so many times the mean of all."""
@@ -41,6 +50,8 @@ class _Call:
     age: int = 0
     guessed: bool = False
     """Whether the replica was preferred for what others may have sent there."""
+    missing: float = 0.0
+    """Tokens that the replica is expected to compute."""
     cost: float = 0.0
     """Tokens that it counts for while it is under way."""
     told: bool = False
@@ -54,6 +65,20 @@ class _Load:
     calls: int = 0
     recent: float = 0.0
     """Tokens of all calls that were sent, the older ones less."""
+
+
+class _Seen(NamedTuple):
+    """A replica as a prompt sees it."""
+
+    held: int
+    """Blocks that it holds."""
+    missing: float
+    """Tokens that it is expected to compute."""
+    score: float
+    near: int
+    """The greatest: its home, as all ingress replicas see it."""
+    guessed: bool
+    """Whether it may have more than it is known to hold, as others send such prompts there."""
 
 
 class _Home(NamedTuple):
@@ -100,10 +125,10 @@ class Affinity:
         """Tokens of a prompt that are held by the replica which would get it now, and how likely it is that they are."""
         if not queues:
             return 0, 0.0
-        scores, depths, _ = self._scores(prefix, queues)
-        best = min(scores, key=scores.__getitem__)
-        held = self._of(best)
-        return depths[best] * BLOCK, min(self.right, held.share(held.age(prefix.keys, depths[best])))
+        seen = self._look(prefix, queues)
+        best = min(seen, key=lambda name: seen[name].score)
+        held, depth = self._of(best), seen[best].held
+        return depth * BLOCK, min(self.right, held.share(held.age(prefix.keys, depth)))
 
     # ---- a call, from its plan to its end
 
@@ -121,19 +146,18 @@ class Affinity:
         if made is None or not queues:
             return []
         self._leave(made)
-        scores, depths, home = self._scores(made.prefix, queues)
-        near = rendezvous(self._conversation(made.prefix, depths), queues)
-        short = {name: depths[name] * BLOCK < made.needs for name in queues}
-        names = sorted(queues, key=lambda name: (short[name], scores[name], -near[name]))
-        self._go(made, names[0], home is not None and home.guessed and home.replica == names[0])
-        return tiers(names, scores)
+        seen = self._look(made.prefix, queues, call)
+        short = {name: seen[name].held * BLOCK < made.needs for name in queues}
+        names = sorted(queues, key=lambda name: (short[name], seen[name].score, -seen[name].near))
+        self._go(made, names[0], seen[names[0]].missing, seen[names[0]].guessed)
+        return tiers(names, {name: each.score for name, each in seen.items()})
 
     def sent(self, call: str, replica: str) -> None:
         """Ray Serve has sent a call to a replica: to the first of its order, or to another as that was full."""
         made = self._calls.get(call)
         if made is not None and made.replica != replica:
             self._leave(made)
-            self._go(made, replica, guessed=False)
+            self._go(made, replica)
 
     def began(self, call: str) -> None:
         """A call has its first token, and its sequence is decoded from now on."""
@@ -154,7 +178,7 @@ class Affinity:
             self._of(made.replica).learn(made.age, share)
         if made.guessed:
             self.guess += LEARNING * ((cached_tokens >= expected + BLOCK) - self.guess)
-        self._load(made.replica).recent += expected - cached_tokens
+        self._load(made.replica).recent += made.prefix.tokens - cached_tokens - made.missing
         return expected
 
     def ended(self, call: str) -> None:
@@ -173,54 +197,56 @@ class Affinity:
 
     # ---- the rule
 
-    def _scores(
-        self, prefix: Prefix, queues: Mapping[str, int]
-    ) -> tuple[dict[str, float], dict[str, int], _Home | None]:
-        """By replica: tokens before the first token of the prompt, and blocks that it holds. And the prompt's home."""
+    def _look(self, prefix: Prefix, queues: Mapping[str, int], call: str = "") -> dict[str, _Seen]:
         self._decay()
-        loads, held = {name: self._load(name) for name in queues}, {name: self._of(name) for name in queues}
-        depths = {name: of.leading(prefix.keys) for name, of in held.items()}
+        loads = {name: self._load(name) for name in queues}
+        depths = {name: self._of(name).leading(prefix.keys) for name in queues}
+        near = rendezvous(self._conversation(prefix, max(depths.values())) or call, queues)
+        home = self._home(prefix, depths, near)
         share = HEADROOM * sum(load.recent for load in loads.values()) / len(loads)
         calls = sum(load.calls for load in loads.values())
         each = sum(load.busy for load in loads.values()) / calls if calls else self._mean_cost
-        scores = {}
+        others = {name: max(queues[name] - load.calls, 0) for name, load in loads.items()}
+        long = LONG_QUEUE * (1 + sum(others.values()) / len(others))
+        seen = {}
         for name, load in loads.items():
-            kept = held[name].share(held[name].age(prefix.keys, depths[name]))
-            missing = prefix.tokens - kept * depths[name] * BLOCK
-            of_others = max(queues[name] - load.calls, 0) * each
-            scores[name] = missing + load.busy + of_others + max(load.recent - share, 0.0)
-        home = self._home(prefix, depths)
-        if home is not None:
-            scores[home.replica] -= home.share * (prefix.tokens - depths[home.replica] * BLOCK)
-        return scores, depths, home
+            missing, saved, guessed = float(prefix.tokens - depths[name] * BLOCK), 0.0, False
+            if home is not None and home.replica == name:
+                saved, guessed = missing * home.share, home.guessed
+            work = load.busy + max(others[name] - long, 0.0) * each
+            score = WORTH * (missing - saved) + work + max(load.recent - share, 0.0)
+            seen[name] = _Seen(depths[name], missing - saved * guessed, score, near[name], guessed)
+        return seen
 
-    def _home(self, prefix: Prefix, depths: Mapping[str, int]) -> _Home | None:
-        """None: one replica is known to hold the most of the prompt."""
+    def _home(self, prefix: Prefix, depths: Mapping[str, int], near: Mapping[str, int]) -> _Home | None:
+        """None: one replica is known to hold the most of the prompt, or it has not one whole block."""
         last = self._sessions.get(prefix.session, "")
         if last in depths:
             return _Home(last, STAYS, guessed=False)
         deepest = max(depths.values())
+        if not prefix.session and not prefix.keys:
+            return None
         if deepest and not prefix.session and list(depths.values()).count(deepest) == 1:
             return None
-        near = rendezvous(self._conversation(prefix, depths), depths)
         return _Home(max(near, key=near.__getitem__), self.guess, guessed=True)
 
     @staticmethod
-    def _conversation(prefix: Prefix, depths: Mapping[str, int]) -> str:
+    def _conversation(prefix: Prefix, deepest: int) -> str:
         """What all ingress replicas call a conversation: its session, or its first block that nobody holds. Many
         conversations share what goes before."""
         if prefix.session or not prefix.keys:
             return prefix.session
-        return str(prefix.keys[min(max(depths.values()), len(prefix.keys) - 1)])
+        return str(prefix.keys[min(deepest, len(prefix.keys) - 1)])
 
     # ---- counting
 
-    def _go(self, made: _Call, replica: str, guessed: bool) -> None:
+    def _go(self, made: _Call, replica: str, missing: float | None = None, guessed: bool = False) -> None:
         held, keys = self._of(replica), made.prefix.keys
         made.replica, made.guessed, made.held = replica, guessed, held.leading(keys)
         made.age = held.age(keys, made.held)
         held.use(keys, self.max_blocks // len(self._held))
-        made.cost = max(made.prefix.tokens - made.held * BLOCK, 1) + self.sequence_tokens
+        made.missing = made.prefix.tokens - made.held * BLOCK if missing is None else missing
+        made.cost = max(made.missing, 1) + self.sequence_tokens
         self._mean_cost += LEARNING * (made.cost - self._mean_cost)
         self._count(made, 1)
         self._load(replica).recent += made.cost

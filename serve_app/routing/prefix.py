@@ -6,6 +6,7 @@ has the same."""
 
 import hashlib
 from array import array
+from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -57,12 +58,13 @@ class Held:
         return len(self._used)
 
     def leading(self, keys: Sequence[int]) -> int:
-        """How many of the first blocks it holds."""
-        used = self._used
-        for depth, key in enumerate(keys):
-            if key not in used:
-                return depth
-        return len(keys)
+        """How many of the first blocks it holds. Of a prompt it forgets the last block first, so halving finds them."""
+        if not keys or keys[0] not in self._used:
+            return 0
+        return bisect(keys, False, key=self._lacks)
+
+    def _lacks(self, key: int) -> bool:
+        return key not in self._used
 
     def use(self, keys: Sequence[int], most: int) -> None:
         """The replica runs a prompt of these blocks. ``most``: blocks to remember; the oldest are forgotten."""

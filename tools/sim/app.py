@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 from serve_app.config import AdmissionConfig, EncodeConfig, QueueConfig, Timeouts
+from serve_app.config.advanced import AdvancedRouting
 from serve_app.handoff.errors import Overloaded
 from serve_app.handoff.types import Item
 from serve_app.ingress import encode_rule
 from serve_app.ingress.admission import Admission
 from serve_app.stage import Stage
+from tools.sim.by_prefix import ByPrefix, KnownTwo
 from tools.sim.loop import Action, Cores, Loop, OwnCore, Timer
 from tools.sim.pools import Cards, LeastCost, Pool, Router, TwoChoices
 from tools.sim.replicas import Call, Decode, Encoder, Prefill, Replica
@@ -34,9 +37,14 @@ class Shape:
     """What is fixed while a simulation runs."""
 
     ingresses: int = 1
+    free_ingress: bool = False
+    """Its work takes no time: one does for any number of replicas."""
     cards: float = float("inf")
     two_choices_for_encoders: bool = False
     """Ray's own rule in place of production's, to compare."""
+    prefill_by: Literal["true lengths", "known lengths", "prefix"] = "true lengths"
+    """Two choices, by the true queue lengths or by those that Ray knows; or production's rule for prompts."""
+    prefix_blocks: int = AdvancedRouting().prefix_blocks
     lease_s: float = 0.0
     """A draining encoder stays so long for embeddings that were not pulled: the lease, unless they are in a folder."""
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -45,18 +53,25 @@ class Shape:
     queue: QueueConfig = field(default_factory=QueueConfig)
 
 
+UNBOUND = Shape().admission.model_copy(update={"max_embed_bytes": 2**60, "max_requests": 10**9, "max_items": 10**9})
+NO_LIMIT = Shape().encode.model_copy(update={"max_outstanding_embeds": 0})
+
+
 class Ingress:
     """One ingress replica: one event loop, so one piece of work after the other."""
 
-    def __init__(self, loop: Loop, cores: Cores, shape: Shape, encoders: Router) -> None:
-        self.encoders = encoders
+    def __init__(self, loop: Loop, cores: Cores, shape: Shape, encoders: Router, prefills: Router) -> None:
+        self.encoders, self.prefills = encoders, prefills
         self.encodes = encode_rule.Encodes()
         self.admission = Admission(shape.admission, EMBED_BYTES)
-        self._cores = cores
+        self._cores, self._free = cores, shape.free_ingress
         self._queue: deque[tuple[float, Action]] = deque()
         self._busy = False
 
     def work(self, seconds: float, done: Action) -> None:
+        if self._free:
+            done()
+            return
         self._queue.append((seconds, done))
         self._next()
 
@@ -105,17 +120,23 @@ class App:
             )
             for stage in Stage
         }
-        self.ingresses = [Ingress(loop, self._cores, shape, self._encoder_router()) for _ in range(shape.ingresses)]
+        self.ingresses = [self._ingress() for _ in range(shape.ingresses)]
         self.ended: list[Request] = []
         self.on_end: Callable[[Request], None] = lambda _: None
 
     def _replica(self, stage: Stage, name: str) -> Replica:
         return REPLICAS[stage](name, self.loop, self._cores, self.times, 1.0)
 
-    def _encoder_router(self) -> Router:
-        if self.shape.two_choices_for_encoders:
-            return self._two_choices
-        return LeastCost(self.loop, self.shape.encode.affinity_headroom)
+    def _ingress(self) -> Ingress:
+        encoders: Router = self._two_choices
+        prefills: Router = KnownTwo(self.loop, self._chance)
+        if not self.shape.two_choices_for_encoders:
+            encoders = LeastCost(self.loop, self.shape.encode.affinity_headroom)
+        if self.shape.prefill_by == "true lengths":
+            prefills = self._two_choices
+        elif self.shape.prefill_by == "prefix":
+            prefills = ByPrefix(self.loop, self.shape.prefix_blocks)
+        return Ingress(self.loop, self._cores, self.shape, encoders, prefills)
 
     # ---- ingress
 
@@ -240,15 +261,19 @@ class App:
         if self._late(way, Stage.PREFILL):
             return
         call = Call(way.request, way.request.prompt_tokens, partial(self._prefilled, way))
+        call.key, router = str(way.request.number), way.ingress.prefills
 
         def send() -> None:
-            if not self.pools[Stage.PREFILL].call(call, self._two_choices):
+            if not self.pools[Stage.PREFILL].call(call, router):
+                router.answered(call)
                 self._finish(way, f"refused by {Stage.PREFILL}")
 
         self.loop.after(self.times.hop_s, send)
 
     def _prefilled(self, way: Way, prefill: Call) -> None:
         assert prefill.replica is not None
+        way.ingress.prefills.answered(prefill)
+        way.request.cached_tokens, way.request.prefilled_by = prefill.cached, prefill.replica.name
         free_blocks = partial(self.pools[Stage.PREFILL].pulled, prefill.replica)
         if self._late(way, Stage.DECODE):
             free_blocks()

@@ -17,7 +17,9 @@ from ray.serve.config import AutoscalingConfig
 
 from serve_app.stage import Stage
 from tools.sim import traffic as traffics
-from tools.sim.app import Shape
+from tools.sim.app import NO_LIMIT, UNBOUND, Shape
+from tools.sim.prefix import STRATEGIES as BY_PREFIX
+from tools.sim.prefix import cases, prefix
 from tools.sim.run import SLO, Result, Strategy, simulate
 from tools.sim.service import ServiceTimes
 from tools.sim.traffic import Kind, Traffic
@@ -26,7 +28,13 @@ VIDEO = Kind(images=1, embeds=24_000, text_tokens=500, output_tokens=600)
 TEXT = Kind(text_tokens=4_000, output_tokens=1_000)
 IMAGES = Kind(images=4, embeds=2_700, text_tokens=500, output_tokens=300)
 
-SLOS = {"routing": SLO(5.0, 0.05), "scale": SLO(5.0, 0.05), "burst": SLO(3.0, 0.05), "day": SLO(3.0, 0.05)}
+SLOS = {
+    "routing": SLO(5.0, 0.05),
+    "scale": SLO(5.0, 0.05),
+    "burst": SLO(3.0, 0.05),
+    "day": SLO(3.0, 0.05),
+    "prefix": SLO(2.0, 0.05),
+}
 CARDS = 12
 FULL = 0.7
 """Share of what its cards could do that a stage is loaded with."""
@@ -47,6 +55,8 @@ class Job:
     strategy: str
     seed: int
     quick: bool = False
+    traffic: str = ""
+    """Of an experiment with several."""
 
 
 def counts(encoder: int, prefill: int, decode: int) -> dict[Stage, int]:
@@ -123,10 +133,6 @@ def routing(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, fl
     return traffics.steady("routing", rate, seconds, VIDEO), strategy, shape, 15.0
 
 
-UNBOUND = Shape().admission.model_copy(update={"max_embed_bytes": 2**60, "max_requests": 10**9, "max_items": 10**9})
-NO_LIMIT = Shape().encode.model_copy(update={"max_outstanding_embeds": 0})
-
-
 def scale(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, float]:
     """Load doubles within 100 seconds, to 70 % of what ``size`` replicas per stage can do."""
     need = alone(times, VIDEO)
@@ -192,7 +198,12 @@ def mixed_strategy(
     }[job.strategy]
 
 
-EXPERIMENTS = {"routing": routing, "scale": scale, "burst": burst, "day": day}
+def prefixes(job: Job, times: ServiceTimes) -> tuple[Traffic, Strategy, Shape, float]:
+    """Prompts that begin as others did. Prefill by production's rule and by Ray's."""
+    return prefix(job.size, job.strategy, job.traffic, job.quick, times)
+
+
+EXPERIMENTS = {"routing": routing, "scale": scale, "burst": burst, "day": day, "prefix": prefixes}
 STATIC = ("static, equal", "static, split for text")
 SCALED = ("by work (ours)", "by work, decode by hand", "by requests (Ray's)")
 OVER_TIME = ("by work (ours)", "by requests (Ray's)")
@@ -202,6 +213,7 @@ STRATEGIES = {
     "scale": (*STATIC, "static, split for this traffic", *SCALED),
     "burst": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
     "day": (*STATIC, "static, split for the images", *SCALED, "by work, given up after 60 s"),
+    "prefix": BY_PREFIX,
 }
 
 
@@ -217,6 +229,9 @@ def jobs(quick: bool, full: bool) -> Iterator[Job]:
             for strategy in STRATEGIES[experiment]:
                 for seed in range(1 if quick or size >= 300 else 3 if full else 2):
                     yield Job(experiment, size, strategy, seed, quick)
+    for size, strategy, traffic in cases(quick):
+        for seed in range(1 if quick or size >= 100 else 2 if size < 10 or full else 1):
+            yield Job("prefix", size, strategy, seed, quick, traffic)
 
 
 def do(job: Job, times: ServiceTimes) -> tuple[Job, Result, float]:

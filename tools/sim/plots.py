@@ -23,7 +23,8 @@ MEASURES = {
 
 def draw(document: dict[str, Any], folder: Path) -> None:
     rows, note = document["rows"], "service times " + document["service_times"]["note"]
-    for experiment, plot in {"routing": lines, "scale": lines, "burst": over_time, "day": over_time}.items():
+    plots = {"routing": lines, "scale": lines, "burst": over_time, "day": over_time, "prefix": by_traffic}
+    for experiment, plot in plots.items():
         plot([row for row in rows if row["experiment"] == experiment], experiment, note, folder / f"{experiment}.png")
 
 
@@ -87,6 +88,41 @@ def over_time(rows: Rows, title: str, note: str, path: Path) -> None:
         axis.tick_params(axis="y", labelsize=8)
         axis.invert_yaxis()
     finish(figure, title, note, path)
+
+
+def by_traffic(rows: Rows, title: str, note: str, path: Path) -> None:
+    """A row of plots for each traffic, in each both rules over the number of replicas and of ingress replicas."""
+    measures = {
+        "cached": "share of tokens cached",
+        "ttft_p50_s": MEASURES["ttft_p50_s"],
+        "ttft_p99_s": MEASURES["ttft_p99_s"],
+        "most_work": "most work / mean work",
+    }
+    traffics = list(dict.fromkeys(row["traffic"] for row in rows))
+    figure, axes = pyplot.subplots(len(traffics), len(measures), figsize=(14, 3 * len(traffics)), layout="constrained")
+    for line, traffic in zip(axes, traffics, strict=True):
+        of_it = [row for row in rows if row["traffic"] == traffic]
+        keys = sorted({(row["size"], ingresses(row)) for row in of_it})
+        places = {key: place for place, key in enumerate(keys)}
+        for axis, (measure, label) in zip(line, measures.items(), strict=True):
+            for rule in ("by prefix", "two choices"):
+                ruled = [row for row in of_it if row["strategy"].startswith(rule)]
+                spread(axis, placed(ruled, places), measure, [*places.values()], lambda row: row["place"], rule)
+            axis.set_xticks(range(len(keys)), [f"{size}\n{of}" for size, of in keys], fontsize=8)
+            axis.set_ylabel(label, fontsize=8)
+            axis.set_ylim(bottom=0)
+        line[0].set_title(traffic, fontsize=9)
+    axes[0][0].legend(fontsize=8)
+    figure.supxlabel("replicas, below: ingress replicas", fontsize=9)
+    finish(figure, title, note, path)
+
+
+def placed(rows: Rows, places: dict[tuple[int, int], int]) -> Rows:
+    return [row | {"place": places[row["size"], ingresses(row)]} for row in rows]
+
+
+def ingresses(row: dict[str, Any]) -> int:
+    return int(row["strategy"].split()[2])
 
 
 def finish(figure: Any, title: str, note: str, path: Path) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from serve_app.stages.workload import Meter
+from tools.sim.caches import BlockCache
 from tools.sim.loop import Cores, Loop, Work
 from tools.sim.service import ServiceTimes
 from tools.sim.traffic import Request
@@ -17,7 +18,7 @@ from tools.sim.traffic import Request
 class Call:
     """One call of a stage, for one request (and one item of it, for an encoder)."""
 
-    __slots__ = ("answer", "first", "key", "metered", "replica", "request", "tokens", "work")
+    __slots__ = ("answer", "cached", "first", "key", "metered", "replica", "request", "tokens", "work")
 
     def __init__(
         self,
@@ -29,7 +30,9 @@ class Call:
     ) -> None:
         self.request, self.work, self.answer, self.tokens, self.first = request, work, answer, tokens, first
         self.key = ""
-        """Of an encode call: names the item."""
+        """Of an encode call: names the item. Of a prefill: the request."""
+        self.cached = 0
+        """Tokens of a prompt that prefill had in its cache."""
         self.replica: Replica | None = None
         self.metered: AbstractContextManager[Any] | None = None
 
@@ -99,11 +102,12 @@ class Prefill(Replica):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._queue: deque[list[Any]] = deque()  # [call, tokens left]
+        self._queue: deque[list[Any]] = deque()  # [call, tokens left]; None: it has not begun
         self._busy = False
+        self._cache = BlockCache(self.times.cache_tokens)
 
     def _take(self, call: Call) -> None:
-        self._queue.append([call, call.work])
+        self._queue.append([call, None])
         self._next()
 
     def _next(self) -> None:
@@ -113,7 +117,8 @@ class Prefill(Replica):
         room, ending, encode_s = self.times.batch_tokens, [], 0.0
         while self._queue and room:
             call, left = self._queue[0]
-            if left == call.work:
+            if left is None:
+                left = self._queue[0][1] = self._begin(call)
                 encode_s += sum(self.times.encode(embeds) for embeds in own_items(call.request))
             part = min(left, room)
             room -= part
@@ -124,7 +129,16 @@ class Prefill(Replica):
         seconds = encode_s + self.times.prefill(self.times.batch_tokens - room)
         self.cores.start(seconds, partial(self._done, ending))
 
+    def _begin(self, call: Call) -> int:
+        """Tokens of a prompt to compute: what the cache has when its first step begins is left out."""
+        if call.request.prefix is not None:
+            call.cached = self._cache.begin(call.request.prefix)
+        return call.work - call.cached
+
     def _done(self, ending: list[Call]) -> None:
+        for call in ending:
+            if call.request.prefix is not None:
+                self._cache.end(call.request.prefix.keys)
         self._busy = False
         self._next()
         for call in ending:

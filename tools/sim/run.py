@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,10 @@ class Result:
     gpu_s_per_good: float
     at_prefill: float
     """Share of items that prefill encoded."""
+    cached: float
+    """Share of prompt tokens that prefill had in its cache."""
+    most_work: float
+    """Tokens that the prefill replica with the most computed, in means of all."""
     outcomes: dict[str, int]
     timeline: dict[str, list[float]]
 
@@ -76,6 +81,7 @@ def simulate(
     for stage, count in strategy.start.items():
         app.pools[stage].scale(count, at_once=True)
     Controller(loop, app.pools, strategy.scaling, strategy.gpus).start(traffic.seconds)
+    app.on_end = partial(go_on, app, traffic)
     app.play(traffic.requests(seed))
     timeline: dict[str, list[float]] = {"at_s": [], "per_s": []}
     loop.every(SAMPLE_S, lambda: sample(app, traffic, timeline), traffic.seconds)
@@ -86,7 +92,14 @@ def simulate(
     loop.run()
     counted = [request for request in app.ended if request.at >= warm_s]
     gpu_s = spent[traffic.seconds] - (spent[warm_s] if warm_s else 0.0)
-    return summary(counted, gpu_s, traffic.seconds - warm_s, slo, timeline)
+    replicas = max(len(app.pools[Stage.PREFILL].running), 1)
+    return summary(counted, gpu_s, traffic.seconds - warm_s, slo, timeline, replicas)
+
+
+def go_on(app: App, traffic: Traffic, ended: Request) -> None:
+    """The client asks again."""
+    if (following := traffic.then(ended, app.loop.now)) is not None:
+        app.loop.at(following.at, partial(app.arrive, following))
 
 
 def gpu_seconds(app: App) -> float:
@@ -101,7 +114,12 @@ def sample(app: App, traffic: Traffic, timeline: dict[str, list[float]]) -> None
 
 
 def summary(
-    requests: Sequence[Request], gpu_s: float, seconds: float, slo: SLO, timeline: dict[str, list[float]]
+    requests: Sequence[Request],
+    gpu_s: float,
+    seconds: float,
+    slo: SLO,
+    timeline: dict[str, list[float]],
+    prefills: int,
 ) -> Result:
     good = sum(slo.met(request) for request in requests)
     served = [request for request in requests if request.outcome == "ok"]
@@ -122,9 +140,19 @@ def summary(
         gpu_s_per_request=gpu_s / max(len(requests), 1),
         gpu_s_per_good=gpu_s / max(good, 1),
         at_prefill=sum(request.at_prefill for request in requests) / max(items, 1),
+        cached=sum(request.cached_tokens for request in served) / max(sum(r.prompt_tokens for r in served), 1),
+        most_work=most_work(served, prefills),
         outcomes=outcomes,
         timeline=timeline,
     )
+
+
+def most_work(served: Sequence[Request], replicas: int) -> float:
+    computed: dict[str, int] = {}
+    for request in served:
+        own = request.prompt_tokens - request.cached_tokens
+        computed[request.prefilled_by] = computed.get(request.prefilled_by, 0) + own
+    return max(computed.values()) * replicas / sum(computed.values()) if computed else float("nan")
 
 
 def quantile(values: Sequence[Any], share: float) -> float:

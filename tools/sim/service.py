@@ -32,6 +32,7 @@ class ServiceTimes(BaseModel):
     batch_tokens: int = Field(description="Tokens of one step of prefill at most (max_num_batched_tokens).")
     slots: int = Field(description="Sequences that decode runs at a time (max_num_seqs).")
     kv_tokens: int = Field(description="Tokens that the KV cache of a decode replica holds.")
+    cache_tokens: int = Field(0, description="Tokens that the prefix cache of a prefill replica holds.")
     start_up_s: dict[Stage, float] = Field(description="From asking for a replica to its first call.")
 
     def encode(self, embeds: int) -> float:

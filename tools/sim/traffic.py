@@ -6,6 +6,8 @@ from math import cos, pi
 
 import numpy as np
 
+from serve_app.routing.prefix import Prefix
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -34,6 +36,13 @@ class Request:
     """``ok``, or why it failed. Set once."""
     at_prefill: int = 0
     """Items that prefill encoded."""
+    prefix: Prefix | None = None
+    """None: it shares nothing with others."""
+    cached_tokens: int = 0
+    """Of its prompt, at prefill."""
+    prefilled_by: str = ""
+    conversation: object = None
+    """What its traffic needs for the next turn."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -75,6 +84,10 @@ class Traffic:
                 kind = self.kinds[chance.choice(len(self.kinds), p=shares) if len(shares) > 1 else 0]
                 yield request(number, now, kind, chance)
                 number += 1
+
+    def then(self, ended: Request, now: float) -> Request | None:
+        """What the client of a request asks next."""
+        return None
 
 
 def request(number: int, now: float, kind: Kind, chance: np.random.Generator) -> Request:
