@@ -23,8 +23,8 @@ WORTH = 2.0
 computed elsewhere delays those after it too."""
 
 LONG_QUEUE = 2.0
-"""Calls of others count where they are more than so many, and so many times the mean, together. The lengths that Ray Serve
-knows are seconds old: shorter queues say nothing."""
+"""Calls of others count beyond so many, and so many times those at each other replica. The lengths that Ray Serve knows are
+seconds old: shorter queues say nothing."""
 
 HEADROOM = 1.25
 """What a replica was sent lately counts against it above so many times the mean of all."""
@@ -207,12 +207,13 @@ class Affinity:
         calls = sum(load.calls for load in loads.values())
         each = sum(load.busy for load in loads.values()) / calls if calls else self._mean_cost
         others = {name: max(queues[name] - load.calls, 0) for name, load in loads.items()}
-        long = LONG_QUEUE * (1 + sum(others.values()) / len(others))
+        all_others, rest = sum(others.values()), max(len(others) - 1, 1)
         seen = {}
         for name, load in loads.items():
             missing, saved, guessed = float(prefix.tokens - depths[name] * BLOCK), 0.0, False
             if home is not None and home.replica == name:
                 saved, guessed = missing * home.share, home.guessed
+            long = LONG_QUEUE * (1 + (all_others - others[name]) / rest)
             work = load.busy + max(others[name] - long, 0.0) * each
             score = WORTH * (missing - saved) + work + max(load.recent - share, 0.0)
             seen[name] = _Seen(depths[name], missing - saved * guessed, score, near[name], guessed)
@@ -247,7 +248,7 @@ class Affinity:
         held.use(keys, self.max_blocks // len(self._held))
         made.missing = made.prefix.tokens - made.held * BLOCK if missing is None else missing
         made.cost = max(made.missing, 1) + self.sequence_tokens
-        self._mean_cost += LEARNING * (made.cost - self._mean_cost)
+        self._mean_cost += LEARNING * (made.cost - self._mean_cost) if self._mean_cost else made.cost
         self._count(made, 1)
         self._load(replica).recent += made.cost
         if made.prefix.session:

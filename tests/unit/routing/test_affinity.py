@@ -68,8 +68,8 @@ def test_what_a_replica_is_expected_to_hold_is_told() -> None:
 
 
 def test_work_under_way_counts_against_a_prefix() -> None:
-    """A replica that holds 10 blocks is worth waiting for 9 blocks of others, and not for 11."""
-    for waits, goes in ((9, True), (11, False)):
+    """A replica that holds 10 blocks is worth waiting for 19 blocks of others, and not for 21."""
+    for waits, goes in ((19, True), (21, False)):
         bench = Bench()
         home = bench.do(prompt(("chat", 10)))
         bench.clock.now += 1000  # what it did then does not count now
@@ -119,7 +119,10 @@ def test_a_session_stays_though_its_prompt_begins_anew() -> None:
         bench.do(prompt((f"other {index}", 20)))
     bench.clock.now += 1000
     home = bench.do(prompt(("chat", 10), session="s"))
-    assert {bench.do(prompt((f"window {turn}", 10), session="s")) for turn in range(6)} == {home}
+    for turn in range(6):
+        for index in range(8):
+            bench.do(prompt((f"others {turn} {index}", 10)))
+        assert bench.do(prompt((f"window {turn}", 10), session="s")) == home
     bench.affinity._load(home).busy = 100 * BLOCK
     assert bench.do(prompt(("window 7", 10), session="s")) != home, "while its load allows"
 
@@ -163,17 +166,20 @@ def test_a_replica_that_is_gone_is_forgotten() -> None:
     assert bench.end(call) == 0
 
 
-def test_a_replica_that_forgets_soon_is_relied_on_less() -> None:
-    """Its cache is small: what it is expected to hold is gone each time, and after that it is not worth waiting for."""
+def test_how_likely_it_is_that_a_replica_still_holds_a_prompt_is_learnt_by_its_age() -> None:
+    """Its cache is small: it finds prompts that it had just now, and none that it had before the last 64 blocks."""
     bench = Bench()
-    home = bench.do(prompt(("chat", 10)))
-    for _ in range(40):
-        bench.clock.now += 1000
-        call, _ = bench.send(prompt(("chat", 10)), {home: 0})
-        bench.end(call, 0)
-    bench.affinity._load(home).busy = 2 * BLOCK
-    assert bench.send(prompt(("chat", 10)))[1] != home
-    assert bench.affinity.right < 0.1
+    for index in range(200):
+        bench.do(prompt((f"chat {index}", 40)), {"a": 0})
+        bench.do(prompt((f"chat {index}", 40)), {"a": 0})
+        if index > 2:
+            call, _ = bench.send(prompt((f"chat {index - 2}", 40)), {"a": 0})
+            bench.end(call, 0)
+    bench.affinity.right = 1.0
+    assert bench.affinity.expected(prompt(("chat 199", 40)), {"a": 0}) == (40 * BLOCK, 1.0)
+    bench.do(prompt(("chat 200", 40)), {"a": 0})
+    expected, likely = bench.affinity.expected(prompt(("chat 198", 40)), {"a": 0})
+    assert expected == 40 * BLOCK and likely < 0.1
 
 
 def test_a_call_that_fails_leaves_nothing_behind() -> None:
@@ -224,7 +230,7 @@ def test_expectations_are_relied_on_when_some_have_come_true() -> None:
 
 
 def test_a_sequence_that_is_decoded_counts_little_and_until_its_end() -> None:
-    bench = Bench(sequence_tokens=100.0)
+    bench = Bench(sequence_tokens=100.0, guess=0.0)
     call, replica = bench.send(prompt(("chat", 50)))
     assert bench.affinity._loads[replica].busy == prompt(("chat", 50)).tokens + 100
     bench.affinity.found(call, 0)
