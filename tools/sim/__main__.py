@@ -1,4 +1,4 @@
-"""Experiments past this machine: 1 to 1,000 replicas per stage, a burst of images, a day. See ``README.md``.
+"""Experiments past this machine: 1 to 1,000 replicas per stage, a burst of images, a day, prefixes. See ``README.md``.
 
 ``python -m tools.sim`` writes ``tools/sim/results/simulation.json`` and its plots. Service times are those of
 ``tools/sim/service_times_assumed.json``: assumed, not measured. ``--quick`` is a smaller run of every experiment.
