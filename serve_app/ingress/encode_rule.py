@@ -46,17 +46,17 @@ class Savings:
     """Whether it pays to leave items to a prefix cache. Where their tokens are not there, the attempt fails, and the next
     has them encoded."""
 
-    embed_s: float = 0.0
-    """Seconds that an encoder works on one embedding: the latest answer counts a fifth."""
+    item_s: float = 0.0
+    """Seconds that encoders work on an item: the latest answer counts a fifth."""
     failed_s: float = FAILED_S
     """Seconds of an attempt that fails, in the same way."""
 
-    def pays(self, embeds: int, likely: float) -> bool:
-        """``likely``: the probability that the tokens are there."""
-        return likely * embeds * self.embed_s > (1 - likely) * self.failed_s
+    def pays(self, seconds: float, likely: float) -> bool:
+        """``seconds``: what encoders would work. ``likely``: the probability that the tokens are there."""
+        return likely * seconds > (1 - likely) * self.failed_s
 
-    def encoded(self, embeds: int, ran_s: float) -> None:
-        self.embed_s += 0.2 * (ran_s / max(embeds, 1) - self.embed_s)
+    def encoded(self, ran_s: float) -> None:
+        self.item_s += 0.2 * (ran_s - self.item_s)
 
     def failed(self, seconds: float) -> None:
         self.failed_s += 0.2 * (seconds - self.failed_s)

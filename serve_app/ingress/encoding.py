@@ -157,8 +157,13 @@ class EncodeStage:
             return []
         beyond = {item.hash for item in items if item.offset + item.length > cached.tokens}
         left = [index for index in indices if items[index].hash not in beyond]
-        pays = self.savings.pays(sum(items[index].num_embeds for index in left), cached.likely)
-        return left if pays else []
+        seconds = sum(self._encode_s(items[index]) for index in left)
+        return left if self.savings.pays(seconds, cached.likely) else []
+
+    def _encode_s(self, item: Item) -> float:
+        """Seconds that an encoder worked on an item; on any, where that is not remembered."""
+        entry = self._known.get(item.source.media.key if item.source is not None else item.hash)
+        return entry[1].ran_s if entry is not None else self.savings.item_s
 
     async def _asked(self, request: StageRequest, indices: list[int], trace: Trace) -> dict[int, EncodeReply]:
         """The encoders' answers for items of a prompt, by index."""
@@ -361,12 +366,10 @@ class EncodeStage:
         if set(reply.ec_transfer_params) != {expected}:
             raise HandoffLost(Stage.ENCODER, f"answered for {sorted(reply.ec_transfer_params)}, not for {expected}")
         self.state.down = False
-        embeds = job.cost
         if isinstance(job.call, MediaRequest) and reply.features is not None:
-            embeds = reply.features.item.num_embeds
-            self.costs.learn(job.call.media, embeds)
-        self.savings.encoded(embeds, reply.ran_s)
-        if (self.shareable and self.config.remember_s) or (self.leaves_cached and reply.features is not None):
+            self.costs.learn(job.call.media, reply.features.item.num_embeds)
+        self.savings.encoded(reply.ran_s)
+        if (self.shareable and self.config.remember_s) or self.leaves_cached:
             self._known[job.key] = (self.clock() + self.config.remember_s, reply)
             self._known.move_to_end(job.key)
             while len(self._known) > self.config.remember_items:

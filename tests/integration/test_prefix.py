@@ -49,9 +49,9 @@ def was_encoded(response: requests.Response) -> bool:
 
 def test_turns_of_a_conversation_go_where_the_ones_before_are(server: Server) -> None:
     """By turns, so that each conversation has the others in between."""
-    before = dict.fromkeys(range(100, 108, 2), 0)
+    before = dict.fromkeys(range(100, 120, 2), 0)
     replicas: dict[int, set[str]] = {seed: set() for seed in before}
-    for turns in range(1, 5):
+    for turns in range(1, 4):
         for seed in before:
             response = server.post(*conversation(seed, turns))
             found, whole = cached(response)
@@ -66,13 +66,14 @@ def test_pictures_in_the_prefix_cache_are_not_encoded_and_the_answer_is_that_of_
     server: Server, baseline: dict[str, Any]
 ) -> None:
     path, body = conversation(50, 2)
-    encoded = []
-    for _ in range(14):
+    encoded = [True]
+    while any(encoded[-3:]):
         response = server.post(path, body)
         assert differences(reduce(response.json()), baseline[NAME]) == []
         assert "x-epd-rungs" not in response.headers
         encoded.append(was_encoded(response))
-    assert encoded[0] and not any(encoded[-3:]), encoded
+        assert len(encoded) < 60, encoded
+    assert encoded[1]
     assert "unencoded_items=2" in server.log.read_text(errors="replace")
 
 

@@ -75,7 +75,7 @@ class Bench:
     async def encode_media(self, request: MediaRequest) -> EncodeReply:
         features = await self.processor.features(request.media)
         params = {features.item.hash: {"item_indices": [0], "metadata": features.metadata}}
-        return EncodeReply(params, "encoder-0", self.processor.without_pixels(features))
+        return EncodeReply(params, "encoder-0", self.processor.without_pixels(features), ran_s=10.0)
 
     async def render(self, text: str, data: dict[str, list[Any]], **more: Any) -> Any:
         tokens = self.client.renderer.get_tokenizer().encode(text, add_special_tokens=False)
@@ -405,7 +405,6 @@ def test_a_prompt_is_rendered_around_what_is_remembered_and_an_encoder_is_asked_
 
     async def main() -> None:
         bench = Bench(make_client, advanced={"encode": {"remember_s": 0}})
-        bench.client.pipeline.encoders.savings.embed_s = 10.0
         prompts = []
         for holds in ((0, 0.0), (10_000, 1.0), (0, 1.0)):
             bench.pipeline.prefiller.holds = holds
