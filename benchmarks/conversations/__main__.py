@@ -23,6 +23,7 @@ from benchmarks.conversations.loads import (
     CONVERSATIONS,
     HOT,
     LENGTHS,
+    MORE,
     NO_REUSE,
     NO_REUSE_CALM,
     PIXELS,
@@ -42,7 +43,7 @@ TOKEN_BYTES = 2048
 SMALL, LARGE = "small caches", "large caches"
 CACHES = {SMALL: 26_000, LARGE: 131_072}
 """Tokens in the KV cache of each prefill replica. The live conversations, one copy of each, are 0.65 of the small ones."""
-LOADS = {SMALL: [CONVERSATIONS, SLIDING, NO_REUSE, NO_REUSE_CALM, HOT], LARGE: [CONVERSATIONS]}
+LOADS = {SMALL: [CONVERSATIONS, MORE, SLIDING, NO_REUSE, NO_REUSE_CALM, HOT], LARGE: [CONVERSATIONS]}
 QUICK = {SMALL: [CONVERSATIONS]}
 
 

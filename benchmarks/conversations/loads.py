@@ -102,6 +102,8 @@ def history(system: str, said: list[tuple[list[Message], str]], own: str) -> lis
 
 SYSTEM = 400
 CONVERSATIONS = Load("conversations", 12, 3, turns=8, think_s=4.0, pictures="first", system=SYSTEM)
+MORE = Load("more conversations", 16, 3, turns=8, think_s=6.0, pictures="first", system=SYSTEM)
+"""As many requests, of more users who think longer: their conversations fill 0.9 of the caches together."""
 SLIDING = Load("sliding window", 12, 3, turns=8, think_s=4.0, pictures="each", system=SYSTEM)
 NO_REUSE = Load("no reuse", 8, 32, warm_up=4, question=(300, 3000))
 NO_REUSE_CALM = Load("no reuse, calm", 6, 20, warm_up=2, think_s=1.2, question=(300, 3000))

@@ -7,7 +7,8 @@ in tokens.
 
 An ingress replica knows what it sent itself. Others may have sent the beginning of a conversation: all prefer the same
 replica for it, by hash, and each learns how far that can be relied on. Pure bookkeeping: the simulation (``tools/sim``)
-runs the same."""
+runs the same.
+"""
 
 import time
 from collections import OrderedDict
@@ -198,6 +199,7 @@ class Affinity:
     # ---- the rule
 
     def _look(self, prefix: Prefix, queues: Mapping[str, int], call: str = "") -> dict[str, _Seen]:
+        """The replicas as a prompt sees them. ``call`` decides between equal ones for a prompt without a whole block."""
         self._decay()
         loads = {name: self._load(name) for name in queues}
         depths = {name: self._of(name).leading(prefix.keys) for name in queues}
@@ -225,9 +227,8 @@ class Affinity:
         if last in depths:
             return _Home(last, STAYS, guessed=False)
         deepest = max(depths.values())
-        if not prefix.session and not prefix.keys:
-            return None
-        if deepest and not prefix.session and list(depths.values()).count(deepest) == 1:
+        begun_here = deepest > 0 and list(depths.values()).count(deepest) == 1
+        if not prefix.session and (begun_here or not prefix.keys):
             return None
         return _Home(max(near, key=near.__getitem__), self.guess, guessed=True)
 

@@ -2,7 +2,8 @@
 
 A prompt is cut into blocks of ``BLOCK`` tokens. A block's key covers its tokens, its items' hashes and all blocks before
 it, as in vLLM's own cache, so equal keys are equal prefixes. Pure functions and bookkeeping: the simulation (``tools/sim``)
-has the same."""
+has the same.
+"""
 
 import hashlib
 from array import array
