@@ -2,8 +2,8 @@
 
 A replica's score is what its prefix cache does not hold of the prompt, which counts double, plus the work under way
 there, plus what it was sent lately beyond its share. So a prompt goes where its prefix is while the load there is bounded,
-a prefix that everybody shares spreads, and prompts that share nothing go to whoever has least to do. All of it is counted
-in tokens.
+and prompts that share nothing go to whoever has least to do. A prefix with which many prompts begin does not count: each
+replica will have it. All of it is counted in tokens.
 
 An ingress replica knows what it sent itself. Others may have sent the beginning of a conversation: all prefer the same
 replica for it, by hash, and each learns how far that can be relied on. Pure bookkeeping: the simulation (``tools/sim``)
@@ -36,7 +36,11 @@ HALF_LIFE_S = 30.0
 STAYS = 0.5
 """The share of a session's prompt that counts as held where the session was last, even if the prompt begins anew."""
 
-MAX_SESSIONS = 16384
+COMMON = 4
+"""A prefix from which so many times as many prompts have gone on as there are replicas is worth having on each of them."""
+
+MAX_REMEMBERED = 16384
+"""Sessions, and ends of prefixes."""
 
 
 @dataclass
@@ -108,6 +112,8 @@ class Affinity:
     _loads: dict[str, _Load] = field(default_factory=dict)
     _calls: dict[str, _Call] = field(default_factory=dict)
     _sessions: OrderedDict[str, str] = field(default_factory=OrderedDict)
+    _gone_on: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    """By block: the prompts that differed from all before it after it."""
     _mean_cost: float = 0.0
     _decayed_at: float = 0.0
 
@@ -136,6 +142,11 @@ class Affinity:
     def expect(self, call: str, prefix: Prefix, needs: int = 0) -> None:
         """A call will be made. ``needs``: tokens that its replica has to hold, as it gets nothing to compute them from."""
         self._calls[call] = _Call(prefix, needs)
+        if deepest := max((held.leading(prefix.keys) for held in self._held.values()), default=0):
+            last = prefix.keys[deepest - 1]
+            self._gone_on[last] = self._gone_on.pop(last, 0) + 1
+            if len(self._gone_on) > MAX_REMEMBERED:
+                self._gone_on.popitem(last=False)
 
     def order(self, call: str, queues: Mapping[str, int]) -> list[list[str]]:
         """The replicas in the order in which a call tries them. Of those in one list the shorter queue decides.
@@ -203,8 +214,10 @@ class Affinity:
         self._decay()
         loads = {name: self._load(name) for name in queues}
         depths = {name: self._of(name).leading(prefix.keys) for name in queues}
-        near = rendezvous(self._conversation(prefix, max(depths.values())) or call, queues)
-        home = self._home(prefix, depths, near)
+        deepest = max(depths.values())
+        near = rendezvous(self._conversation(prefix, deepest) or call, queues)
+        common = self._common(prefix, deepest, len(queues))
+        home = self._home(prefix, depths, near, common)
         share = HEADROOM * sum(load.recent for load in loads.values()) / len(loads)
         calls = sum(load.calls for load in loads.values())
         each = sum(load.busy for load in loads.values()) / calls if calls else self._mean_cost
@@ -212,22 +225,28 @@ class Affinity:
         all_others, rest = sum(others.values()), max(len(others) - 1, 1)
         seen = {}
         for name, load in loads.items():
-            missing, saved, guessed = float(prefix.tokens - depths[name] * BLOCK), 0.0, False
+            own, saved, guessed = prefix.tokens - max(depths[name], common) * BLOCK, 0.0, False
             if home is not None and home.replica == name:
-                saved, guessed = missing * home.share, home.guessed
+                saved, guessed = own * home.share, home.guessed
             long = LONG_QUEUE * (1 + (all_others - others[name]) / rest)
             work = load.busy + max(others[name] - long, 0.0) * each
-            score = WORTH * (missing - saved) + work + max(load.recent - share, 0.0)
-            seen[name] = _Seen(depths[name], missing - saved * guessed, score, near[name], guessed)
+            score = WORTH * (own - saved) + work + max(load.recent - share, 0.0)
+            missing = prefix.tokens - depths[name] * BLOCK - saved * guessed
+            seen[name] = _Seen(depths[name], missing, score, near[name], guessed)
         return seen
 
-    def _home(self, prefix: Prefix, depths: Mapping[str, int], near: Mapping[str, int]) -> _Home | None:
+    def _common(self, prefix: Prefix, deepest: int, replicas: int) -> int:
+        """The first blocks of a prompt that are worth having on every replica, as many prompts begin with them."""
+        often = deepest and self._gone_on.get(prefix.keys[deepest - 1], 0) >= COMMON * replicas
+        return deepest if often else 0
+
+    def _home(self, prefix: Prefix, depths: Mapping[str, int], near: Mapping[str, int], common: int) -> _Home | None:
         """None: one replica is known to hold the most of the prompt, or it has not one whole block."""
         last = self._sessions.get(prefix.session, "")
         if last in depths:
             return _Home(last, STAYS, guessed=False)
         deepest = max(depths.values())
-        begun_here = deepest > 0 and list(depths.values()).count(deepest) == 1
+        begun_here = deepest > common and list(depths.values()).count(deepest) == 1
         if not prefix.session and (begun_here or not prefix.keys):
             return None
         return _Home(max(near, key=near.__getitem__), self.guess, guessed=True)
@@ -255,7 +274,7 @@ class Affinity:
         if made.prefix.session:
             self._sessions[made.prefix.session] = replica
             self._sessions.move_to_end(made.prefix.session)
-            if len(self._sessions) > MAX_SESSIONS:
+            if len(self._sessions) > MAX_REMEMBERED:
                 self._sessions.popitem(last=False)
 
     def _leave(self, made: _Call) -> None:

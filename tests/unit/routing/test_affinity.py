@@ -270,3 +270,27 @@ def test_whatever_happens_every_replica_is_named_once_and_the_counts_end_at_noth
         bench.affinity.ended(call)
     assert all(load.calls == 0 and abs(load.busy) < 1e-6 for load in bench.affinity._loads.values())
     assert bench.affinity._calls == {}
+
+
+def test_a_prefix_with_which_many_prompts_begin_is_had_by_every_replica_soon() -> None:
+    """Twelve clients at a time: two or three replicas with the prefix would never be so busy that another is worth it."""
+    bench = Bench()
+    open_calls: list[str] = []
+    went: Counter[str] = Counter()
+    for index in range(60):
+        bench.clock.now += 0.05
+        call, replica = bench.send(prompt(("system", 35), (f"own {index}", 7)))
+        went[replica] += index >= 30
+        open_calls.append(call)
+        if len(open_calls) == 12:
+            bench.end(open_calls.pop(0))
+    assert set(went) == set(NAMES)
+    assert max(went.values()) <= 10
+
+
+def test_a_conversation_is_not_taken_for_such_a_prefix_though_its_turns_are_short() -> None:
+    """Three turns end in the same block."""
+    bench = Bench()
+    keys = prompt(("chat", 60)).keys
+    homes = [bench.do(Prefix(keys[: 10 + turn // 3], BLOCK * 10 + 20 * turn)) for turn in range(60)]
+    assert len(set(homes)) == 1
