@@ -47,6 +47,16 @@ def cores(run: Run) -> float:
 TTFT, RATE = of("ttft_p50_ms"), of("requests_per_s")
 
 
+def ttft_by_speed(run: Run) -> float:
+    """In times of a piece of work that is measured beside the run: the machine's pace changes from one run to the next."""
+    return TTFT(run) / float(run["speed_ms"])
+
+
+def rate_by_speed(run: Run) -> float:
+    """Requests in a thousand times that piece of work."""
+    return RATE(run) * float(run["speed_ms"])
+
+
 def runs(document: Document, arm: str, cell: Cell) -> dict[int, Run]:
     """By round, where anything was answered."""
     return {

@@ -15,9 +15,11 @@ from benchmarks.conversations.figures import (
     cpu_s,
     most_work,
     of,
+    rate_by_speed,
     ratio,
     runs,
     spread,
+    ttft_by_speed,
 )
 from benchmarks.report import table, text
 
@@ -34,17 +36,22 @@ COLUMNS: list[tuple[str, Figure, int]] = [
     ("clients, cores", lambda run: float(run["client_cpu_s"]) / float(run["took_s"]), 2),
     ("other programs, cores", of("other_cores"), 2),
     ("speed ms", of("speed_ms"), 2),
+    ("TTFT p50 by speed", ttft_by_speed, 0),
+    ("requests by speed", rate_by_speed, 1),
 ]
 SMALL = "small caches"
 TARGETS = [
     Target("cached tokens against two choices", 2.5, True, ("conversations", SMALL), cached),
-    Target("TTFT p50 against two choices", 0.6, False, ("conversations", SMALL), TTFT),
+    Target("TTFT p50 by speed against two choices", 0.6, False, ("conversations", SMALL), ttft_by_speed),
     Target("most work of a prefill by the mean", 1.5, False, ("conversations", SMALL), most_work, against=False),
-    Target("TTFT p50 against two choices", 1.03, False, ("no reuse", SMALL), TTFT),
-    Target("requests/s against two choices", 0.97, True, ("no reuse", SMALL), RATE),
-    Target("TTFT p50 against two choices", 1.03, False, ("no reuse, calm", SMALL), TTFT),
+    Target("cached tokens against two choices", 2.5, True, ("more conversations", SMALL), cached),
+    Target("TTFT p50 by speed against two choices", 0.6, False, ("more conversations", SMALL), ttft_by_speed),
+    Target("most work of a prefill by the mean", 1.5, False, ("more conversations", SMALL), most_work, against=False),
+    Target("TTFT p50 by speed against two choices", 1.03, False, ("no reuse", SMALL), ttft_by_speed),
+    Target("requests by speed against two choices", 0.97, True, ("no reuse", SMALL), rate_by_speed),
+    Target("TTFT p50 by speed against two choices", 1.03, False, ("no reuse, calm", SMALL), ttft_by_speed),
     Target("most work of a prefill by the mean", 1.5, False, ("hot prefix", SMALL), most_work, against=False),
-    Target("TTFT p50 against two choices", 1.03, False, ("hot prefix", SMALL), TTFT),
+    Target("TTFT p50 by speed against two choices", 1.03, False, ("hot prefix", SMALL), ttft_by_speed),
 ]
 
 

@@ -1,4 +1,5 @@
-"""Prompts go to the prefill replica that has their prefix, and pictures that are there are not encoded again."""
+"""Prompts go to the replica that has their prefix, at prefill or at decode that prefills, and pictures that are there are not
+encoded again."""
 
 import re
 from collections.abc import Iterator
@@ -18,16 +19,26 @@ CACHE = 20 << 20
 """Bytes: 10,240 tokens."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prefix")
+TOPOLOGIES = {"E+P+D": "prefill", "E+PD": "decode"}
+"""Which stage prefills."""
+
+
+@pytest.fixture(scope="module", params=TOPOLOGIES)
+def prefilling(request: pytest.FixtureRequest) -> str:
+    return TOPOLOGIES[request.param]
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    """Two prefill replicas with small caches. Answers of encoders are not remembered."""
-    args = {"prefill": {"engine_args": {"kv_cache_memory_bytes": CACHE}}, "advanced": {"encode": {"remember_s": 0}}}
-    with serve_run(folder, args, {"Prefill": {"num_replicas": 2}}) as server:
+def folder(prefilling: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp(prefilling)
+
+
+@pytest.fixture(scope="module")
+def server(prefilling: str, folder: Path) -> Iterator[Server]:
+    """Two replicas that prefill, with small caches. Answers of encoders are not remembered."""
+    args: dict[str, Any] = {"prefill": None, "advanced": {"encode": {"remember_s": 0}}}
+    args[prefilling] = {"engine_args": {"kv_cache_memory_bytes": CACHE}}
+    with serve_run(folder, args, {prefilling.capitalize(): {"num_replicas": 2}}) as server:
         yield server
 
 
@@ -39,8 +50,9 @@ def cached(response: requests.Response) -> tuple[int, int]:
 
 
 def prefilled_by(response: requests.Response) -> str:
-    (replica,) = re.findall(r'prefill;[^,]*desc="([^"]*)"', response.headers["server-timing"])
-    return str(replica)
+    """Decode's replica is told with the first token."""
+    told = re.findall(r'(?:prefill|first_token);[^,]*desc="([^"]*)"', response.headers["server-timing"])
+    return str(told[0])
 
 
 def was_encoded(response: requests.Response) -> bool:

@@ -214,7 +214,7 @@ def test_ratios_are_of_one_round() -> None:
     )
     assert found == {
         "conversations: cached tokens against two choices": ["2.75 (2.50 – 3.00)", "met"],
-        "conversations: TTFT p50 against two choices": ["0.55 (0.50 – 0.60)", "met"],
+        "conversations: TTFT p50 by speed against two choices": ["0.55 (0.50 – 0.60)", "met"],
         "conversations: most work of a prefill by the mean": ["1.00 (1.00 – 1.60)", "met"],
     }
 
