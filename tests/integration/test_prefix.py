@@ -1,4 +1,4 @@
-"""Prompts go to the replica that has their prefix, at prefill or at decode that prefills, and pictures that are there are not
+"""Prompts go to the replica that has their prefix, at prefill or at decode that prefills. Pictures that are there are not
 encoded again."""
 
 import re
