@@ -30,7 +30,7 @@ from benchmarks.conversations.loads import (
     SLIDING,
     Load,
 )
-from benchmarks.conversations.page import page
+from benchmarks.conversations.page import SMALL, page
 from tools.harness import record
 from tools.harness.servers import API, Server, serve_run
 
@@ -40,9 +40,9 @@ ARMS = {TWO_CHOICES: {"routing": {"prefix": False}}, PREFIX: {"routing": {"prefi
 CONTEXT = 8192
 TOKEN_BYTES = 2048
 """Of the demo model's KV cache."""
-SMALL, LARGE = "small caches", "large caches"
+LARGE = "large caches"
 CACHES = {SMALL: 26_000, LARGE: 131_072}
-"""Tokens in the KV cache of each prefill replica. The live conversations, one copy of each, are 0.65 of the small ones."""
+"""Tokens in the KV cache of each prefill replica. The live conversations, one copy of each, are 0.68 of the small ones."""
 LOADS = {SMALL: [CONVERSATIONS, MORE, SLIDING, NO_REUSE, NO_REUSE_CALM, HOT], LARGE: [CONVERSATIONS]}
 QUICK = {SMALL: [CONVERSATIONS]}
 

@@ -43,9 +43,6 @@ class Cached(NamedTuple):
     """The probability that it has them."""
 
 
-NOT_CACHED = Cached()
-
-
 @dataclass(frozen=True)
 class Encoded:
     """The encode stage's result for one prompt."""
@@ -119,12 +116,13 @@ class EncodeStage:
     _known: OrderedDict[str, tuple[float, EncodeReply]] = field(default_factory=OrderedDict)
 
     async def encode(
-        self, request: StageRequest, trace: Trace, first: bool = True, cached: Cached = NOT_CACHED
+        self, request: StageRequest, trace: Trace, first: bool = True, cached: Callable[[], Cached] = Cached
     ) -> Encoded:
         """Encode the items of a prompt at the same time, by encoders of one version: the version that the request asks for,
         or else the one of most encoders that answered.
 
         ``first``: answers that came while the prompt was rendered still hold. Otherwise encoders are asked again.
+        ``cached`` is asked where an item may need no encoder; by default nothing is.
         """
         items, version = request.prompt.items, request.version
         indices = shaping.distinct(items).values()
@@ -151,14 +149,15 @@ class EncodeStage:
         last = max((item.offset + item.length for item in items if item.hash in unencoded), default=0)
         return Encoded(prompt, params or None, hashes, version if hashes else ANY, unencoded, last)
 
-    def _left_to_cache(self, items: tuple[Item, ...], indices: list[int], cached: Cached) -> list[int]:
+    def _left_to_cache(self, items: tuple[Item, ...], indices: list[int], cached: Callable[[], Cached]) -> list[int]:
         """Those of the items, by index, that need no encoder: all their tokens are cached, wherever they stand."""
-        if not self.leaves_cached:
+        if not (self.leaves_cached and indices):
             return []
-        beyond = {item.hash for item in items if item.offset + item.length > cached.tokens}
+        tokens, likely = cached()
+        beyond = {item.hash for item in items if item.offset + item.length > tokens}
         left = [index for index in indices if items[index].hash not in beyond]
         seconds = sum(self._encode_s(items[index]) for index in left)
-        return left if self.savings.pays(seconds, cached.likely) else []
+        return left if self.savings.pays(seconds, likely) else []
 
     def _encode_s(self, item: Item) -> float:
         """Seconds that an encoder worked on an item; on any, where that is not remembered."""

@@ -7,7 +7,7 @@ import asyncio
 import contextvars
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -26,7 +26,7 @@ from serve_app.ingress.admission import Admission
 from serve_app.ingress.answers import JOIN_S, Answer, Answers
 from serve_app.ingress.choice import Choice, choices_of
 from serve_app.ingress.decisions import UNSTRUCTURABLE, Attempts, Next
-from serve_app.ingress.encoding import NOT_CACHED, Cached, Encoded, EncodeStage, Replies
+from serve_app.ingress.encoding import Cached, Encoded, EncodeStage, Replies
 from serve_app.ingress.request import Deadline, Request
 from serve_app.ingress.retry import Retries
 from serve_app.ingress.vllm_errors import fails_as_vllm
@@ -73,7 +73,6 @@ class Pipeline:
         self.answers = Answers(processor)
         self.retries = Retries(config.advanced.retry)
         self.background: set[asyncio.Task[Any]] = set()
-        self._by_prefix = any(stage.affinity is not None for stage in stages.values())
         self._config = config
         self._processor = processor
         self._engines_resume = engines_resume
@@ -145,7 +144,7 @@ class Pipeline:
             try:
                 # Encoders' answers that came while the prompt was rendered serve all choices, or the first alone.
                 first = number == 1 and (choice.index == 0 or self._config.ec.shareable)
-                cached = self._cached(plan) if number == 1 else NOT_CACHED
+                cached = partial(self._cached, plan) if number == 1 else Cached
                 encoded = await deadline.within(Stage.ENCODER, self._encode(plan, request.trace, first, cached))
                 return await self._attempt(plan, encoded, choice, deadline, request)
             except StageError as error:
@@ -175,9 +174,8 @@ class Pipeline:
         way = rules.way({stage: handle.weights for stage, handle in self.stages.items()}, request.weights)
         call = msgspec.structs.replace(call, version=call.version._replace(weights=way.weights))
         encoders = not (attempts.without_encoders or Stage.ENCODER in way.without)
-        prefix = self._prefix(call, request)
         if Stage.PREFILL not in self.stages:
-            return Plan(call, encoders, False, None, prefix)
+            return Plan(call, encoders, False, None, self._prefix(Stage.DECODE, call, request))
         why = None
         if len(call.prompt.token_ids) < self._config.advanced.kv.min_prompt_tokens:
             why = "short"
@@ -185,19 +183,20 @@ class Pipeline:
             why = "failed"
         elif Stage.PREFILL in way.without:
             why = "other version"
-        return Plan(call, encoders, why is None, why, prefix)
+        prefills = Stage.PREFILL if why is None else Stage.DECODE
+        return Plan(call, encoders, why is None, why, self._prefix(prefills, call, request))
 
-    def _prefix(self, call: StageRequest, request: Request) -> Prefix | None:
+    def _prefix(self, prefills: Stage, call: StageRequest, request: Request) -> Prefix | None:
         """None: the replica is chosen without, or reads no prefix cache for this request."""
-        if not self._by_prefix or call.params.skip_reading_prefix_cache:
+        if self.stages[prefills].affinity is None or call.params.skip_reading_prefix_cache:
             return None
         adapter = call.options.get("lora_request")
         return prefix_of(call.prompt, request.session, adapter.lora_name if adapter is not None else "")
 
     def _cached(self, plan: Plan) -> Cached:
         """What the replica that prefills is expected to have in its prefix cache."""
-        if plan.prefix is None or not plan.call.prompt.items:
-            return NOT_CACHED
+        if plan.prefix is None:
+            return Cached()
         return Cached(*self.stages[Stage.PREFILL if plan.prefill else Stage.DECODE].expected(plan.prefix))
 
     def _forget(self, error: StageError, encoded: Encoded, took_s: float) -> None:
@@ -211,7 +210,7 @@ class Pipeline:
         if isinstance(error, OtherVersion) and encoded.version.weights:
             self.encoders.forget_version(encoded.version)
 
-    async def _encode(self, plan: Plan, trace: Trace, first: bool, cached: Cached) -> Encoded:
+    async def _encode(self, plan: Plan, trace: Trace, first: bool, cached: Callable[[], Cached]) -> Encoded:
         """The prompt for prefill and decode. It stays as it is where no encoder is needed."""
         if self.encoders is None or not plan.call.prompt.items:
             return Encoded(plan.call.prompt, None)
@@ -264,7 +263,7 @@ class Pipeline:
                 if choice.counts_cached:
                     trace.cached_tokens += cached
                     choice.counts_cached = False
-                if prefilled is None:
+                if under_way.prefix is not None:
                     stage.began(call.request_id, under_way, cached)
                     trace.found(Stage.DECODE, under_way.expected_tokens, cached)
 

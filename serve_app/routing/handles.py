@@ -223,8 +223,8 @@ class StageHandle:
 
     def began(self, request_id: str, call: Call, cached_tokens: int) -> None:
         """A replica has prefilled a prompt, and decodes it from now on."""
-        if self.affinity is not None and call.prefix is not None:
-            call.expected_tokens = self.affinity.found(request_id, cached_tokens)
+        self._found(request_id, call, cached_tokens)
+        if self.affinity is not None:
             self.affinity.began(request_id)
 
     @property
@@ -242,7 +242,8 @@ class StageHandle:
             try:
                 with self._placed(call, args), self._calling(handle, args, call):
                     reply = await call.response
-                    self._found(call, args, reply)
+                    if isinstance(reply, PrefillReply):
+                        self._found(args[0].request_id, call, reply.num_cached_tokens or 0)
             except OtherVersion as refused:
                 if not self._others_may_fit(refused, args, refusals):
                     raise
@@ -287,9 +288,10 @@ class StageHandle:
         finally:
             self.affinity.ended(request_id)
 
-    def _found(self, call: Call, args: tuple[Any, ...], reply: Any) -> None:
-        if self.affinity is not None and call.prefix is not None and isinstance(reply, PrefillReply):
-            call.expected_tokens = self.affinity.found(args[0].request_id, reply.num_cached_tokens or 0)
+    def _found(self, request_id: str, call: Call, cached_tokens: int) -> None:
+        """A replica has told how many tokens of a prompt it had in its prefix cache."""
+        if self.affinity is not None and call.prefix is not None:
+            call.expected_tokens = self.affinity.found(request_id, cached_tokens)
 
     @contextmanager
     def _calling(self, handle: DeploymentHandle[Any], args: tuple[Any, ...], call: Call) -> Iterator[Call]:

@@ -2,12 +2,12 @@
 
 import asyncio
 from functools import partial
+from itertools import count
 from typing import Any
 
 import pytest
 from vllm.v1.metrics.stats import PrefillStats
 
-from serve_app.handoff.errors import HandoffLost
 from serve_app.handoff.types import EncodeReply, StageRequest
 from serve_app.ingress.request import Request, current
 from serve_app.routing.affinity import Affinity
@@ -98,6 +98,18 @@ def test_what_was_expected_and_what_was_found_is_told_by_stage(make_client: Make
     assert trace.expected == {"decode": (2, 5)}
 
 
+def loses(pipeline: FakePipeline, *which: int) -> None:
+    """Have these calls of prefill fail, the first being 1: what they need is lost."""
+    prefill, numbers = pipeline.prefill, count(1)
+
+    async def losing(request: StageRequest) -> Any:
+        if next(numbers) in which:
+            raise PREFILL_LOST
+        return await prefill(request)
+
+    pipeline.prefiller._methods["prefill"] = losing
+
+
 def left_out(make: Make, pipeline: FakePipeline, holds: tuple[int, float], **more: Any) -> Any:
     """The trace of a second request, whose pictures the stage that prefills is expected to hold."""
     request = Request("req")
@@ -169,16 +181,7 @@ def test_items_that_were_not_in_the_cache_after_all_are_encoded(make_client: Mak
     """The first request has no failure, so the one that is lost is the second's."""
     pipeline = FakePipeline()
     sees_seconds(pipeline)
-    prefill, asked = pipeline.prefill, 0
-
-    async def loses_the_second(request: StageRequest) -> Any:
-        nonlocal asked
-        asked += 1
-        if asked == 2:
-            raise PREFILL_LOST
-        return await prefill(request)
-
-    pipeline.prefiller._methods["prefill"] = loses_the_second
+    loses(pipeline, 2)
     trace = left_out(make_client, pipeline, CERTAIN)
     assert pipeline.log == ["prefill", "encode", "encode", "prefill", "decode"]
     assert (trace.rungs, trace.unencoded_items) == (["encode-after-all"], 2)
@@ -192,16 +195,7 @@ def test_an_item_lost_after_that_still_has_its_own_tries(make_client: Make) -> N
     """It is lost once as it was left out, and once more as its embedding is gone; then it is encoded again."""
     pipeline = FakePipeline()
     sees_seconds(pipeline)
-    prefill, asked = pipeline.prefill, 0
-
-    async def loses_two(request: StageRequest) -> Any:
-        nonlocal asked
-        asked += 1
-        if asked in (2, 3):
-            raise HandoffLost(Stage.PREFILL, "could not load it")
-        return await prefill(request)
-
-    pipeline.prefiller._methods["prefill"] = loses_two
+    loses(pipeline, 2, 3)
     trace = left_out(make_client, pipeline, CERTAIN)
     assert trace.rungs == ["encode-after-all", "prefill-again"]
     assert pipeline.log.count("encode") == 4
