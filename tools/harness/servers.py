@@ -307,9 +307,9 @@ def vllm_server(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def engine_server(folder: Path, config: EPDConfig) -> Iterator[Server]:
-    """The decode engine of a resolved config behind vLLM's own API server."""
-    engine = engine_args(config, Stage.DECODE, model_path(config)) | API
+def engine_server(folder: Path, config: EPDConfig, more: dict[str, Any] | None = None) -> Iterator[Server]:
+    """The decode engine of a resolved config behind vLLM's own API server; ``more``: engine arguments besides."""
+    engine = engine_args(config, Stage.DECODE, model_path(config)) | API | (more or {})
     log = folder / "vllm.log"
     try:
         env = replica_env(config, Stage.DECODE) | {"VLLM_RPC_BASE_PATH": str(folder)}  # its sockets go with the folder
