@@ -1,8 +1,8 @@
 """What is compared, on two cores: each engine has a core, as if it were a card; all else goes where there is room.
 
-``one engine`` has one core, so the other is left to its server. ``two engines`` are vLLM's own data parallelism, whose
-server gives each request to the engine with the fewest. In ``E+PD`` encoder and decode have a core each; in ``E+P+D`` encoder
-and prefill share one.
+``one engine`` has one core, so the other is left to its server. ``two engines`` are vLLM's own data parallelism: its server
+gives each request to the engine with the fewest. In ``E+PD`` encoder and decode have a core each; in ``E+P+D`` encoder and
+prefill share one.
 """
 
 import os
