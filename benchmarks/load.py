@@ -8,6 +8,7 @@ answers did not have all their tokens.
 import asyncio
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,17 +58,25 @@ class Cell:
 
     @property
     def requests(self) -> int:
-        if self in QUICK:
-            return 128
-        return {None: 32, 1: 16, 64: 128}.get(self.at_a_time, 64)
+        return 128 if self.rate is None else 32
 
 
 TARGET = Cell(images=2, tokens=16, at_a_time=8)
 TEXT = Cell(images=0, tokens=16, at_a_time=8)
-LONG = Cell(images=0, tokens=256, at_a_time=64)
-POISSON = Cell(images=2, tokens=16, rate=2.0)
 QUICK = [TARGET, TEXT]
-ALL = [Cell(i, tokens, n) for i in (0, 1, 2, 4) for tokens in (16, 64) for n in (1, 8, 32)] + [LONG, POISSON]
+
+
+def seeds_of(round_: int) -> Iterator[int]:
+    """The same for all systems of a round."""
+    return iter(range(1000 * round_ + 1, 1000 * (round_ + 1)))
+
+
+def loads(cells: list[Cell]) -> dict[str, Any]:
+    """What a report says of its requests."""
+    return {
+        "workload": {"image_size": IMAGE_SIZE, "text_tokens": TEXT_TOKENS, "cells": len(cells)},
+        "seeds": "1000 × round + number of the run, the same for every system",
+    }
 
 
 def arguments(cell: Cell, url: str, tokenizer: str, seed: int) -> list[str]:

@@ -1,5 +1,5 @@
-"""What is compared: ours, the reference's way, and engines by themselves. All with the engine arguments of
-``serve_app.launch.engine_args`` on the demo model of random weights, on the CPU, on loopback.
+"""What is compared: ours and the reference's way, with the engine arguments of ``serve_app.launch.engine_args``, on the CPU,
+on loopback.
 
 One engine more is 2 to 4 GB, so only one system runs at a time.
 """
@@ -17,13 +17,10 @@ from serve_app.hooks.vllm_plugin import REPLICA_ENV
 from serve_app.launch.connectors import free_ports, side_channel_env
 from serve_app.launch.engine_args import engine_args, model_path, replica_env
 from serve_app.stage import Stage
-from tools.harness.servers import APP, Server, api_server, cpu_config, kill_all, serve_run, start, vllm_server
+from tools.harness.servers import APP, Server, api_server, cpu_config, kill_all, serve_run, start
 
 System = Callable[[Path], AbstractContextManager[Server]]
 """Starts a system, in a folder of its own."""
-
-SHORT = 512
-"""Tokens: all prompts of the benchmark are shorter."""
 
 PROXY_OPTION = {Stage.ENCODER: "--encode", Stage.PREFILL: "--prefill", Stage.DECODE: "--decode"}
 
@@ -70,15 +67,6 @@ def reference_engine(config: EPDConfig, stage: Stage) -> Engine:
     return Engine(stage, args, env)
 
 
-def engines(folder: Path, count: int) -> AbstractContextManager[Server]:
-    """Engines by themselves, each taking whole requests in turn."""
-    config = cpu_config({"encoder": None, "prefill": None})
-    engine = Engine(
-        Stage.DECODE, engine_args(config, Stage.DECODE, model_path(config)), replica_env(config, Stage.DECODE)
-    )
-    return behind_proxy(folder, [engine] * count)
-
-
 @contextmanager
 def behind_proxy(folder: Path, behind: list[Engine]) -> Iterator[Server]:
     log = folder / "proxy.log"
@@ -97,13 +85,3 @@ def behind_proxy(folder: Path, behind: list[Engine]) -> Iterator[Server]:
             yield stack.enter_context(start(command, port, log, mark))
     finally:
         kill_all(str(log))
-
-
-SYSTEMS: dict[str, System] = {
-    "ours E+P+D": lambda folder: ours(folder, {}),
-    "ours E+P+D, short at D": lambda folder: ours(folder, {"advanced": {"kv": {"min_prompt_tokens": SHORT}}}),
-    "ours E+PD": lambda folder: ours(folder, {"prefill": None}),
-    "proxy": reference,
-    "one engine": lambda folder: vllm_server(folder, {}),
-    "three engines": lambda folder: engines(folder, len(Stage)),
-}

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import order
 from benchmarks.conversations import clients
 from benchmarks.conversations.figures import PREFIX, TWO_CHOICES, Document
 from benchmarks.conversations.loads import (
@@ -31,6 +30,7 @@ from benchmarks.conversations.loads import (
     Load,
 )
 from benchmarks.conversations.page import SMALL, page
+from benchmarks.questions.question import order
 from tools.harness import record
 from tools.harness.servers import API, Server, serve_run
 

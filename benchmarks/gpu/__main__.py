@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import load
-from benchmarks.bench import loads
 from benchmarks.gpu import card as cards
 from benchmarks.gpu import systems
 from benchmarks.gpu.budget import Budget
@@ -50,7 +49,7 @@ def document_of(platform: systems.Platform, card: cards.Card | None, minutes: fl
     fits = what_fits(card) if card else None
     return (
         record.about("benchmarks.gpu", hardware, platform.model)
-        | loads(load.QUICK)
+        | load.loads(load.QUICK)
         | {
             "card": asdict(card) if card else None,
             "engine_args": platform.engine_args,

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks import report
+from benchmarks.gpu import rounds as rounds_of
 from benchmarks.gpu.answers import NEAR_TIE, Answer, Comparison, compare
 from benchmarks.gpu.probe import SLACK
 from benchmarks.load import TARGET, Cell
@@ -47,8 +48,8 @@ def by_rounds(document: Document) -> Document:
 
 def comparisons(document: Document, found: Found) -> dict[str, Comparison]:
     """By prompt; empty for one engine, and where one of the two has no answers."""
-    one = next((each.get("answers", {}) for each in document["systems"] if each["system"] == report.ONE), {})
-    if found["system"] == report.ONE:
+    one = next((each.get("answers", {}) for each in document["systems"] if each["system"] == rounds_of.ONE), {})
+    if found["system"] == rounds_of.ONE:
         return {}
     ours = found.get("answers", {})
     return {name: compare(Answer(**ours[name]), Answer(**one[name])) for name in one if name in ours}
@@ -73,9 +74,14 @@ def summary_rows(document: Document) -> list[list[str]]:
         failed = f"{sum(run['failed'] for run in runs)} of {sum(run['requests'] for run in runs)}" if runs else "–"
         figures = [
             report.text(
-                report.Spread.of(list(report.values(report.runs(rounds, name, TARGET), metric).values())), digits
+                report.Spread.of(list(rounds_of.values(rounds_of.runs(rounds, name, TARGET), metric).values())), digits
             )
-            for metric, digits in ((report.RATE, 1), (report.TTFT[0], 0), (report.TTFT[2], 0), (report.TPOT, 1))
+            for metric, digits in (
+                (rounds_of.RATE, 1),
+                (rounds_of.TTFT[0], 0),
+                (rounds_of.TTFT[2], 0),
+                (rounds_of.TPOT, 1),
+            )
         ]
         state = found.get("error", "").partition(":")[0] or ("measured" if found["rounds"] else "not measured")
         rows.append([name, state, started, answered(comparisons(document, found).values()), *figures, failed])
@@ -140,14 +146,17 @@ def transfer_lines(found: Found) -> list[str]:
 
 def load_parts(document: Document) -> list[str]:
     rounds = by_rounds(document)
-    systems = report.systems_of(rounds)
-    header = ["system", *(metric.title for metric in report.METRICS), "failed", "answers as one engine's"]
+    systems = rounds_of.systems_of(rounds)
+    header = ["system", *(metric.title for metric in rounds_of.METRICS), "failed", "answers as one engine's"]
     parts = []
     for cell in dict.fromkeys(Cell(**run["cell"]) for visit in rounds["visits"] for run in visit["runs"]):
-        done = ", ".join(f"{name} {len(report.runs(rounds, name, cell))}" for name in systems)
-        parts += [f"## {cell.name}\n\nRounds: {done}.\n", report.table(header, report.cell_rows(rounds, systems, cell))]
-        if rows := report.ratio_rows(rounds, systems, cell):
-            parts.append(report.table(["ratio", *(metric.title for metric in report.COMPARED)], rows))
+        done = ", ".join(f"{name} {len(rounds_of.runs(rounds, name, cell))}" for name in systems)
+        parts += [
+            f"## {cell.name}\n\nRounds: {done}.\n",
+            report.table(header, rounds_of.cell_rows(rounds, systems, cell)),
+        ]
+        if rows := rounds_of.ratio_rows(rounds, systems, cell):
+            parts.append(report.table(["ratio", *(metric.title for metric in rounds_of.COMPARED)], rows))
     return parts
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.model import RANDOM_WEIGHTS, write_qwen_3b, write_small
 from benchmarks.gpu.prerequisites import THREE_ENGINES_MIB
+from benchmarks.gpu.rounds import ONE
 from benchmarks.systems import System, ours
 from serve_app.config import EPDConfig
 from serve_app.launch.placement import Cluster, resolve
@@ -81,7 +81,7 @@ def disaggregated(platform: Platform, model: Path, topology: dict[str, Any], fol
 
 def systems(platform: Platform, model: Path, card: Card | None) -> dict[str, System]:
     """Those that fit on the card. The one engine comes first: the others' answers are compared with its."""
-    found: dict[str, System] = {report.ONE: lambda folder: one_engine(platform, model, folder)}
+    found: dict[str, System] = {ONE: lambda folder: one_engine(platform, model, folder)}
     for name, topology in TOPOLOGIES.items():
         if "prefill" in topology or card is None or card.total_mib >= THREE_ENGINES_MIB:
             found[name] = lambda folder, topology=topology: disaggregated(platform, model, topology, folder)

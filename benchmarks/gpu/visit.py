@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import load
-from benchmarks.bench import seeds_of
 from benchmarks.gpu import probe
 from benchmarks.gpu.answers import ask_all
 from benchmarks.gpu.budget import Budget, limit
@@ -96,7 +95,7 @@ class Visit:
             self._look(server, found)  # the memory that an engine has taken it keeps
 
     def _load(self, server: Server, round_: int, log: Path) -> list[dict[str, Any]]:
-        seeds = seeds_of(round_)
+        seeds = load.seeds_of(round_)
         warm_up = load.QUICK if not round_ else []
         runs = load.drive(
             server.url, server.mark, self.tokenizer, [(cell, next(seeds)) for cell in warm_up + load.QUICK], log

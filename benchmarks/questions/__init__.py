@@ -1,0 +1,1 @@
+"""What people who choose between one engine, more engines, the reference and this ask, and how it is measured."""

@@ -20,7 +20,7 @@ class Target:
     found: Callable[[Document], Spread | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Question:
     name: str
     """Of its results, ``results/<name>.json`` and ``.png``, and on the command line."""
@@ -61,3 +61,9 @@ def ratio(document: Document, system: str, against: str, figure: Callable[[Run],
     return Spread.of(
         [ours[round_] / theirs[round_] for round_ in sorted(ours.keys() & theirs.keys()) if theirs[round_]]
     )
+
+
+def order(names: list[str], round_: int) -> list[str]:
+    """Every round begins with the next system, so that none always runs first."""
+    start = round_ % len(names)
+    return names[start:] + names[:start]

@@ -185,4 +185,4 @@ def test_rounds_are_compared_with_one_engines_of_the_same_round() -> None:
     ours = system("ours E+PD") | {"rounds": [[run(20.0)], [run(10.0)]]}
     told = pages.page(document(one, ours))
     assert "| ours E+PD / one engine | 0.50 |" in told
-    assert "Rounds: ours E+PD 2, one engine 2." in told
+    assert "Rounds: one engine 2, ours E+PD 2." in told
