@@ -21,13 +21,13 @@ SYSTEMS: dict[str, System] = {
     E_PD: lambda folder: stages(folder, arguments(STEP_TOKENS), E_PD),
 }
 TEXT_WORDS, ANSWER_TOKENS = 50, 64
-SECONDS = 40.0
+SECONDS = 30.0
 RATES: dict[int, tuple[float, ...]] = {
-    0: (4, 6, 8, 10, 12),
-    1: (2, 2.75, 3.5, 4.25, 5),
-    2: (1.2, 1.7, 2.2, 2.7, 3.2),
-    4: (0.8, 1.1, 1.4, 1.7, 2.0, 2.3),
-    8: (0.4, 0.55, 0.7, 0.85, 1.0, 1.15),
+    0: (4, 8, 12),
+    1: (2, 3, 4, 5),
+    2: (1.2, 1.8, 2.4, 3.0),
+    4: (0.8, 1.2, 1.6, 2.0),
+    8: (0.4, 0.6, 0.8, 1.0),
 }
 """Requests per second by pictures per request, up to what either system can bear."""
 GIVEN_UP = 0.5

@@ -23,11 +23,13 @@ LONG_AT_S, LONG_WORDS = 48.0, 19_500
 MAKER = "benchmarks.questions.interference:asks"
 STEP_TOKENS = {ONE: 512, TWO: 512, E_PD: 256, E_P_D: 512}
 """In a step at most. Tried: 128 to 2,048 (see `benchmarks/NOTES.md`); the best of each for its texts."""
+SHORT_AT_DECODE = {"kv": {"min_prompt_tokens": 256}}
+"""The texts' prompts are short: decode prefills them, and they do not wait behind the long one."""
 SYSTEMS: dict[str, System] = {
     ONE: lambda folder: engines(folder, arguments(STEP_TOKENS[ONE]), 1),
     TWO: lambda folder: engines(folder, arguments(STEP_TOKENS[TWO]), 2),
     E_PD: lambda folder: stages(folder, arguments(STEP_TOKENS[E_PD]), E_PD),
-    E_P_D: lambda folder: stages(folder, arguments(STEP_TOKENS[E_P_D]), E_P_D),
+    E_P_D: lambda folder: stages(folder, arguments(STEP_TOKENS[E_P_D]) | {"advanced": SHORT_AT_DECODE}, E_P_D),
 }
 
 
