@@ -170,12 +170,13 @@ def answer(document: Document) -> str:
     crossing = (
         f"E+PD wins from {min(wins)} picture{'s' * (min(wins) != 1)} per request on" if wins else "E+PD never wins"
     )
+    first, more = ttft_limit_s(0), ttft_limit_s(1) - ttft_limit_s(0)
     return (
         f"Requests per second of which {ENOUGH:.0%} are within the SLO, two engines / E+PD, by pictures per request. The "
-        f"SLO is {ttft_limit_s(0):g} s to the first token, {ttft_limit_s(1) - ttft_limit_s(0):g} s more per picture, and what "
-        f"stands above the column. Where pauses count, {crossing}: an engine that encodes stops all its answers. Where only "
-        "the mean time per token counts, two engines are at least as good, as work that is split over stages is never "
-        "spread as evenly as whole requests.\n\n" + table(["pictures", *(slo.title for slo in SLOS)], rows)
+        f"SLO is {first:g} s to the first token, {more:g} s more per picture, and what stands above the column. Where pauses "
+        f"count, {crossing}: an engine that encodes stops all its answers. Where only the mean time per token counts, two "
+        "engines are at least as good, as work that is split over stages is never spread as evenly as whole requests.\n\n"
+        + table(["pictures", *(slo.title for slo in SLOS)], rows)
     )
 
 

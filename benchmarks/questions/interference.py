@@ -114,8 +114,8 @@ def answer(document: Document) -> str:
     return (
         f"Of a thousand tokens of the texts the slowest one waits {told}, of what it waits in one engine. One engine and "
         "two stop for every picture that they encode and every piece of a long prompt; E+PD stops for prefill alone; in "
-        "E+P+D decode stops for nothing, and what is left is that all share two cores. Tokens that come together count as 0 ms "
-        "apart: ours are sent on every 20 ms (`chunk_interval_s`), which is the p50.\n\n"
+        "E+P+D decode stops for nothing, and what is left is that all share two cores. Tokens that come together count as "
+        "0 ms apart: ours are sent on every 20 ms (`chunk_interval_s`), which is the p50.\n\n"
         + table(["time between tokens, ms", "p50", "p99", "p99.9", "worst", "failed"], rows)
     )
 
