@@ -21,7 +21,7 @@ SYSTEMS: dict[str, System] = {
     E_PD: lambda folder: stages(folder, arguments(STEP_TOKENS), E_PD),
 }
 TEXT_WORDS, ANSWER_TOKENS = 50, 64
-SECONDS = 30.0
+SECONDS, QUICK_S = 30.0, 20.0
 RATES: dict[int, tuple[float, ...]] = {
     0: (4, 8, 12),
     1: (2, 3, 4, 5),
@@ -118,9 +118,9 @@ def visit(name: str, round_: int, rates: dict[int, Sequence[float]], seconds: fl
 
 
 def measure(round_: int, quick: bool) -> Iterator[Run]:
-    rates = {4: (1.1, 1.7)} if quick else RATES
+    rates, seconds = ({4: (0.8, 1.6)}, QUICK_S) if quick else (RATES, SECONDS)
     for name in order(list(SYSTEMS), round_):
-        yield from visit(name, round_, rates)
+        yield from visit(name, round_, rates, seconds)
 
 
 # ---- the answer
