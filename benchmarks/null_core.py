@@ -46,12 +46,15 @@ class NullCore(AsyncMPClient):
 
     A step gives each running request its next token, ``step_s`` seconds after it began; a request that comes meanwhile joins
     the next one, as in an engine. Steps keep to their pace: if this process was busy when some were due, they come together.
+    ``alone``: one request at a time, as where an engine has no use for a batch.
     """
 
-    def __init__(self, stage: Stage, step_s: float, vllm_config: VllmConfig, renderer: Any) -> None:
+    def __init__(
+        self, stage: Stage, step_s: float, vllm_config: VllmConfig, renderer: Any, alone: bool = False
+    ) -> None:
         self.stage = stage
         self.step_s = step_s
-        self.slots = vllm_config.scheduler_config.max_num_seqs
+        self.slots = 1 if alone else vllm_config.scheduler_config.max_num_seqs
         self.steps = self.tokens = 0
         self.vllm_config = vllm_config
         vllm_config.cache_config.num_gpu_blocks = KV_BLOCKS
@@ -155,13 +158,14 @@ def ec_params(request: EngineCoreRequest) -> dict[str, Any]:
     return {item.identifier: {"item_indices": [0], "metadata": {}} for item in request.mm_features or ()}
 
 
-def replace_cores(stage: Stage, step_s: float) -> None:
+def replace_cores(stage: Stage, step_s: float, item_s: float = 0.0) -> None:
     """From now on an ``AsyncLLM`` that is made in this process has a core that does nothing.
 
-    Prompts and items take no time.
+    ``step_s``: of a step of decode; ``item_s``: that an encoder has for an item, one after another. Prompts take no time.
     """
+    took_s = {Stage.DECODE: step_s, Stage.ENCODER: item_s}.get(stage, 0.0)
 
     def make(vllm_config: VllmConfig, *args: Any, renderer: Any, **more: Any) -> NullCore:
-        return NullCore(stage, step_s if stage is Stage.DECODE else 0.0, vllm_config, renderer)
+        return NullCore(stage, took_s, vllm_config, renderer, alone=stage is Stage.ENCODER and item_s > 0)
 
     EngineCoreClient.make_async_mp_client = staticmethod(make)

@@ -1,8 +1,8 @@
 """The real deployments around engine cores that do nothing (``null_core.py``): what is left is the orchestration.
 
 ``serve run benchmarks.null_engine:build_app`` takes the arguments of ``serve_app.app:build_app`` and ``null_step_s``:
-seconds per step of the decode engines, so per token of each stream. Media are decoded and processed as ever; embeddings and
-KV blocks are not there.
+seconds per step of the decode engines, so per token of each stream; and ``null_item_s``: seconds that an encoder has for an
+item. Media are decoded and processed as ever; embeddings and KV blocks are not there.
 """
 
 from typing import Any
@@ -29,6 +29,7 @@ class _Null:
 
     stage: Stage
     step_s: float
+    item_s: float
 
     def __init__(self, config: EPDConfig) -> None:
         self._replaced = False
@@ -42,20 +43,20 @@ class _Null:
         from benchmarks.null_core import replace_cores
 
         super()._check(vllm_config)  # type: ignore[misc]
-        replace_cores(self.stage, self.step_s)
+        replace_cores(self.stage, self.step_s, self.item_s)
         self._replaced = True
 
 
-def null(deployment: Any, step_s: float) -> Any:
+def null(deployment: Any, step_s: float, item_s: float) -> Any:
     real = deployment.func_or_class
-    made = type(f"Null{deployment.name}", (_Null, real), {"step_s": step_s})
+    made = type(f"Null{deployment.name}", (_Null, real), {"step_s": step_s, "item_s": item_s})
     return serve.deployment(name=deployment.name)(made)
 
 
 def build_app(args: dict[str, Any]) -> Application:
     args = dict(args)
-    step_s = float(args.pop("null_step_s", STEP_S))
+    step_s, item_s = float(args.pop("null_step_s", STEP_S)), float(args.pop("null_item_s", 0.0))
     args["engine_args"] = {"max_num_seqs": SEQUENCES} | args.get("engine_args", {})
     stages = {Stage.ENCODER: Encoder, Stage.PREFILL: Prefill, Stage.DECODE: Decode}
-    app.DEPLOYMENTS = {stage: null(deployment, step_s) for stage, deployment in stages.items()}
+    app.DEPLOYMENTS = {stage: null(deployment, step_s, item_s) for stage, deployment in stages.items()}
     return app.build_app(args)

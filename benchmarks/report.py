@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmarks.questions.question import Question, Target
+    from benchmarks.questions.question import Question
 
 Document = dict[str, Any]
 
@@ -38,15 +38,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def target_rows(found: "Mapping[Question, Document]") -> list[list[str]]:
-    return [target_row(target, document) for question, document in found.items() for target in question.targets]
-
-
-def target_row(target: "Target", document: Document) -> list[str]:
-    limit, spread = f"{'≥' if target.at_least else '≤'} {target.limit:g}", target.found(document)
-    if spread is None:
-        return [target.title, limit, "–", "not measured"]
-    met = spread.median >= target.limit if target.at_least else spread.median <= target.limit
-    return [target.title, limit, text(spread), "met" if met else "**missed**"]
+    return [
+        target.line(document) or [target.title, target.limits, "–", "not measured"]
+        for question, document in found.items()
+        for target in question.targets
+    ]
 
 
 INTRODUCTION = """\

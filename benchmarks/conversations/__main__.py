@@ -62,7 +62,7 @@ def server(folder: Path, arm: str, caches: str) -> AbstractContextManager[Server
 
 
 def all_run(one: Server) -> bool:
-    return len(clients.work(one.get("/metrics").text)) == PREFILLS
+    return len(clients.work(clients.engines(one.get("/metrics").text))) == PREFILLS
 
 
 def visit(arm: str, caches: str, loads: list[Load], round_: int, patience_s: float) -> list[dict[str, Any]]:

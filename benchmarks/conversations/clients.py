@@ -22,14 +22,13 @@ from benchmarks.conversations.loads import ANSWER_TOKENS, Load, Turn, session
 from benchmarks.job import answer
 from benchmarks.job import run as run_job
 from benchmarks.streams import share, speeds, wait_for_quiet
+from serve_app.stage import Stage
 
 RUN_LIMIT_S = 600.0
 SETTLE_S = 1.0
 """An engine's counters are on the metrics page a moment after the answer."""
-WORK = re.compile(
-    r'^vllm:prompt_tokens_by_source_total\{.*?replica="(\w+)",source="local_compute",stage="prefill"\} (\S+)',
-    re.MULTILINE,
-)
+SAMPLE = re.compile(r"^vllm:(prompt_tokens_by_source|request_success)_total\{(.*)\} (\S+)", re.MULTILINE)
+LABEL = re.compile(r'(\w+)="(.*?)"')
 LINE = re.compile(r"request=(\S+) (.+)")
 SLOWEST = 3
 LIKE_ALL, LIKE_NONE = 0.9, 0.1
@@ -49,22 +48,23 @@ class Asked:
     prompt: int = 0
     cached: int = 0
     tokens: int = 0
+    wanted: int = ANSWER_TOKENS
 
     @property
     def whole(self) -> bool:
-        return self.tokens == ANSWER_TOKENS
+        return self.tokens == self.wanted
 
     @property
     def cached_share(self) -> float:
         return self.cached / self.prompt if self.prompt else 0.0
 
 
-def body(turn: Turn) -> bytes:
+def body(load: Load, turn: Turn) -> bytes:
     return json.dumps(
         {
             "model": "demo",
             "messages": turn.messages,
-            "max_tokens": ANSWER_TOKENS,
+            "max_tokens": load.answer,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
@@ -99,10 +99,22 @@ class Sessions:
         self._made = [list(self._session(number)) for number in range(load.warm_up + load.sessions + 1)]
 
     def _session(self, number: int) -> Iterator[tuple[float, bytes]]:
-        return ((turn.think_s, body(turn)) for turn in session(self._load, self._seed, self._user, number))
+        return ((turn.think_s, body(self._load, turn)) for turn in session(self._load, self._seed, self._user, number))
 
     def __getitem__(self, number: int) -> list[tuple[float, bytes]]:
         return self._made[number] if number < len(self._made) else list(self._session(number))
+
+
+Engine = tuple[str, str]
+"""Its stage and replica; empty where there are none."""
+
+
+@dataclass
+class Done:
+    """What an engine has done: prompt tokens that it computed, which were in no cache, and requests that it answered."""
+
+    computed: float = 0.0
+    requests: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,26 +125,51 @@ class Look:
     spent: dict[int, cpu.Spent]
     machine_s: float
     own_s: float
-    work: dict[str, float]
-    """Prompt tokens computed so far, by prefill replica."""
+    engines: dict[Engine, Done]
 
 
-async def look(client: aiohttp.ClientSession, url: str, mark: str) -> Look:
+async def look(client: aiohttp.ClientSession, pages: dict[str, str], mark: str) -> Look:
+    """``pages``: addresses of metrics by the stage whose engines they are of, where the samples do not say it."""
     now, machine, own = time.monotonic(), cpu.machine_s(), time.process_time()
     spent = await asyncio.to_thread(cpu.look, mark)
-    async with client.get(f"{url}/metrics") as response:
-        return Look(now, spent, machine, own, work(await response.text()))
+    found: dict[Engine, Done] = {}
+    for stage, address in pages.items():
+        async with client.get(address) as response:
+            found |= engines(await response.text(), stage)
+    return Look(now, spent, machine, own, found)
 
 
-def work(page: str) -> dict[str, float]:
-    return {replica: float(value) for replica, value in WORK.findall(page)}
+def engines(page: str, stage: str = "") -> dict[Engine, Done]:
+    """By engine, from a page of metrics."""
+    found: dict[Engine, Done] = {}
+    for name, labels, value in SAMPLE.findall(page):
+        told = dict(LABEL.findall(labels))
+        of = found.setdefault((told.get("stage", stage), told.get("replica", "")), Done())
+        if name == "request_success":
+            of.requests += float(value)
+        elif told["source"] == "local_compute":
+            of.computed += float(value)
+    return found
+
+
+def between(before: dict[Engine, Done], after: dict[Engine, Done]) -> dict[Engine, Done]:
+    def less(engine: Engine, until: Done) -> Done:
+        since = before.get(engine, Done())
+        return Done(until.computed - since.computed, until.requests - since.requests)
+
+    return {engine: less(engine, until) for engine, until in after.items()}
+
+
+def work(found: dict[Engine, Done]) -> dict[str, float]:
+    """Prompt tokens computed by each prefill replica."""
+    return {replica: each.computed for (stage, replica), each in found.items() if stage == Stage.PREFILL}
 
 
 class Run:
     """One load on one server."""
 
-    def __init__(self, load: Load, seed: int, url: str, mark: str) -> None:
-        self._load, self._seed, self._url, self._mark = load, seed, url, mark
+    def __init__(self, load: Load, seed: int, url: str, mark: str, pages: dict[str, str]) -> None:
+        self._load, self._seed, self._url, self._mark, self._pages = load, seed, url, mark, pages
         self._users = [Sessions(load, seed, user) for user in range(load.users)]
         self._left = load.users
         """Users with sessions that count before them."""
@@ -147,11 +184,11 @@ class Run:
         while True:  # who is done talks on, so that the load stays the same for the others
             counts = first <= number < after
             if counts and self._begun is None:
-                self._begun = asyncio.create_task(look(client, self._url, self._mark))
+                self._begun = asyncio.create_task(look(client, self._pages, self._mark))
             for turn, (think_s, data) in enumerate(self._users[user][number]):
                 await asyncio.sleep(think_s)
                 name = re.sub(r"\W+", "-", f"{self._load.name} {self._seed} {user} {number} {turn}")
-                self.asked.append(asked := Asked(name, turn, counts, time.monotonic()))
+                self.asked.append(asked := Asked(name, turn, counts, time.monotonic(), wanted=self._load.answer))
                 await ask(client, self._url, data, asked)
             number += 1
             self._left -= number == after
@@ -174,11 +211,11 @@ class Run:
                 raise TimeoutError(f"{self._load.name}: not over after {RUN_LIMIT_S:g} s")
             before = await self._begun
             await asyncio.sleep(SETTLE_S)
-            after = await look(client, self._url, self._mark)
+            after = await look(client, self._pages, self._mark)
             for task in (measuring, *users):  # type: asyncio.Task[Any]
                 task.cancel()
             await asyncio.gather(measuring, *users, return_exceptions=True)
-            return before, Look(ended, after.spent, after.machine_s, after.own_s, after.work), found
+            return before, Look(ended, after.spent, after.machine_s, after.own_s, after.engines), found
 
 
 def outcome(asked: list[Asked], before: Look, after: Look) -> dict[str, Any]:
@@ -190,17 +227,21 @@ def outcome(asked: list[Asked], before: Look, after: Look) -> dict[str, Any]:
     seconds = cpu.between(before.spent, after.spent)
     own, machine = after.own_s - before.own_s, after.machine_s - before.machine_s
     by_turn = [[each for each in whole if each.turn == turn] for turn in range(1 + max(each.turn for each in counted))]
+    parts = {"first": [each for each in whole if not each.turn], "later": [each for each in whole if each.turn]}
     hits = [each.ttft_s for each in whole if each.cached_share >= LIKE_ALL]
     misses = [each.ttft_s for each in whole if each.cached_share <= LIKE_NONE]
+    worked = between(before.engines, after.engines)
     return {
         "took_s": took,
         "failed": len(counted) - len(whole),
         "requests": len(whole),
         "requests_meanwhile": len(meanwhile),
         "requests_per_s": len(meanwhile) / took,
+        "prompt_tokens_meanwhile": sum(each.prompt for each in meanwhile),
         "prompt_tokens": sum(each.prompt for each in whole),
         "cached_tokens": sum(each.cached for each in whole),
         **{f"ttft_p{percent}_ms": ttft_ms(whole, percent) for percent in (50, 90, 99)},
+        **{f"ttft_{part}_p{at}_ms": ttft_ms(some, at) for part, some in parts.items() for at in (50, 99)},
         "hits": len(hits),
         "ttft_hit_ms": share(hits, 50) * 1000,
         "misses": len(misses),
@@ -214,7 +255,8 @@ def outcome(asked: list[Asked], before: Look, after: Look) -> dict[str, Any]:
             for some in by_turn
             if some
         ],
-        "work": {replica: tokens - before.work.get(replica, 0.0) for replica, tokens in after.work.items()},
+        "work": work(worked),
+        "engines": [[stage, done.computed, done.requests] for (stage, _), done in worked.items()],
         "cpu_s": seconds,
         "client_cpu_s": own,
         "other_cores": max(machine - own - sum(seconds.values()), 0.0) / took,
@@ -233,18 +275,26 @@ def ttft_ms(some: list[Asked], percent: int) -> float:
 
 
 def drive(
-    url: str, mark: str, loads: list[Load], seed: int, log: Path, patience_s: float = 0.0
+    url: str,
+    mark: str,
+    loads: list[Load],
+    seed: int,
+    log: Path,
+    patience_s: float = 0.0,
+    pages: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """The loads one after another. ``patience_s``: how long each waits for other programs to be done."""
+    """The loads one after another. ``patience_s``: how long each waits for other programs to be done; ``pages``: metrics of
+    the engines (see ``look``), those of ``url`` where none are named."""
     job = {"url": url, "mark": mark, "loads": [asdict(load) for load in loads], "seed": seed, "patience_s": patience_s}
+    job["pages"] = pages or {"": f"{url}/metrics"}
     limit_s = 120 + (RUN_LIMIT_S + patience_s + 10) * len(loads)
     return run_job("benchmarks.conversations.clients", job, log, limit_s, {"PYTHONUNBUFFERED": "1"})
 
 
-def run(load: Load, seed: int, url: str, mark: str) -> dict[str, Any]:
+def run(load: Load, seed: int, url: str, mark: str, pages: dict[str, str]) -> dict[str, Any]:
     import uvloop
 
-    one = Run(load, seed, url, mark)
+    one = Run(load, seed, url, mark, pages)
     before, after, found = uvloop.run(one.go())
     log = Path(mark).read_text(errors="replace")  # a server's mark is the path of its log
     last = {"slowest": slowest(one.asked, log), "speed_ms": statistics.median(found)}
@@ -255,7 +305,7 @@ def answer_job(job: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for load in (Load(**each | {"question": tuple(each["question"])}) for each in job["loads"]):
         wait_for_quiet(job["mark"], job["patience_s"])
-        found.append(run(load, job["seed"], job["url"], job["mark"]))
+        found.append(run(load, job["seed"], job["url"], job["mark"], job["pages"]))
     return found
 
 

@@ -2,10 +2,11 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from benchmarks.report import Spread, text
+from benchmarks.report import Spread
+from benchmarks.targets import Target
 
 TWO_CHOICES, PREFIX = "two choices", "prefix"
 Run = dict[str, Any]
@@ -82,24 +83,12 @@ def ratio(document: Document, cell: Cell, figure: Figure) -> Spread | None:
     return Spread.of([one / other for one, other in pairs if other])
 
 
-@dataclass(frozen=True)
-class Target:
-    title: str
-    limit: float
-    at_least: bool
-    cell: Cell
-    figure: Figure
-    against: bool = True
-    """Whether the figure is held against that of two choices."""
+def own(title: str, limit: float, cell: Cell, figure: Figure) -> Target:
+    """At most so much with the prefix router."""
+    found = partial(spread, arm=PREFIX, cell=cell, figure=figure)
+    return Target(f"{cell[0]}: {title}", limit, False, found)
 
-    def line(self, document: Document) -> list[str] | None:
-        found = (
-            ratio(document, self.cell, self.figure)
-            if self.against
-            else spread(document, PREFIX, self.cell, self.figure)
-        )
-        if found is None:
-            return None
-        met = found.median >= self.limit if self.at_least else found.median <= self.limit
-        limit = f"{'≥' if self.at_least else '≤'} {self.limit:g}"
-        return [f"{self.cell[0]}: {self.title}", limit, text(found), "met" if met else "**missed**"]
+
+def against(title: str, limit: float, at_least: bool, cell: Cell, figure: Figure) -> Target:
+    """The ratio to two choices."""
+    return Target(f"{cell[0]}: {title} against two choices", limit, at_least, partial(ratio, cell=cell, figure=figure))

@@ -41,13 +41,17 @@ class Load:
     think_s: float = 0.0
     """The mean of exponential times."""
     pictures: str = ""
-    """``first``: all come with the first turn. ``each``: one with every turn, and the last five are kept."""
+    """``first``: all come with the first turn. ``each``: one with every turn, and the last ones are kept."""
     system: int = 0
     """Words of the system prompt that all share; 0: each session has its own, from the first word."""
     question: tuple[int, int] = (40, 40)
     """Words of a turn: at least, at most."""
     opening: int = 0
     """Words of the first turn besides."""
+    answer: int = ANSWER_TOKENS
+    """Its tokens."""
+    kept: int = KEPT
+    side: int = SIDE
 
     @property
     def requests(self) -> int:
@@ -74,29 +78,29 @@ def session(load: Load, seed: int, user: int, number: int) -> Iterator[Turn]:
         count = random.Random(f"{own} {turn} length").randint(*load.question) + (0 if turn else load.opening)
         said.append((pictures(load, own, turn), words(count, f"{own} {turn}")))
         think_s = think.expovariate(1 / load.think_s) if load.think_s else 0.0
-        yield Turn(think_s, history(system, said, own))
+        yield Turn(think_s, history(load, system, said, own))
 
 
 def pictures(load: Load, own: str, turn: int) -> list[Message]:
     """Those that come with a turn."""
     from tools.harness.media import image_url
 
-    count = {"first": 0 if turn else KEPT, "each": 1, "": 0}[load.pictures]
+    count = {"first": 0 if turn else load.kept, "each": 1, "": 0}[load.pictures]
     seeds = [random.Random(f"{own} {turn} picture {index}").getrandbits(48) for index in range(count)]
-    return [{"type": "image_url", "image_url": {"url": image_url(seed, (SIDE, SIDE))}} for seed in seeds]
+    return [{"type": "image_url", "image_url": {"url": image_url(seed, (load.side, load.side))}} for seed in seeds]
 
 
-def history(system: str, said: list[tuple[list[Message], str]], own: str) -> list[Message]:
+def history(load: Load, system: str, said: list[tuple[list[Message], str]], own: str) -> list[Message]:
     """The messages of a request: all turns so far, of their pictures the last ones."""
     messages: list[Message] = [{"role": "system", "content": system}]
-    left = KEPT
+    left = load.kept
     turns: list[list[Message]] = []
     for turn, (seen, text) in reversed(list(enumerate(said))):
         kept = seen[max(len(seen) - left, 0) :]
         left -= len(kept)
         turns.append([{"role": "user", "content": [*kept, {"type": "text", "text": text}]}])
         if turn + 1 < len(said):
-            turns[-1].append({"role": "assistant", "content": words(ANSWER_TOKENS, f"{own} {turn} answer")})
+            turns[-1].append({"role": "assistant", "content": words(load.answer, f"{own} {turn} answer")})
     return messages + [message for turn in reversed(turns) for message in turn]
 
 

@@ -7,7 +7,7 @@ from benchmarks.conversations.figures import (
     TWO_CHOICES,
     Document,
     Figure,
-    Target,
+    against,
     cached,
     cached_share,
     cells,
@@ -15,6 +15,7 @@ from benchmarks.conversations.figures import (
     cpu_s,
     most_work,
     of,
+    own,
     rate_by_speed,
     ratio,
     runs,
@@ -41,17 +42,17 @@ COLUMNS: list[tuple[str, Figure, int]] = [
 ]
 SMALL = "small caches"
 TARGETS = [
-    Target("cached tokens against two choices", 2.5, True, ("conversations", SMALL), cached),
-    Target("TTFT p50 by speed against two choices", 0.6, False, ("conversations", SMALL), ttft_by_speed),
-    Target("most work of a prefill by the mean", 1.5, False, ("conversations", SMALL), most_work, against=False),
-    Target("cached tokens against two choices", 2.5, True, ("more conversations", SMALL), cached),
-    Target("TTFT p50 by speed against two choices", 0.6, False, ("more conversations", SMALL), ttft_by_speed),
-    Target("most work of a prefill by the mean", 1.5, False, ("more conversations", SMALL), most_work, against=False),
-    Target("TTFT p50 by speed against two choices", 1.03, False, ("no reuse", SMALL), ttft_by_speed),
-    Target("requests by speed against two choices", 0.97, True, ("no reuse", SMALL), rate_by_speed),
-    Target("TTFT p50 by speed against two choices", 1.03, False, ("no reuse, calm", SMALL), ttft_by_speed),
-    Target("most work of a prefill by the mean", 1.5, False, ("hot prefix", SMALL), most_work, against=False),
-    Target("TTFT p50 by speed against two choices", 1.03, False, ("hot prefix", SMALL), ttft_by_speed),
+    against("cached tokens", 2.5, True, ("conversations", SMALL), cached),
+    against("TTFT p50 by speed", 0.6, False, ("conversations", SMALL), ttft_by_speed),
+    own("most work of a prefill by the mean", 1.5, ("conversations", SMALL), most_work),
+    against("cached tokens", 2.5, True, ("more conversations", SMALL), cached),
+    against("TTFT p50 by speed", 0.6, False, ("more conversations", SMALL), ttft_by_speed),
+    own("most work of a prefill by the mean", 1.5, ("more conversations", SMALL), most_work),
+    against("TTFT p50 by speed", 1.03, False, ("no reuse", SMALL), ttft_by_speed),
+    against("requests by speed", 0.97, True, ("no reuse", SMALL), rate_by_speed),
+    against("TTFT p50 by speed", 1.03, False, ("no reuse, calm", SMALL), ttft_by_speed),
+    own("most work of a prefill by the mean", 1.5, ("hot prefix", SMALL), most_work),
+    against("TTFT p50 by speed", 1.03, False, ("hot prefix", SMALL), ttft_by_speed),
 ]
 
 

@@ -29,6 +29,8 @@ PATH = "/v1/chat/completions"
 LIMIT_S = 120.0
 """A request that takes longer has failed."""
 TOKENS = re.compile(rb'"token_ids":\[([\d,]+)\]')
+TOLD = "x-epd", "server-timing"
+"""Headers of ours that are kept."""
 USAGE = re.compile(rb'"completion_tokens":(\d+)')
 AHEAD_OF_OTHERS = -10
 """Nice value, where it is allowed: what a client sees must not depend on when it gets a core."""
@@ -87,7 +89,8 @@ async def ask(session: aiohttp.ClientSession, url: str, each: Ask, began: float)
     try:
         async with session.post(url + PATH, data=each.body, headers={"content-type": "application/json"}) as response:
             seen.status = response.status
-            seen.headers = {name: value for name, value in response.headers.items() if name.lower().startswith("x-epd")}
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            seen.headers = {name: value for name, value in headers.items() if name.startswith(TOLD)}
             tail = b""
             async for data in response.content.iter_any():
                 now = time.monotonic()
@@ -144,8 +147,8 @@ def quantiles(gaps: Sequence[float]) -> dict[str, float]:
     return found | {"worst": 1000 * ordered[-1], "mean": 1000 * statistics.fmean(ordered), "count": len(ordered)}
 
 
-def kept(seen: Seen) -> dict[str, Any]:
-    """Of a request, what a result holds."""
+def kept(seen: Seen, timing: bool = False) -> dict[str, Any]:
+    """Of a request, what a result holds; ``timing``: with the times of its steps, where the server tells them."""
     gaps = seen.gaps or [0.0]
     row: dict[str, Any] = {
         "kind": seen.kind,
@@ -158,6 +161,7 @@ def kept(seen: Seen) -> dict[str, Any]:
         "tokens": seen.tokens,
         "text": f"{seen.text:08x}",
     }
+    row |= {"timing": seen.headers.get("server-timing", "")} if timing else {}
     return row | ({} if seen.ok else {"failed": f"{seen.status} {seen.error}"})
 
 
@@ -168,6 +172,7 @@ def run(load: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     maker: Callable[..., Iterable[Ask]] = getattr(importlib.import_module(module), name)
     options = dict(load)
     at_a_time, limit_s = options.pop("at_a_time", None), options.pop("limit_s", LIMIT_S)
+    timing = options.pop("timing", False)
     asks = list(maker(**options))
     with suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, AHEAD_OF_OTHERS)
@@ -180,7 +185,7 @@ def run(load: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     return {
         "load": load,
         "took_s": took,
-        "requests": [kept(each) for each in sorted(seen, key=lambda each: each.at)],
+        "requests": [kept(each, timing) for each in sorted(seen, key=lambda each: each.at)],
         "gaps_ms": {kind: quantiles(gaps) for kind, gaps in kinds.items() if gaps},
         "cpu_s": spent,
         "client_cpu_s": own,
@@ -191,7 +196,7 @@ def run(load: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
 
 def drive(url: str, mark: str, maker: str, loads: list[Any], log: Path, limit_s: float = 600.0) -> list[dict[str, Any]]:
     """A run for each load (a dataclass or a mapping: the arguments of ``maker``, a function by ``module:name``; besides
-    ``at_a_time`` and ``limit_s``), one after another."""
+    ``at_a_time``, ``limit_s`` and ``timing``), one after another."""
     plain = [load if isinstance(load, dict) else asdict(load) for load in loads]
     job = {"url": url, "mark": mark, "maker": maker, "loads": plain}
     return run_job("benchmarks.questions.clients", job, log, limit_s * len(loads), {"PYTHONUNBUFFERED": "1"})

@@ -5,19 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import Spread
+from benchmarks.targets import Target
 
 Run = dict[str, Any]
 Document = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A figure that was to be reached. ``found``: over the rounds; None where it was not measured."""
-
-    title: str
-    limit: float
-    at_least: bool
-    found: Callable[[Document], Spread | None]
 
 
 @dataclass(frozen=True, eq=False)

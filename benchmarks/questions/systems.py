@@ -61,9 +61,9 @@ def behind_reference(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
         yield server
 
 
-def pin(server: Server, cores: Mapping[str, int]) -> None:
-    """Each engine process to its core, by its name or that of the replica that it belongs to. Raises ``RuntimeError`` where
-    one is not found."""
+def pin(server: Server, cores: Mapping[str, int | tuple[int, ...]]) -> None:
+    """Each engine process to its core, by its name or that of the replica that it belongs to; of several of one name each to
+    another of its cores. Raises ``RuntimeError`` where one is not found."""
     found: dict[str, list[psutil.Process]] = {}
     for process in server.processes():
         with suppress(psutil.Error):
@@ -75,8 +75,9 @@ def pin(server: Server, cores: Mapping[str, int]) -> None:
     if wrong or not found:
         raise RuntimeError(f"engines of {sorted(found)}, and cores for {sorted(cores)}")
     for name, processes in found.items():
-        core = cores[name] % (os.cpu_count() or 1)
-        for process in processes:
+        of = cores[name]
+        for place, process in enumerate(processes):
+            core = (of if isinstance(of, int) else of[place % len(of)]) % (os.cpu_count() or 1)
             for thread in process.threads():
                 with suppress(ProcessLookupError):
                     os.sched_setaffinity(thread.id, {core})

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from benchmarks import streams
-from benchmarks.bench import order
+from benchmarks.questions.question import order
 from benchmarks.streams import Wave
 from benchmarks.tokens.figures import Document, Run
 from benchmarks.tokens.page import page

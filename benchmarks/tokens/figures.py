@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 from benchmarks.null_engine import STEP_S
-from benchmarks.report import Spread, text
+from benchmarks.report import Spread
 from benchmarks.streams import PACE_MS, Wave
+from benchmarks.targets import Target
 from benchmarks.tokens.rows import (
     AT_ONCE,
     CARD,
@@ -111,31 +112,19 @@ def ingress_gain(document: Document) -> Spread | None:
 
 
 @dataclass(frozen=True)
-class Target:
+class RowTarget(Target):
     row: str
-    title: str
-    limit: float
-    at_least: bool
-    figure: Callable[[Document], Spread | None]
-
-    def line(self, document: Document) -> list[str] | None:
-        if (found := self.figure(document)) is None:
-            return None
-        met = found.median >= self.limit if self.at_least else found.median <= self.limit
-        digits = 2 if self.limit < 5 else 1
-        limit = f"{'≥' if self.at_least else '≤'} {self.limit:g}"
-        return [self.title, limit, text(found, digits), "met" if met else "**missed**"]
 
 
-def at_most(row: str, title: str, limit: float, system: str, wave: Wave, figure: Figure) -> Target:
-    return Target(row, title, limit, False, partial(spread, system=system, wave=wave, figure=at_pace(figure)))
+def at_most(row: str, title: str, limit: float, system: str, wave: Wave, figure: Figure) -> RowTarget:
+    return RowTarget(title, limit, False, partial(spread, system=system, wave=wave, figure=at_pace(figure)), row)
 
 
 def against(
     row: str, title: str, limit: float, wave: Wave, figure: Figure, system: str, other: str, at_least: bool = True
-) -> Target:
+) -> RowTarget:
     found = partial(ratio, wave=wave, figure=figure, system=system, against=other)
-    return Target(row, f"{title}: {system}", limit, at_least, found)
+    return RowTarget(f"{title}: {system}", limit, at_least, found, row)
 
 
 TARGETS = [
@@ -145,12 +134,12 @@ TARGETS = [
         for target in (
             at_most("a", f"CPU µs per token, all processes: {system}", 120, system, CARD, cpu_us()),
             at_most("a", f"– decode replica: {system}", 15, system, CARD, cpu_us(DECODE)),
-            Target(
-                "a",
+            RowTarget(
                 f"– tokens delivered of those made: {system}",
                 0.92,
                 True,
                 partial(spread, system=system, wave=CARD, figure=of_made),
+                "a",
             ),
         )
     ),
@@ -172,5 +161,5 @@ TARGETS = [
             against("f", "TTFT p50 against the proxy, 2 images, 8 × 16", 0.7, IMAGES, TTFT, system, PROXY, False),
         )
     ),
-    Target("c", "two ingress replicas against one", 1.8, True, ingress_gain),
+    RowTarget("two ingress replicas against one", 1.8, True, ingress_gain, "c"),
 ]

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from benchmarks import cpu
 from benchmarks.conversations import clients
-from benchmarks.conversations.clients import Asked, Look, Run, outcome, slowest, work
+from benchmarks.conversations.clients import Asked, Done, Look, Run, engines, outcome, slowest, work
 from benchmarks.conversations.figures import PREFIX, TWO_CHOICES, cached_share, most_work
 from benchmarks.conversations.loads import (
     ANSWER_TOKENS,
@@ -89,7 +89,8 @@ def saw(
 
 
 def look(time: float, cpu_s: float, work: dict[str, float]) -> Look:
-    return Look(time, {1: cpu.Spent(cpu.ENGINES, cpu_s)}, 2 * cpu_s, 0.1 * cpu_s, work)
+    done = {("prefill", replica): Done(tokens, tokens / 100) for replica, tokens in work.items()}
+    return Look(time, {1: cpu.Spent(cpu.ENGINES, cpu_s)}, 2 * cpu_s, 0.1 * cpu_s, done)
 
 
 def test_what_does_not_count_is_load_only() -> None:
@@ -107,6 +108,12 @@ def test_what_does_not_count_is_load_only() -> None:
     assert (found["hits"], found["ttft_hit_ms"], found["misses"], found["ttft_miss_ms"]) == (1, 100.0, 1, 400.0)
     assert [turn["cached"] for turn in found["by_turn"]] == [0, 725]
     assert found["work"] == {"a": 300.0, "b": 100.0}
+    assert found["engines"] == [["prefill", 300.0, 3.0], ["prefill", 100.0, 1.0]]
+    assert (found["ttft_first_p99_ms"], found["ttft_later_p50_ms"], found["prompt_tokens_meanwhile"]) == (
+        400.0,
+        100.0,
+        4000,
+    )
     assert (found["requests_per_s"], found["cpu_s"], found["other_cores"]) == (0.4, {cpu.ENGINES: 5.0}, 0.45)
 
 
@@ -114,7 +121,17 @@ def test_work_is_what_prefill_computed() -> None:
     name = 'vllm:prompt_tokens_by_source_total{engine="0",model_name="demo",replica="%s",source="%s",stage="%s"} %s\n'
     samples = [("p1", "local_compute", "prefill", 5.0), ("p1", "local_cache_hit", "prefill", 7.0)]
     samples += [("p2", "local_compute", "prefill", 6.0), ("d", "local_compute", "decode", 8.0)]
-    assert work("".join(name % sample for sample in samples)) == {"p1": 5.0, "p2": 6.0}
+    page = "".join(name % sample for sample in samples)
+    page += 'vllm:request_success_total{engine="0",finished_reason="stop",replica="d",stage="decode"} 2.0\n'
+    page += 'vllm:request_success_total{engine="0",finished_reason="length",replica="d",stage="decode"} 1.0\n'
+    found = engines(page)
+    assert work(found) == {"p1": 5.0, "p2": 6.0}
+    assert found["decode", "d"] == Done(computed=8.0, requests=3.0)
+
+
+def test_an_engine_without_a_stage_has_that_of_its_page() -> None:
+    page = 'vllm:prompt_tokens_by_source_total{engine="0",source="local_compute"} 5.0\n'
+    assert engines(page, "prefill") == {("prefill", ""): Done(5.0)}
 
 
 def test_the_slowest_are_told_with_their_log_lines() -> None:
@@ -150,7 +167,8 @@ async def served(load: Load, status: int = 200) -> tuple[list[Asked], list[bytes
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    run = Run(load, 1, f"http://127.0.0.1:{runner.addresses[0][1]}", "nobody's mark")
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    run = Run(load, 1, url, "nobody's mark", {"": f"{url}/metrics"})
     before, after, _ = await run.go()
     await runner.cleanup()
     return run.asked, bodies, before, after

@@ -36,10 +36,12 @@ def engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(EngineCoreClient, "make_async_mp_client", EngineCoreClient.make_async_mp_client)
 
     @asynccontextmanager
-    async def made(stage: Stage, step_s: float = 0.0, **args: Any) -> AsyncGenerator[tuple[AsyncLLM, NullCore]]:
+    async def made(
+        stage: Stage, step_s: float = 0.0, item_s: float = 0.0, **args: Any
+    ) -> AsyncGenerator[tuple[AsyncLLM, NullCore]]:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        replace_cores(stage, step_s)
+        replace_cores(stage, step_s, item_s)
         llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(model), dtype="float32", max_model_len=512, **args))
         try:
             yield llm, llm.engine_core
@@ -91,6 +93,24 @@ def test_a_full_engine_lets_requests_wait(engine: Engine) -> None:
             assert 20 <= core.steps <= 22
 
     asyncio.run(main())
+
+
+def test_an_encoder_takes_its_time_for_each_item_and_other_stages_take_none(engine: Engine) -> None:
+    async def ended(stage: Stage) -> list[float]:
+        """Seconds after which each of four requests was answered."""
+
+        async def one(llm: AsyncLLM, number: int) -> float:
+            await answer(llm, str(number), 1)
+            return time.monotonic() - began
+
+        async with engine(stage, item_s=0.1) as (llm, _):
+            await answer(llm, "first", 1)
+            began = time.monotonic()
+            return sorted(await asyncio.gather(*(one(llm, number) for number in range(4))))
+
+    encoded = asyncio.run(ended(Stage.ENCODER))
+    assert all(0.1 * (place + 1) <= took < 0.1 * (place + 2) for place, took in enumerate(encoded))
+    assert asyncio.run(ended(Stage.PREFILL))[-1] < 0.1
 
 
 def test_an_aborted_request_gets_no_more_tokens(engine: Engine) -> None:
