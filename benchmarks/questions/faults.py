@@ -265,7 +265,7 @@ def plot(document: Document, figure: Any) -> None:
     """Of the requests of each second, the share that was answered rightly and in time."""
     axes = figure.subplots(2, 2, sharey=True)
     for axis, phase in zip(axes.flat, PHASES, strict=True):
-        for name in SYSTEMS:
+        for name, width in zip(SYSTEMS, (3.0, 1.5), strict=True):
             seconds: dict[int, list[int]] = {}
             for run in runs_of(document, name, phase=phase):
                 for second, well, all_ in run["seconds"]:
@@ -273,13 +273,15 @@ def plot(document: Document, figure: Any) -> None:
                     each[0] += well
                     each[1] += all_
             at = sorted(seconds)
-            axis.step(at, [100 * seconds[s][0] / seconds[s][1] for s in at], where="post", label=name)
+            share = [100 * seconds[second][0] / seconds[second][1] for second in at]
+            axis.step(at, share, where="post", linewidth=width, label=name)
         axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")
         what = "after the overload's end" if phase == TOO_MUCH else f"after {phase}'s engine is killed"
         axis.set(xlabel=f"seconds {what}", ylim=(-4, 104))
     for row in axes:
         row[0].set_ylabel("% right within 5 s")
-    axes.flat[0].legend(fontsize=8)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
 
 
 def none_of(figure: str, phases: list[str]) -> Callable[[Document], Spread | None]:

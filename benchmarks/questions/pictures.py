@@ -233,7 +233,8 @@ def plot(document: Document, figure: Any) -> None:
         rates.bar_label(bars, [f"{value:.1f}" for value in medians], fontsize=7)
     rates.set_xticks(range(len(shown)), [cell["picture"] for cell in shown])
     rates.set(ylabel="requests/s", title="4 at a time, one picture each")
-    rates.legend(fontsize=8)
+    rates.margins(y=0.25)
+    rates.legend(fontsize=8, ncols=2)
     base = [0.0] * len(names)
     for kind in kinds(document, names):
         part = [spread(document, name, cpu_ms_of(kind), **HEADLINE) for name in names]
@@ -242,7 +243,8 @@ def plot(document: Document, figure: Any) -> None:
         base = [below + value for below, value in zip(base, values, strict=True)]
     costs.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
     costs.set(ylabel="CPU-ms per request", title=HEADLINE["picture"])
-    costs.legend(fontsize=7)
+    costs.set_ylim(top=1.4 * max(base, default=1.0) or 1.0)
+    costs.legend(fontsize=7, ncols=2)
 
 
 def kinds(document: Document, names: list[str]) -> list[str]:
