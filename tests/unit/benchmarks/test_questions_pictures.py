@@ -8,8 +8,19 @@ import pybase64
 import pytest
 from PIL import Image
 
-from benchmarks.questions import pictures
-from benchmarks.questions.pictures import E_P_D, E_PD, ONE, QUESTION, REFERENCE, Load, make, summary, times_sent
+from benchmarks.questions import photos, pictures
+from benchmarks.questions.pictures import (
+    E_P_D,
+    E_PD,
+    ONE,
+    QUESTION,
+    REFERENCE,
+    Load,
+    make,
+    stored_bytes,
+    summary,
+    times_sent,
+)
 
 
 def run(system: str, round_: int = 0, **changes: Any) -> dict[str, Any]:
@@ -59,6 +70,16 @@ def test_a_run_keeps_what_was_answered() -> None:
 
 def test_bytes_are_told_in_sizes_of_the_picture() -> None:
     assert times_sent(run(E_PD, tcp_bytes=60 * 400_000, stored_bytes=60 * 800_000)) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "stored"), [(E_PD, "1080p JPEG", 0), (E_PD, "12 MP JPEG", 2), (REFERENCE, "12 MP JPEG", 0)]
+)
+def test_large_pictures_go_through_the_object_store_of_those_that_have_one(
+    name: str, picture: str, stored: int
+) -> None:
+    load = Load(picture, 2)
+    assert stored_bytes(name, load) == stored * len(photos.picture(picture, 0))
 
 
 def test_the_target_is_a_ratio_within_rounds() -> None:
