@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.questions import goodput, interference
+from benchmarks.questions import fanout, faults, goodput, interference, pictures, turns
 from benchmarks.questions.question import Question
 from tools.harness import record
 
-QUESTIONS = (interference.QUESTION, goodput.QUESTION)
+QUESTIONS = tuple(each.QUESTION for each in (interference, goodput, pictures, turns, fanout, faults))
 """In the order of RESULTS.md."""
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "RESULTS.md"

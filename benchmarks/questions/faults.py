@@ -18,9 +18,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.bench import order
 from benchmarks.questions.clients import Ask, chat, drive
-from benchmarks.questions.question import Document, Question, Run, Target, runs_of
+from benchmarks.questions.question import Document, Question, Run, Target, order, runs_of
 from benchmarks.questions.systems import E_P_D, REFERENCE, System
 from benchmarks.report import Spread, table
 from benchmarks.systems import behind_proxy, ours, reference_engine

@@ -173,7 +173,7 @@ def answer(document: Document) -> str:
     first, more = ttft_limit_s(0), ttft_limit_s(1) - ttft_limit_s(0)
     return (
         f"Requests per second of which {ENOUGH:.0%} are within the SLO, two engines / E+PD, by pictures per request. The "
-        f"SLO is {first:g} s to the first token, {more:g} s more per picture, and what stands above the column. Where pauses "
+        f"SLO is {first:g} s to the first token, {more:g} s more per picture, and what is above the column. Where pauses "
         f"count, {crossing}: an engine that encodes stops all its answers. Where only the mean time per token counts, two "
         "engines are at least as good, as work that is split over stages is never spread as evenly as whole requests.\n\n"
         + table(["pictures", *(slo.title for slo in SLOS)], rows)

@@ -14,10 +14,9 @@ from typing import Any
 
 import psutil
 
-from benchmarks.bench import order
 from benchmarks.questions import photos
 from benchmarks.questions.clients import Ask, chat, drive
-from benchmarks.questions.question import Document, Question, Run, Target, ratio, runs_of, spread
+from benchmarks.questions.question import Document, Question, Run, Target, order, ratio, runs_of, spread
 from benchmarks.questions.systems import E_P_D, E_PD, ONE, REFERENCE, System
 from benchmarks.report import table, text
 from benchmarks.streams import share

@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.questions.question import order
 from benchmarks.conversations import clients
 from benchmarks.conversations.loads import Load
 from benchmarks.questions.model import SIDE
-from benchmarks.questions.question import Document, Question, Run, Target, ratio, runs_of, spread
+from benchmarks.questions.question import Document, Question, Run, Target, order, ratio, runs_of, spread
 from benchmarks.questions.systems import (
     E_P_D,
     E_PD,
