@@ -3,6 +3,9 @@
 ``python -m benchmarks.autoscale`` starts the application on the demo model with the policies of ``serve_config.yaml`` and
 short delays, drives it, and writes ``benchmarks/results/autoscale.json`` and ``autoscale.png``: load, queue and replicas per
 stage over time. The figures are of a tiny model on the machine at hand; what they show is who is scaled, and when.
+
+``--heavy`` has the model of ``benchmarks.questions`` instead, whose work takes a core a while, and writes
+``autoscale_heavy.json``. ``--compare`` has the simulation play that run (``tools.sim.scaling``).
 """
 
 import argparse
@@ -16,22 +19,28 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.questions.model import PICTURE_TOKENS
+from benchmarks.questions.systems import arguments
 from serve_app.stage import Stage
 from tools.harness import record
 from tools.harness.cases import Case, chat, image, text
 from tools.harness.servers import Server, serve_run
 
 RESULTS = Path(__file__).parent / "results"
+SERVICE_TIMES = RESULTS / "service_times.json"
 SAMPLE_EVERY_S = 1.0
 DEADLINE_S = 110.0
 
+BATCH_TOKENS = 2048
 WORKERS = 8
 IMAGES, IMAGE_SIZE = 3, (504, 504)
 TARGET_QUEUE_S = {Stage.ENCODER: 0.1, Stage.PREFILL: 3.0, Stage.DECODE: 3.0}
@@ -68,11 +77,14 @@ def deployments(encoders_at_rest: int = 1) -> dict[str, dict[str, Any]]:
     }
 
 
+ANSWER_TOKENS = {"text": 8, "image": 4}
+
+
 def request(kind: str, seed: int) -> Case:
     if kind == "text":
-        return chat(text(f"Tell me about the weather on day {seed}."), max_tokens=8)
+        return chat(text(f"Tell me about the weather on day {seed}."), max_tokens=ANSWER_TOKENS[kind])
     pictures = [image(1_000_000 + IMAGES * seed + index, IMAGE_SIZE) for index in range(IMAGES)]
-    return chat(text("Compare."), *pictures, max_tokens=4)
+    return chat(text("Compare."), *pictures, max_tokens=ANSWER_TOKENS[kind])
 
 
 @dataclass
@@ -89,6 +101,23 @@ class Sample:
     """Estimated: outstanding work over the rate of the stage's replicas."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    kind: str
+    at_s: float
+    """When it was asked for, since the driver was made."""
+    ttft_s: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """A replica that answers for the first time, and the CPU time that it has taken so far with its engine."""
+
+    stage: str
+    at_s: float
+    cpu_s: float
+
+
 @dataclass
 class Driver:
     """Threads that ask one after the other for what the phase says; every request is one that was not asked before."""
@@ -97,6 +126,9 @@ class Driver:
     phase: str = "quiet"
     completed: int = 0
     failures: list[str] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
     _seeds: Iterator[int] = field(default_factory=itertools.count)
     _wake: threading.Condition = field(default_factory=threading.Condition)
     _ended: bool = False
@@ -110,12 +142,21 @@ class Driver:
                     return
                 kind, seed = self.phase, next(self._seeds)
             path, body = request(kind, seed)
+            began, first = time.monotonic(), None
             try:
-                answer = session.post(self.server.url + path, json=body, timeout=DEADLINE_S)
-                problem = "" if answer.status_code == 200 else f"{answer.status_code} {answer.text[:300]}"
+                with session.post(
+                    self.server.url + path, json=body | {"stream": True}, timeout=DEADLINE_S, stream=True
+                ) as answer:
+                    problem = "" if answer.status_code == 200 else f"{answer.status_code} {answer.text[:300]}"
+                    for line in answer.iter_lines():
+                        if first is None and line:
+                            first = time.monotonic()
+                        problem = problem or (line.decode() if line.startswith(b"event: error") else "")
             except requests.RequestException as error:
                 problem = repr(error)
             with self._wake:
+                if first is not None and not problem:
+                    self.answers.append(Answer(kind, began - self.began, first - began))
                 self.completed += not problem
                 self.failures += [problem] if problem else []
 
@@ -169,17 +210,23 @@ def look(driver: Driver, began: float) -> Sample:
 
 def run(server: Server, phases: list[Phase]) -> tuple[list[Sample], list[str]]:
     """Samples over all phases, and what failed."""
-    driver, samples, began = Driver(server), [], time.monotonic()
+    driver = Driver(server)
+    return drive(driver, phases), driver.failures
+
+
+def drive(driver: Driver, phases: list[Phase]) -> list[Sample]:
+    samples: list[Sample] = []
     with driver.running():
         for phase in phases:
             driver.enter(phase.kind)
             end, settled = time.monotonic() + phase.seconds, False
             while (now := time.monotonic()) < end:
-                samples.append(look(driver, began))
+                samples.append(look(driver, driver.began))
+                driver.starts += started(driver.server, samples)
                 if not settled and phase.until is not None and phase.until(samples[-1]):
                     end, settled = min(end, now + SETTLED_S), True
                 time.sleep(max(now + SAMPLE_EVERY_S - time.monotonic(), 0.0))
-    return samples, driver.failures
+    return samples
 
 
 def changes(samples: list[Sample], stage: Stage) -> list[tuple[float, int]]:
@@ -195,6 +242,43 @@ def decisions(server: Server) -> list[tuple[str, int, int]]:
     """What Serve's controller wanted: stage, replicas before and after, also where none came to run in the meantime."""
     found = re.findall(r"scaling Deployment\(name='(\w+)'.* from (\d+) to (\d+) replicas", server.log.read_text())
     return [(name, int(before), int(after)) for name, before, after in found]
+
+
+def started(server: Server, samples: list[Sample]) -> list[Start]:
+    """Replicas that the last sample has and the one before it has not."""
+    if len(samples) < 2:
+        return []
+    before, now = samples[-2:]
+    more = [stage for stage in Stage if now.replicas[stage] > before.replicas[stage]]
+    return [Start(stage, now.seconds, newest_cpu_s(server, stage)) for stage in more]
+
+
+def newest_cpu_s(server: Server, stage: Stage) -> float:
+    title = re.compile(rf"ServeReplica:epd:{stage.capitalize()}\b")
+    replicas = [process for process in server.processes() if title.search(" ".join(process.cmdline()))]
+    newest = max(replicas, key=lambda process: process.create_time())
+    times = [process.cpu_times() for process in (newest, *newest.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def decided_at(server: Server, began: float) -> list[float]:
+    """Seconds from ``began`` (as ``time.time()``) to each of the decisions."""
+    told = re.findall(r"(\d+-\d+-\d+ [\d:]+),(\d+).*scaling Deployment\(name=", server.log.read_text())
+    moments = [datetime.fromisoformat(moment).timestamp() + int(millis) / 1000 for moment, millis in told]
+    return [round(moment - began, 1) for moment in moments]
+
+
+def by_phase(samples: list[Sample], answers: list[Answer]) -> list[dict[str, Any]]:
+    """What requests saw that were asked for in a phase."""
+    starts = [(next(group).seconds, kind) for kind, group in itertools.groupby(samples, lambda sample: sample.phase)]
+    ends = [start for start, _ in starts[1:]] + [samples[-1].seconds]
+    found = []
+    for (start, kind), end in zip(starts, ends, strict=True):
+        if ttft := [each.ttft_s for each in answers if start <= each.at_s < end]:
+            p50, p90 = (float(np.quantile(ttft, share)) for share in (0.5, 0.9))
+            seen = {"kind": kind, "from_s": start, "to_s": end, "requests": len(ttft)}
+            found.append(seen | {"ttft_p50_s": p50, "ttft_p90_s": p90})
+    return found
 
 
 def timeline(samples: list[Sample]) -> dict[str, Any]:
@@ -248,30 +332,67 @@ def plot(told: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def measured(scaled: dict[str, dict[str, Any]], phases: list[Phase], heavy: bool) -> dict[str, Any]:
+    args = arguments(BATCH_TOKENS) if heavy else {}
+    with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), args, scaled) as server:
+        prompts = {kind: server.post(*request(kind, -1)).json()["usage"]["prompt_tokens"] for kind in ANSWER_TOKENS}
+        driver, wall = Driver(server), time.time()
+        samples = drive(driver, phases)
+        wanted, wanted_at = decisions(server), decided_at(server, wall)
+    model = "benchmarks.questions" if heavy else "demo-random"
+    return record.about("benchmarks.autoscale", model=model) | {
+        "workers": WORKERS,
+        "images": {"per request": IMAGES, "size": IMAGE_SIZE, "tokens": PICTURE_TOKENS},
+        "prompt_tokens": prompts,
+        "output_tokens": ANSWER_TOKENS,
+        "deployments": scaled,
+        "phases": [(phase.kind, phase.seconds) for phase in phases],
+        "failures": driver.failures,
+        "decisions": wanted,
+        "decided_at_s": wanted_at,
+        "starts": [asdict(start) for start in driver.starts],
+        "changes": {stage: changes(samples, stage) for stage in Stage},
+        "seen": by_phase(samples, driver.answers),
+        "timeline": timeline(samples),
+    }
+
+
+def compare(path: Path) -> None:
+    """Adds to a measured run what the simulation makes of it, and prints both."""
+    from tools.sim import scaling
+    from tools.sim.fit import Fitted
+
+    document = json.loads(path.read_text())
+    fitted = Fitted.read(SERVICE_TIMES)
+    played = scaling.simulated(document, fitted.times, fitted.cores)
+    record.write(document | {"simulated": asdict(played)}, path)
+    for name, seen in (("measured", scaling.measured(document)), ("simulated", played)):
+        print(name, "wanted:", ", ".join(f"{stage} {count} at {at:.0f} s" for stage, at, count in seen.decided))
+        for stage, times in seen.changes.items():
+            print(f"  {stage:8}", ", ".join(f"{count} from {at:.0f} s" for at, count in times))
+        for each in seen.phases:
+            print(
+                f"  {each.kind:8} {each.from_s:.0f} to {each.to_s:.0f} s: {each.requests} requests, "
+                f"TTFT p50 {each.ttft_p50_s:.2f} s, p90 {each.ttft_p90_s:.2f} s"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replot", action="store_true", help="draw the plot of the last run again")
     parser.add_argument("--scale", type=float, default=1.0, help="how much longer the phases are")
     parser.add_argument("--encoders-at-rest", type=int, default=1, help="min_replicas of the encoder; 0: none for text")
+    parser.add_argument("--heavy", action="store_true", help="the model of benchmarks.questions")
+    parser.add_argument("--compare", action="store_true", help="have the simulation play the last run with --heavy")
     options = parser.parse_args()
-    scaled = deployments(options.encoders_at_rest)
-    result, picture = RESULTS / "autoscale.json", RESULTS / "autoscale.png"
+    if options.compare:
+        compare(RESULTS / "autoscale_heavy.json")
+        return
+    name = "autoscale_heavy" if options.heavy else "autoscale"
+    result, picture = RESULTS / f"{name}.json", RESULTS / f"{name}.png"
     if not options.replot:
         phases = [replace(phase, seconds=phase.seconds * options.scale) for phase in PHASES]
-        with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), {}, scaled) as server:
-            samples, failures = run(server, phases)
-            wanted = decisions(server)
-        document = record.about("benchmarks.autoscale") | {
-            "workers": WORKERS,
-            "images": {"per request": IMAGES, "size": IMAGE_SIZE},
-            "deployments": scaled,
-            "phases": [(phase.kind, phase.seconds) for phase in phases],
-            "failures": failures,
-            "decisions": wanted,
-            "changes": {stage: changes(samples, stage) for stage in Stage},
-            "timeline": timeline(samples),
-        }
-        record.write(document, result)
+        record.write(measured(deployments(options.encoders_at_rest), phases, options.heavy), result)
     document = json.loads(result.read_text())
     for stage, times in document["changes"].items():
         print(f"{stage:8}", ", ".join(f"{count} from {seconds:g} s" for seconds, count in times))

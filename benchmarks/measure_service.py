@@ -1,23 +1,25 @@
 """Measure what the stages need here, fit service times, and hold the simulation against runs that it was not fitted on.
 
-``python -m benchmarks.measure_service`` starts the application on the demo model, one replica per stage, and drives it in
-short runs. The stages share the cores of this machine, so what is fitted is CPU time: of each stage's processes, by least
-squares over the runs of ``FIT``. The runs of ``HELD_OUT`` are then simulated (same cores, less what other programs took)
-and compared. Writes ``benchmarks/results/service_times.json``. ``--fit`` does the last two steps again with its runs.
+``python -m benchmarks.measure_service`` starts the application as E+P+D with one replica per stage, on a model that is heavy
+enough for a core (``benchmarks.questions``), and drives it in runs of one kind of requests each. The stages share the cores
+of this machine, so what is fitted is CPU time: of each stage's processes, by least squares over the runs of ``FIT``. The
+runs of ``HELD_OUT``, and some as E+PD, are then simulated (same cores, less what other programs took) and compared. Writes
+``benchmarks/results/service_times.json``. ``--fit`` does the last two steps again with its runs.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
-import random
 import re
+import statistics
 import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,16 @@ import numpy as np
 import psutil
 
 from benchmarks import cpu
+from benchmarks.questions.systems import arguments
 from tools.harness import record
 from tools.harness.cases import Case, chat, image, text
 from tools.harness.servers import Server, serve_run
-from tools.sim.fit import Group, Run, check, fit
+from tools.sim.fit import BATCH_TOKENS, Group, Run, arrivals, check, fit
+from tools.sim.service import Topology
 
 RESULT = Path(__file__).parent / "results" / "service_times.json"
 WARM_UP_S = 4.0
+STEPS = ("render", "queue", "encode", "prefill", "kv_transfer", "first_token")
 PROMPT = "Tell me what there is to be seen, and what the weather will be like. "
 
 
@@ -47,19 +52,37 @@ class Config:
     tokens: int
     at_a_time: int | None
     poisson: tuple[str, float] | None = None
+    sentences: int = 1
+    """Of its text, 14 tokens each."""
+    topology: Topology = "E+P+D"
 
 
+LONG = 40
 FIT = [
-    Config(f"{images} images, {tokens} tokens, {at_a_time} at a time", images, size, tokens, at_a_time)
-    for images, size, tokens in ((0, 0, 4), (0, 0, 16), (1, 224, 16), (2, 448, 16))
-    for at_a_time in (1, 8)
+    Config("0 images, 16 tokens, 1 at a time", 0, 0, 16, 1),
+    Config("0 images, 16 tokens, 8 at a time", 0, 0, 16, 8),
+    Config("0 images, long, 64 tokens, 1 at a time", 0, 0, 64, 1, sentences=LONG),
+    Config("0 images, long, 64 tokens, 8 at a time", 0, 0, 64, 8, sentences=LONG),
+    Config("1 small image, 16 tokens, 1 at a time", 1, 224, 16, 1),
+    Config("1 small image, 16 tokens, 8 at a time", 1, 224, 16, 8),
+    Config("1 image, 16 tokens, 1 at a time", 1, 448, 16, 1),
+    Config("1 image, 16 tokens, 8 at a time", 1, 448, 16, 8),
+    Config("2 images, 4 tokens, 1 at a time", 2, 448, 4, 1),
+    Config("2 images, 4 tokens, 4 at a time", 2, 448, 4, 4),
 ]
 HELD_OUT = [
-    Config("4 images, 16 tokens, 8 at a time", 4, 224, 16, 8),
-    Config("1 image, 64 tokens, 8 at a time", 1, 224, 64, 8),
-    Config("1 image, 16 tokens, 16 at a time", 1, 224, 16, 16),
-    Config("0 images, 64 tokens, 4 at a time", 0, 0, 64, 4),
-    Config("1 image, 16 tokens, Poisson", 1, 224, 16, None, ("1 images, 16 tokens, 8 at a time", 0.6)),
+    Config("1 image, 64 tokens, 4 at a time", 1, 448, 64, 4),
+    Config("2 images, 32 tokens, 8 at a time", 2, 448, 32, 8),
+    Config("4 images, 16 tokens, 2 at a time", 4, 448, 16, 2),
+    Config("4 images, 16 tokens, 4 at a time", 4, 448, 16, 4),
+    Config("0 images, long, 32 tokens, 4 at a time", 0, 0, 32, 4, sentences=LONG),
+    Config("1 image, 16 tokens, Poisson 0.5", 1, 448, 16, None, ("1 image, 16 tokens, 8 at a time", 0.5)),
+    Config("1 image, 16 tokens, Poisson 0.8", 1, 448, 16, None, ("1 image, 16 tokens, 8 at a time", 0.8)),
+    Config("2 images, 4 tokens, Poisson 0.7", 2, 448, 4, None, ("2 images, 4 tokens, 4 at a time", 0.7)),
+]
+HELD_OUT += [
+    replace(config, name=f"E+PD: {config.name}", topology="E+PD")
+    for config in (*HELD_OUT[:2], HELD_OUT[3], HELD_OUT[5], HELD_OUT[6])
 ]
 
 
@@ -70,6 +93,8 @@ class Client:
     server: Server
     config: Config
     times: list[tuple[float, float, float]] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    """Seconds of each request by the steps of its ``server-timing``."""
     failures: int = 0
     _number: Iterator[int] = field(default_factory=lambda: iter(range(10**9)))
 
@@ -82,11 +107,11 @@ class Client:
                     *(self._one_after_the_other(session, end) for _ in range(self.config.at_a_time or 1))
                 )
                 return
-            chance = random.Random(1)
+            began = end - seconds
             async with asyncio.TaskGroup() as group:
-                while time.perf_counter() < end:
+                for moment in arrivals(rate, seconds):
+                    await asyncio.sleep(began + moment - time.perf_counter())
                     group.create_task(self._ask(session))
-                    await asyncio.sleep(chance.expovariate(rate))
 
     async def _one_after_the_other(self, session: aiohttp.ClientSession, end: float) -> None:
         while time.perf_counter() < end:
@@ -103,21 +128,28 @@ class Client:
             self.failures += 1
             return
         self.times.append((began, first, time.perf_counter()))
+        told = re.findall(r"([\w.]+);dur=([\d.]+)", response.headers.get("server-timing", ""))
+        self.steps.append({name: float(took) / 1000 for name, took in told})
 
 
 def case(config: Config, number: int) -> Case:
     """Pictures that nobody has sent before: no cache helps."""
     seeds = [zlib.crc32(f"{config.name} {number} {index}".encode()) for index in range(config.images)]
     pictures = [image(seed, (config.size, config.size)) for seed in seeds]
-    words = text(f"{seeds or number} {config.name} {PROMPT}")
+    words = text(f"{seeds or number} {config.name} {PROMPT * config.sentences}")
     return chat(*pictures, words, max_tokens=config.tokens, ignore_eos=True, stream=True)
 
 
 GROUPS = {Group.INGRESS: "Ingress", Group.ENCODER: "Encoder", Group.PREFILL: "Prefill", Group.DECODE: "Decode"}
+BESIDE = {
+    Group.ENCODER: Group.ENCODER_REPLICA,
+    Group.PREFILL: Group.PREFILL_REPLICA,
+    Group.DECODE: Group.DECODE_REPLICA,
+}
 
 
 def processes(server: Server) -> dict[Group, list[psutil.Process]]:
-    """By whom they work for: replicas with their engines; the proxy, Ray and this client are around them."""
+    """By whom they work for: replicas, beside these their engines; the proxy, Ray and this client are around them."""
     found: dict[Group, list[psutil.Process]] = {group: [] for group in Group}
     found[Group.AROUND].append(psutil.Process())
     own: set[int] = set()
@@ -126,9 +158,10 @@ def processes(server: Server) -> dict[Group, list[psutil.Process]]:
         title = " ".join(process.cmdline())
         for group, name in GROUPS.items():
             if re.search(rf"ServeReplica:epd:{name}\b", title):
-                members = [process, *process.children(recursive=True)]
-                found[group] += members
-                own |= {member.pid for member in members}
+                engine = process.children(recursive=True)
+                found[BESIDE.get(group, group)].append(process)
+                found[group] += engine
+                own |= {process.pid, *(member.pid for member in engine)}
     found[Group.AROUND] += [process for process in everybody if process.pid not in own]
     return found
 
@@ -157,6 +190,7 @@ def measure(server: Server, config: Config, seconds: float, rate: float | None) 
     return Run(
         name=config.name,
         seconds=took,
+        asked_s=seconds,
         at_a_time=config.at_a_time,
         rate=rate,
         requests=requests,
@@ -165,6 +199,7 @@ def measure(server: Server, config: Config, seconds: float, rate: float | None) 
         embeds=round(more["embeds"] / max(requests * config.images, 1)),
         prompt_tokens=round(more["prompt_tokens"] / max(requests, 1)),
         output_tokens=config.tokens,
+        encoder_steps=more["encoder_steps"],
         prefill_steps=more["prefill_steps"],
         decode_steps=more["decode_steps"],
         cpu_s=spent,
@@ -172,47 +207,57 @@ def measure(server: Server, config: Config, seconds: float, rate: float | None) 
         load=os.getloadavg()[0],
         per_s=requests / took,
         ttft_p50_s=float(np.median(ttft)),
+        ttft_p90_s=float(np.quantile(ttft, 0.9)),
+        tpot_p50_s=float(np.median([(end - first) / max(config.tokens - 1, 1) for _, first, end in client.times])),
+        topology=config.topology,
+        steps_p50_s={name: statistics.median(each.get(name, 0.0) for each in client.steps) for name in STEPS},
     )
 
 
 def counts(server: Server) -> dict[str, float]:
-    steps = "vllm:iteration_tokens_total_count"
+    steps, prompts = "vllm:iteration_tokens_total_count", "vllm:prompt_tokens_total"
     return {
-        "embeds": server.metric("vllm:prompt_tokens_total", stage="encoder"),
-        "prompt_tokens": server.metric("vllm:prompt_tokens_total", stage="prefill"),
+        "embeds": server.metric(prompts, stage="encoder"),
+        "encoder_steps": server.metric(steps, stage="encoder"),
+        "prompt_tokens": server.metric(prompts, stage="prefill") or server.metric(prompts, stage="decode"),
         "prefill_steps": server.metric(steps, stage="prefill"),
         "decode_steps": server.metric(steps, stage="decode"),
     }
 
 
-def measure_all(seconds: float) -> list[Run]:
-    one = {
-        name: {"num_replicas": 1, "autoscaling_config": None} for name in ("Ingress", "Encoder", "Prefill", "Decode")
-    }
-    runs: list[Run] = []
-    with tempfile.TemporaryDirectory() as folder, serve_run(Path(folder), {}, one) as server:
-        for config in FIT + HELD_OUT:
-            known = {run.name: run for run in runs}
-            rate = known[config.poisson[0]].per_s * config.poisson[1] if config.poisson else None
-            runs.append(measure(server, config, seconds, rate))
-            print(
-                f"{config.name}: {runs[-1].per_s:.1f} requests/s, TTFT {runs[-1].ttft_p50_s * 1000:.0f} ms", flush=True
-            )
-    return runs
+def measure_all(seconds: float) -> Iterator[Run]:
+    """One start for each topology."""
+    known: dict[str, Run] = {}
+    for topology, configs in itertools.groupby(FIT + HELD_OUT, lambda config: config.topology):
+        with tempfile.TemporaryDirectory() as folder, start(Path(folder), topology) as server:
+            for config in configs:
+                rate = known[config.poisson[0]].per_s * config.poisson[1] if config.poisson else None
+                known[config.name] = run = measure(server, config, seconds, rate)
+                print(f"{run.name}: {run.per_s:.1f} requests/s, TTFT {run.ttft_p50_s * 1000:.0f} ms", flush=True)
+                yield run
+
+
+def start(folder: Path, topology: Topology) -> AbstractContextManager[Server]:
+    names = ["Ingress", "Encoder", "Decode"] + (["Prefill"] if topology == "E+P+D" else [])
+    one = {name: {"num_replicas": 1, "autoscaling_config": None} for name in names}
+    return serve_run(folder, arguments(BATCH_TOKENS) | ({} if topology == "E+P+D" else {"prefill": None}), one)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a run")
+    parser.add_argument("--seconds", type=float, default=25.0, help="length of a run")
     parser.add_argument("--fit", action="store_true", help="fit and compare again, with the runs of the result")
     options = parser.parse_args()
     if options.fit:
         document: dict[str, Any] = json.loads(RESULT.read_text())
         runs = [Run.of(run) for run in document["runs"]]
     else:
-        runs = measure_all(options.seconds)
         seeds = "requests are numbered; the gaps of the Poisson process come from seed 1"
-        document = record.about("benchmarks.measure_service") | {"seed": seeds}
+        document = record.about("benchmarks.measure_service", model="benchmarks.questions") | {"seed": seeds}
+        runs = []
+        for run in measure_all(options.seconds):
+            runs.append(run)
+            record.write(document | {"runs": [asdict(each) for each in runs]}, RESULT)
     fitted = [run for run in runs if run.name in {config.name for config in FIT}]
     service, idle_cores = fit(fitted, os.cpu_count() or 1)
     checked = [check(run, service, idle_cores, document["machine"]["cpus"]) for run in runs if run not in fitted]

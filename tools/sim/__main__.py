@@ -2,6 +2,7 @@
 
 ``python -m tools.sim`` writes ``tools/sim/results/simulation.json`` and its plots. Service times are those of
 ``tools/sim/service_times_assumed.json``: assumed, not measured. ``--quick`` is a smaller run of every experiment.
+``python -m tools.sim plan traffic.yaml`` says how many replicas per stage an SLO takes.
 """
 
 import argparse
@@ -15,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tools.harness import record
+from tools.sim import plan
 from tools.sim.experiments import EXPERIMENTS, SLOS, jobs, run_all
 from tools.sim.service import load
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-ASSUMED = HERE / "service_times_assumed.json"
 
 
 def play(options: argparse.Namespace, result: Path) -> None:
@@ -54,14 +55,24 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--only", choices=EXPERIMENTS, help="run this one again, and keep the last run's others")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--times", type=Path, default=ASSUMED, help="service times (JSON)")
+    parser.add_argument("--times", type=Path, default=plan.ASSUMED, help="service times (JSON)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--replot", action="store_true", help="draw the plots of the last run again")
+    commands = parser.add_subparsers(dest="command")
+    planning = commands.add_parser("plan", help="how many replicas per stage for an SLO", description=plan.__doc__)
+    planning.add_argument("traffic", type=Path, help="YAML, like tools/sim/traffic.yaml")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
+    if options.command == "plan":
+        try:
+            demand = plan.Demand.read(options.traffic)
+            print(plan.report(demand, plan.Known.read(demand.service_times)))
+        except plan.PlanError as error:
+            sys.exit(str(error))
+        return
     result = options.out / "simulation.json"
     if not options.replot:
         play(options, result)

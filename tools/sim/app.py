@@ -5,7 +5,6 @@ Production's code decides here too: ``Admission`` what an ingress takes on, ``en
 """
 
 import random
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -20,22 +19,26 @@ from serve_app.ingress import encode_rule
 from serve_app.ingress.admission import Admission
 from serve_app.stage import Stage
 from tools.sim.by_prefix import ByPrefix, KnownTwo
-from tools.sim.loop import Action, Cores, Loop, OwnCore, Timer
+from tools.sim.loop import Action, Cores, Loop, OwnCore, Thread, Timer
 from tools.sim.pools import Cards, LeastCost, Pool, Router, TwoChoices
-from tools.sim.replicas import Call, Decode, Encoder, Prefill, Replica
-from tools.sim.service import ServiceTimes
+from tools.sim.replicas import Call, Decode, Encoder, Prefill, PrefillDecode, Replica
+from tools.sim.service import ServiceTimes, Topology
 from tools.sim.traffic import Request
 
 EMBED_BYTES = 4096
 """Of one embedding: 2,048 numbers of 16 bits, as in a model of 3 billion parameters."""
 
-REPLICAS: dict[Stage, type[Replica]] = {Stage.ENCODER: Encoder, Stage.PREFILL: Prefill, Stage.DECODE: Decode}
+REPLICAS: dict[Topology, dict[Stage, type[Replica]]] = {
+    "E+P+D": {Stage.ENCODER: Encoder, Stage.PREFILL: Prefill, Stage.DECODE: Decode},
+    "E+PD": {Stage.ENCODER: Encoder, Stage.DECODE: PrefillDecode},
+}
 
 
 @dataclass(frozen=True)
 class Shape:
     """What is fixed while a simulation runs."""
 
+    topology: Topology = "E+P+D"
     ingresses: int = 1
     free_ingress: bool = False
     """Its work takes no time: one does for any number of replicas."""
@@ -64,27 +67,13 @@ class Ingress:
         self.encoders, self.prefills = encoders, prefills
         self.encodes = encode_rule.Encodes()
         self.admission = Admission(shape.admission, EMBED_BYTES)
-        self._cores, self._free = cores, shape.free_ingress
-        self._queue: deque[tuple[float, Action]] = deque()
-        self._busy = False
+        self._thread = None if shape.free_ingress else Thread(cores)
 
     def work(self, seconds: float, done: Action) -> None:
-        if self._free:
+        if self._thread is None:
             done()
-            return
-        self._queue.append((seconds, done))
-        self._next()
-
-    def _next(self) -> None:
-        if self._queue and not self._busy:
-            self._busy = True
-            seconds, done = self._queue.popleft()
-            self._cores.start(seconds, partial(self._done, done))
-
-    def _done(self, done: Action) -> None:
-        self._busy = False
-        self._next()
-        done()
+        else:
+            self._thread.work(seconds, done)
 
 
 @dataclass
@@ -117,15 +106,16 @@ class App:
                 shape.queue.max_queued_requests * shape.ingresses,
                 self.cards,
                 lease_s=shape.lease_s if stage is Stage.ENCODER else 0.0,
+                start_work=partial(self._around, times.start_up_cpu_s),
             )
-            for stage in Stage
+            for stage in REPLICAS[shape.topology]
         }
         self.ingresses = [self._ingress() for _ in range(shape.ingresses)]
         self.ended: list[Request] = []
         self.on_end: Callable[[Request], None] = lambda _: None
 
     def _replica(self, stage: Stage, name: str) -> Replica:
-        return REPLICAS[stage](name, self.loop, self._cores, self.times, 1.0)
+        return REPLICAS[self.shape.topology][stage](name, self.loop, self._cores, self.times, 1.0)
 
     def _ingress(self) -> Ingress:
         encoders: Router = self._two_choices
@@ -258,6 +248,9 @@ class App:
     # ---- prefill, decode
 
     def _prefill(self, way: Way) -> None:
+        if Stage.PREFILL not in self.pools:
+            self._decode(way, lambda: None, 0.0)
+            return
         if self._late(way, Stage.PREFILL):
             return
         call = Call(way.request, way.request.prompt_tokens, partial(self._prefilled, way))
@@ -275,6 +268,9 @@ class App:
         way.ingress.prefills.answered(prefill)
         way.request.cached_tokens, way.request.prefilled_by = prefill.cached, prefill.replica.name
         free_blocks = partial(self.pools[Stage.PREFILL].pulled, prefill.replica)
+        self._decode(way, free_blocks, self.times.pull(way.request.prompt_tokens))
+
+    def _decode(self, way: Way, free_blocks: Action, pull_s: float) -> None:
         if self._late(way, Stage.DECODE):
             free_blocks()
             return
@@ -293,7 +289,7 @@ class App:
         call = Call(way.request, 1, decoded, tokens=way.request.output_tokens, first=first)
 
         def pull() -> None:
-            self._cores.start(self.times.pull(way.request.prompt_tokens), send)
+            self._cores.start(pull_s, send)
 
         def send() -> None:
             if not self.pools[Stage.DECODE].call(call, self._two_choices):

@@ -2,13 +2,13 @@
 
 The policies are those that Ray would call, made from an ``autoscaling_config`` as it stands in a Serve config: production's
 (``scaling/policies.py``) or Ray's own count of requests. Bounds, factors and delays are Ray's functions too. Only the
-transport of the signals is modelled, with Ray's default intervals.
+transport of the signals is modelled, with the intervals of that config.
 """
 
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +23,14 @@ from serve_app.stage import Stage
 from tools.sim.loop import Loop
 from tools.sim.pools import Pool
 
-RECORD_S = 2.0
-"""Ray: RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR of the next."""
-PUSH_S = 10.0
-"""Ray: RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S, and the same of handles."""
+RECORD_SHARE = 0.2
+"""Ray: RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR, of the window that signals are averaged over."""
 DECIDE_S = 1.0
 """Ray decides ten times a second (CONTROL_LOOP_INTERVAL_S); its delays are seconds, so this is enough here."""
+
+
+def record_s(config: AutoscalingConfig) -> float:
+    return min(RECORD_SHARE * config.look_back_period_s, config.metrics_interval_s)
 
 
 class Report:
@@ -59,9 +61,9 @@ class Report:
 class Signals:
     """Samples of one stage, as its replicas and handles keep them over the window."""
 
-    def __init__(self, pool: Pool, window_s: float) -> None:
+    def __init__(self, pool: Pool, config: AutoscalingConfig) -> None:
         self._pool = pool
-        length = max(int(window_s / RECORD_S), 1)
+        length = max(int(config.look_back_period_s / record_s(config)), 1)
         self._length = length
         self._counts: deque[tuple[float, float]] = deque(maxlen=length)  # calls under way or waiting, calls waiting
         self._series: dict[str, deque[tuple[float, dict[str, float]]]] = {}
@@ -90,7 +92,7 @@ class Controller:
         self._loop, self._pools, self._configs = loop, pools, configs
         self._ids = {stage: DeploymentID(stage.value, "epd") for stage in configs}
         self._states: dict[Any, dict[str, Any]] = {}
-        self._signals = {stage: Signals(pools[stage], config.look_back_period_s) for stage, config in configs.items()}
+        self._signals = {stage: Signals(pools[stage], config) for stage, config in configs.items()}
         self._reports: dict[Stage, Report] = {}
         self._own = {
             stage: autoscaling_policy._apply_autoscaling_config(_resolve_policy_callable(config.policy))
@@ -100,17 +102,18 @@ class Controller:
         self._shared = None if shared is None else autoscaling_policy._apply_app_level_autoscaling_config(shared)
 
     def start(self, until: float) -> None:
+        for stage, config in self._configs.items():
+            self._loop.every(record_s(config), partial(self._record, stage), until)
+            self._loop.every(config.metrics_interval_s, partial(self._push, stage), until)
         if self._configs:
-            self._loop.every(RECORD_S, self._record, until)
-            self._loop.every(PUSH_S, self._push, until)
             self._loop.every(DECIDE_S, self._decide, until)
 
-    def _record(self) -> None:
-        for stage, signals in self._signals.items():
-            signals.record(self._loop.now, not self._configs[stage].policy.is_default_policy_function())
+    def _record(self, stage: Stage) -> None:
+        with_stats = not self._configs[stage].policy.is_default_policy_function()
+        self._signals[stage].record(self._loop.now, with_stats)
 
-    def _push(self) -> None:
-        self._reports = {stage: signals.report() for stage, signals in self._signals.items()}
+    def _push(self, stage: Stage) -> None:
+        self._reports[stage] = self._signals[stage].report()
 
     def _decide(self) -> None:
         contexts = {self._ids[stage]: self._context(stage) for stage in self._configs}

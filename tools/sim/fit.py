@@ -1,8 +1,12 @@
 """Service times from measured runs, and the error of the simulation on runs that they were not fitted on."""
 
-from collections.abc import Iterable
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -12,10 +16,11 @@ from serve_app.stage import Stage
 from tools.sim.app import App, Shape
 from tools.sim.loop import Loop, SharedCores
 from tools.sim.run import quantile
-from tools.sim.service import ServiceTimes
-from tools.sim.traffic import Kind, Request, request, steady
+from tools.sim.service import ServiceTimes, Topology
+from tools.sim.traffic import Kind, Request, request
 
-SIMULATED_S = 60.0
+BATCH_TOKENS, SLOTS, KV_TOKENS = 2048, 64, 65_536
+"""Of the engines that were measured."""
 
 
 class Group(StrEnum):
@@ -25,6 +30,9 @@ class Group(StrEnum):
     ENCODER = "encoder"
     PREFILL = "prefill"
     DECODE = "decode"
+    ENCODER_REPLICA = "encoder replica"
+    PREFILL_REPLICA = "prefill replica"
+    DECODE_REPLICA = "decode replica"
     AROUND = "around"
 
 
@@ -34,6 +42,9 @@ class Run:
 
     name: str
     seconds: float
+    """Until the last request ended."""
+    asked_s: float
+    """New ones came for so long."""
     at_a_time: int | None
     """None: a Poisson process of ``rate``."""
     rate: float | None
@@ -52,6 +63,11 @@ class Run:
     load: float
     per_s: float
     ttft_p50_s: float
+    ttft_p90_s: float
+    tpot_p50_s: float
+    encoder_steps: float
+    topology: Topology
+    steps_p50_s: dict[str, float]
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Self:
@@ -61,6 +77,21 @@ class Run:
     def kind(self) -> Kind:
         text = self.prompt_tokens - self.images * self.embeds
         return Kind(self.images, self.embeds, text, self.output_tokens, scatter=0)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A result of ``benchmarks.measure_service``."""
+
+    times: ServiceTimes
+    cores: float
+    """Those that are left where nothing is asked."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        document = json.loads(path.read_text())
+        times = ServiceTimes.model_validate(document["service_times"])
+        return cls(times, document["machine"]["cpus"] - document["idle_cores"])
 
 
 @dataclass(frozen=True)
@@ -93,13 +124,18 @@ def fit(runs: list[Run], cores: float) -> tuple[ServiceTimes, float]:
 
     render_s, render_item_s, chunk_s, idle_ingress = solve(Group.INGRESS, requests, items, tokens)
     around_s, around_item_s, around_chunk_s, idle_around = solve(Group.AROUND, requests, items, tokens)
-    encode_s, encode_embed_s, idle_encoder = solve(Group.ENCODER, items, embeds)
+    prepare_s, prepare_embed_s, idle_preparing = solve(Group.ENCODER_REPLICA, items, embeds)
+    encode_step_s, encode_s, encode_embed_s, idle_encoder = solve(
+        Group.ENCODER, [run.encoder_steps for run in runs], items, embeds
+    )
+    prefill_call_s, idle_prefill_replica = solve(Group.PREFILL_REPLICA, requests)
     step_s, token_s, idle_prefill = solve(Group.PREFILL, [run.prefill_steps for run in runs], prompts)
+    decode_call_s, relay_s, idle_decode_replica = solve(Group.DECODE_REPLICA, requests, tokens)
     pull_s, decode_step_s, sequence_s, idle_decode = solve(
         Group.DECODE, requests, [run.decode_steps for run in runs], tokens
     )
     service = ServiceTimes(
-        note=f"measured on {cores:g} cores that all stages and the client share, with the demo model",
+        note=f"measured on {cores:g} cores that all stages and the client share, with the model of benchmarks.questions",
         around_s=around_s,
         around_item_s=around_item_s,
         around_chunk_s=around_chunk_s,
@@ -107,21 +143,28 @@ def fit(runs: list[Run], cores: float) -> tuple[ServiceTimes, float]:
         render_item_s=render_item_s,
         chunk_s=chunk_s,
         hop_s=0.0,
+        prepare_s=prepare_s,
+        prepare_embed_s=prepare_embed_s,
+        encode_step_s=encode_step_s,
         encode_s=encode_s,
         encode_embed_s=encode_embed_s,
+        prefill_call_s=prefill_call_s,
         prefill_step_s=step_s,
         prefill_token_s=token_s,
+        decode_call_s=decode_call_s,
         pull_s=pull_s,
         pull_token_s=0.0,
         decode_step_s=decode_step_s,
-        decode_sequence_s=sequence_s,
+        decode_sequence_s=sequence_s + relay_s,
         decode_kv_token_s=0.0,
-        batch_tokens=2048,
-        slots=256,
-        kv_tokens=10**6,
+        encode_embeds=BATCH_TOKENS,
+        batch_tokens=BATCH_TOKENS,
+        slots=SLOTS,
+        kv_tokens=KV_TOKENS,
         start_up_s=dict.fromkeys(Stage, 40.0),
     )
     idle = idle_ingress + idle_around + idle_encoder + idle_prefill + idle_decode
+    idle += idle_preparing + idle_prefill_replica + idle_decode_replica
     return service.model_copy(update={"hop_s": hop_s(runs, service, idle, cores)}), idle
 
 
@@ -140,25 +183,35 @@ def check(run: Run, service: ServiceTimes, idle: float, cores: float) -> Check:
     return Check(run.name, run.per_s, per_s, per_s / run.per_s - 1, run.ttft_p50_s, ttft_s, ttft_s / run.ttft_p50_s - 1)
 
 
-def replay(run: Run, service: ServiceTimes, idle: float, cores: float, seed: int = 1) -> tuple[float, float]:
+def replay(run: Run, service: ServiceTimes, idle: float, cores: float) -> tuple[float, float]:
     """The run in the simulation, on the cores that it had: requests per second, and TTFT p50."""
     loop = Loop()
-    app = App(loop, service, Shape(), seed, SharedCores(loop, max(cores - idle - run.other_cores, 0.1)))
+    app = App(
+        loop, service, Shape(topology=run.topology), 1, SharedCores(loop, max(cores - idle - run.other_cores, 0.1))
+    )
     for pool in app.pools.values():
         pool.scale(1, at_once=True)
-    if run.rate is not None:
-        app.play(steady(run.name, run.rate, SIMULATED_S, run.kind).requests(seed))
-    else:
-        chance = np.random.default_rng(seed)
+    numbers, chance = itertools.count(), np.random.default_rng(1)
 
-        def next_one(ended: Request | None = None) -> None:
-            if loop.now < SIMULATED_S:
-                app.arrive(request(len(app.ended), loop.now, run.kind, chance))
+    def ask(ended: Request | None = None) -> None:
+        if loop.now < run.asked_s:
+            app.arrive(request(next(numbers), loop.now, run.kind, chance))
 
-        app.on_end = next_one
+    if run.rate is None:
+        app.on_end = ask
         for _ in range(run.at_a_time or 1):
-            loop.at(0.0, next_one)
-    loop.run(SIMULATED_S)
-    served = [each for each in app.ended if each.outcome == "ok" and each.at > SIMULATED_S / 10]
-    counted = sum(each.ended_at is not None and each.ended_at > SIMULATED_S / 10 for each in app.ended)
-    return counted / (0.9 * SIMULATED_S), quantile([each.ttft_s for each in served], 0.5)
+            loop.at(0.0, ask)
+    else:
+        for moment in arrivals(run.rate, run.asked_s):
+            loop.at(moment, ask)
+    loop.run()
+    served = [each for each in app.ended if each.outcome == "ok"]
+    return len(served) / loop.now, quantile([each.ttft_s for each in served], 0.5)
+
+
+def arrivals(rate: float, seconds: float) -> Iterator[float]:
+    """Moments of a Poisson process, the same in a measured run and in its simulation."""
+    chance, now = random.Random(1), 0.0
+    while now < seconds:
+        yield now
+        now += chance.expovariate(rate)

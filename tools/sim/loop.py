@@ -5,7 +5,9 @@ machine, divided equally among those that work (processor sharing).
 """
 
 import heapq
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 Action = Callable[[], None]
@@ -141,3 +143,30 @@ class SharedCores:
         self._active.discard(work)
         self._schedule()
         work.done()
+
+
+class Thread:
+    """One piece of work after the other."""
+
+    def __init__(self, cores: Cores) -> None:
+        self._cores = cores
+        self._queue: deque[tuple[float, Action]] = deque()
+        self._busy = False
+
+    def work(self, seconds: float, done: Action) -> None:
+        if not seconds and not self._busy:
+            done()
+            return
+        self._queue.append((seconds, done))
+        self._next()
+
+    def _next(self) -> None:
+        if self._queue and not self._busy:
+            self._busy = True
+            seconds, done = self._queue.popleft()
+            self._cores.start(seconds, partial(self._done, done))
+
+    def _done(self, done: Action) -> None:
+        self._busy = False
+        self._next()
+        done()

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from serve_app.routing import rules
 from serve_app.stage import Stage
-from tools.sim.loop import Loop
+from tools.sim.loop import Action, Loop
 from tools.sim.replicas import Call, Replica
 
 
@@ -110,6 +110,7 @@ class Pool:
         cards: Cards,
         gpus: float = 1.0,
         lease_s: float = 0.0,
+        start_work: Callable[[Action], None] = lambda done: done(),
     ) -> None:
         self.stage, self.max_ongoing, self.max_queued, self.gpus = stage, max_ongoing, max_queued, gpus
         self.target = 0
@@ -119,6 +120,7 @@ class Pool:
         self.waiting: deque[tuple[Call, Router]] = deque()
         self.draining: set[Replica] = set()
         self._loop, self._make, self._start_up_s, self._lease_s = loop, make, start_up_s, lease_s
+        self._start_work = start_work
         self._cards = cards
         self._starting: list[dict[str, bool]] = []
         self._made = 0
@@ -130,6 +132,7 @@ class Pool:
 
     def call(self, call: Call, router: Router) -> bool:
         """False: the queue is full, and the call is refused."""
+        call.asked_at = self._loop.now
         if self.waiting or not self._send(call, router):
             if len(self.waiting) >= self.max_queued:
                 return False
@@ -165,22 +168,22 @@ class Pool:
         """Start or drain replicas. ``at_once``: they were there before the simulation began."""
         self.target = target
         while len(self.running) + len(self._starting) < target:
-            self._start(0.0 if at_once else self._start_up_s)
+            self._start(at_once)
         while len(self.running) + len(self._starting) > target:
             if self._starting:  # Ray stops those first that do not run yet
                 self._starting.pop()["wanted"] = False
             else:
                 self._drain(self.running[-1])
 
-    def _start(self, start_up_s: float) -> None:
+    def _start(self, at_once: bool) -> None:
         state = {"wanted": True}
         self._starting.append(state)
 
         def has_cards() -> bool:
             if state["wanted"]:
                 self._hold(self.gpus)
-                if start_up_s:
-                    self._loop.after(start_up_s, is_up)
+                if not at_once:
+                    self._loop.after(self._start_up_s, lambda: self._start_work(is_up))
                 else:
                     is_up()
             return state["wanted"]

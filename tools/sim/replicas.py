@@ -10,7 +10,7 @@ from typing import Any
 
 from serve_app.stages.workload import Meter
 from tools.sim.caches import BlockCache
-from tools.sim.loop import Cores, Loop, Work
+from tools.sim.loop import Cores, Loop, Thread, Work
 from tools.sim.service import ServiceTimes
 from tools.sim.traffic import Request
 
@@ -18,7 +18,7 @@ from tools.sim.traffic import Request
 class Call:
     """One call of a stage, for one request (and one item of it, for an encoder)."""
 
-    __slots__ = ("answer", "cached", "first", "key", "metered", "replica", "request", "tokens", "work")
+    __slots__ = ("answer", "asked_at", "cached", "first", "key", "metered", "replica", "request", "tokens", "work")
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class Call:
         """Of an encode call: names the item. Of a prefill: the request."""
         self.cached = 0
         """Tokens of a prompt that prefill had in its cache."""
+        self.asked_at: float | None = None
         self.replica: Replica | None = None
         self.metered: AbstractContextManager[Any] | None = None
 
@@ -46,15 +47,21 @@ class Replica:
         self.held = 0
         """Calls that are answered, and whose result another replica has still to pull."""
         self.leased_until = 0.0
+        self.begun = 0
+        self.waited_s = 0.0
+        """What calls waited until their work began, all together."""
         self.ended: Callable[[], None] = lambda: None
         self.meter = Meter(loop.clock)
+        self._beside = Thread(cores)
+        """The replica's own process, beside its engine."""
 
     def take(self, call: Call) -> None:
         call.replica = self
+        call.asked_at = self.loop.now if call.asked_at is None else call.asked_at
         self.ongoing += 1
         call.metered = self.meter.call(call.work)
         call.metered.__enter__()
-        self._take(call)
+        self._beside.work(self._before_s(call), partial(self._take, call))
 
     def stats(self) -> dict[str, float]:
         """As ``record_autoscaling_stats`` of the deployments."""
@@ -62,8 +69,17 @@ class Replica:
 
     kv_use = 0.0
 
+    def _before_s(self, call: Call) -> float:
+        """What the replica does for a call before its engine gets it."""
+        return 0.0
+
     @abstractmethod
     def _take(self, call: Call) -> None: ...
+
+    def _begins(self, call: Call) -> None:
+        assert call.asked_at is not None
+        self.begun += 1
+        self.waited_s += self.loop.now - call.asked_at
 
     def _answer(self, call: Call) -> None:
         assert call.metered is not None
@@ -74,27 +90,39 @@ class Replica:
 
 
 class Encoder(Replica):
-    """One item after the other."""
+    """Items are prepared one after the other. The engine encodes those that wait in steps of at most ``encode_embeds``."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._queue: deque[Call] = deque()
         self._busy = False
 
+    def _before_s(self, call: Call) -> float:
+        return self.times.prepare(call.work)
+
     def _take(self, call: Call) -> None:
         self._queue.append(call)
         self._next()
 
     def _next(self) -> None:
-        if self._queue and not self._busy:
-            self._busy = True
-            call = self._queue.popleft()
-            self.cores.start(self.times.encode(call.work), partial(self._done, call))
+        if not self._queue or self._busy:
+            return
+        self._busy = True
+        step = [self._queue.popleft()]
+        room = self.times.encode_embeds - step[0].work
+        while self._queue and self._queue[0].work <= room:
+            room -= self._queue[0].work
+            step.append(self._queue.popleft())
+        for call in step:
+            self._begins(call)
+        seconds = self.times.encode_step_s + sum(self.times.encode(call.work) for call in step)
+        self.cores.start(seconds, partial(self._done, step))
 
-    def _done(self, call: Call) -> None:
+    def _done(self, step: list[Call]) -> None:
         self._busy = False
         self._next()
-        self._answer(call)
+        for call in step:
+            self._answer(call)
 
 
 class Prefill(Replica):
@@ -105,6 +133,9 @@ class Prefill(Replica):
         self._queue: deque[list[Any]] = deque()  # [call, tokens left]; None: it has not begun
         self._busy = False
         self._cache = BlockCache(self.times.cache_tokens)
+
+    def _before_s(self, call: Call) -> float:
+        return self.times.prefill_call_s
 
     def _take(self, call: Call) -> None:
         self._queue.append([call, None])
@@ -131,6 +162,7 @@ class Prefill(Replica):
 
     def _begin(self, call: Call) -> int:
         """Tokens of a prompt to compute: what the cache has when its first step begins is left out."""
+        self._begins(call)
         if call.request.prefix is not None:
             call.cached = self._cache.begin(call.request.prefix)
         return call.work - call.cached
@@ -173,6 +205,9 @@ class Decode(Replica):
     def kv_use(self) -> float:  # type: ignore[override]
         return min(self._kv_tokens / self.times.kv_tokens, 1.0)
 
+    def _before_s(self, call: Call) -> float:
+        return self.times.decode_call_s
+
     def _take(self, call: Call) -> None:
         self._queue.append(call)
         if len(self._queue) == 1 and self._fits(call):
@@ -187,6 +222,7 @@ class Decode(Replica):
         self._pass_time()
         while self._queue and self._fits(self._queue[0]):
             call = self._queue.popleft()
+            self._begins(call)
             self._running += 1
             self._kv_tokens += held_tokens(call)
             self._joined += 1
@@ -222,3 +258,79 @@ class Decode(Replica):
 def held_tokens(call: Call) -> float:
     """KV tokens of a sequence, over its life: its prompt, and half of what it will say."""
     return call.request.prompt_tokens + call.tokens / 2
+
+
+class PrefillDecode(Replica):
+    """Decode that prefills: in each step a token for all that run, and of prompts as many tokens as there is room for."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._queue: deque[Call] = deque()
+        self._prompts: deque[list[Any]] = deque()  # [call, tokens left]
+        self._answers: list[list[Any]] = []  # [call, tokens left]
+        self._kv_tokens = 0.0
+        self._busy = False
+
+    @property
+    def kv_use(self) -> float:  # type: ignore[override]
+        return min(self._kv_tokens / self.times.kv_tokens, 1.0)
+
+    def _before_s(self, call: Call) -> float:
+        return self.times.decode_call_s
+
+    def _take(self, call: Call) -> None:
+        self._queue.append(call)
+        self._next()
+
+    def _next(self) -> None:
+        if self._busy:
+            return
+        room = max(self.times.batch_tokens - len(self._answers), 1)
+        encode_s, tokens, ended = 0.0, 0, []
+        while room:
+            if not self._prompts and not self._admit():
+                break
+            call, left = entry = self._prompts[0]
+            if left == call.request.prompt_tokens:
+                encode_s += sum(self.times.encode(embeds) for embeds in own_items(call.request))
+            part = min(left, room)
+            entry[1], room, tokens = left - part, room - part, tokens + part
+            if not entry[1]:
+                ended.append(self._prompts.popleft()[0])
+        if not tokens and not self._answers:
+            return
+        self._busy = True
+        seconds = encode_s
+        if self._answers:
+            seconds += self.times.decode(len(self._answers), self._kv_tokens)
+        if tokens:
+            seconds += self.times.prefill(tokens)
+        self.cores.start(seconds, partial(self._done, ended))
+
+    def _admit(self) -> bool:
+        """The next call, if there is room for it."""
+        running = len(self._answers) + len(self._prompts)
+        if not self._queue or running >= self.times.slots:
+            return False
+        if running and self._kv_tokens + held_tokens(self._queue[0]) > self.times.kv_tokens:
+            return False
+        call = self._queue.popleft()
+        self._begins(call)
+        self._kv_tokens += held_tokens(call)
+        self._prompts.append([call, call.request.prompt_tokens])
+        return True
+
+    def _done(self, prefilled: list[Call]) -> None:
+        self._busy = False
+        for call in prefilled:
+            assert call.first is not None
+            call.first()
+        self._answers = [[call, left - 1] for call, left in self._answers] + [
+            [call, call.tokens - 1] for call in prefilled
+        ]
+        ended = [call for call, left in self._answers if not left]
+        self._answers = [entry for entry in self._answers if entry[1]]
+        self._kv_tokens -= sum(map(held_tokens, ended))
+        self._next()
+        for call in ended:
+            self._answer(call)

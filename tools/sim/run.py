@@ -12,6 +12,7 @@ from serve_app.stage import Stage
 from tools.sim.app import App, Shape
 from tools.sim.control import Controller
 from tools.sim.loop import Loop, SharedCores
+from tools.sim.pools import Pool
 from tools.sim.service import ServiceTimes
 from tools.sim.traffic import Request, Traffic
 
@@ -35,12 +36,11 @@ class SLO:
     tpot_s: float
 
     def met(self, request: Request) -> bool:
-        return (
-            request.outcome == "ok"
-            and request.ttft_s is not None
-            and request.ttft_s <= self.ttft_s
-            and request.tpot_s <= self.tpot_s
-        )
+        return not self.late(request) and request.tpot_s <= self.tpot_s
+
+    def late(self, request: Request) -> bool:
+        """Failed, or too late with its first token."""
+        return request.outcome != "ok" or request.ttft_s is None or request.ttft_s > self.ttft_s
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ class Result:
     """Share of prompt tokens that prefill had in its cache."""
     most_work: float
     """Tokens that the prefill replica with the most computed, in means of all."""
+    late: float
+    """Share of requests that failed, or had their first token too late."""
+    waits_s: dict[Stage, float]
+    """Of each stage with replicas: how long its calls waited until their work began, on average."""
     outcomes: dict[str, int]
     timeline: dict[str, list[float]]
 
@@ -92,8 +96,7 @@ def simulate(
     loop.run()
     counted = [request for request in app.ended if request.at >= warm_s]
     gpu_s = spent[traffic.seconds] - (spent[warm_s] if warm_s else 0.0)
-    replicas = max(len(app.pools[Stage.PREFILL].running), 1)
-    return summary(counted, gpu_s, traffic.seconds - warm_s, slo, timeline, replicas)
+    return summary(counted, gpu_s, traffic.seconds - warm_s, slo, timeline, app)
 
 
 def go_on(app: App, traffic: Traffic, ended: Request) -> None:
@@ -119,8 +122,9 @@ def summary(
     seconds: float,
     slo: SLO,
     timeline: dict[str, list[float]],
-    prefills: int,
+    app: App,
 ) -> Result:
+    prefills = len(app.pools[Stage.PREFILL].running) if Stage.PREFILL in app.pools else 0
     good = sum(slo.met(request) for request in requests)
     served = [request for request in requests if request.outcome == "ok"]
     ttft = [request.ttft_s for request in served if request.ttft_s is not None]
@@ -141,10 +145,17 @@ def summary(
         gpu_s_per_good=gpu_s / max(good, 1),
         at_prefill=sum(request.at_prefill for request in requests) / max(items, 1),
         cached=sum(request.cached_tokens for request in served) / max(sum(r.prompt_tokens for r in served), 1),
-        most_work=most_work(served, prefills),
+        most_work=most_work(served, max(prefills, 1)),
+        late=sum(slo.late(request) for request in requests) / max(len(requests), 1),
+        waits_s={stage: wait_s(pool) for stage, pool in app.pools.items() if pool.running},
         outcomes=outcomes,
         timeline=timeline,
     )
+
+
+def wait_s(pool: Pool) -> float:
+    begun = sum(replica.begun for replica in pool.running)
+    return sum(replica.waited_s for replica in pool.running) / max(begun, 1)
 
 
 def most_work(served: Sequence[Request], replicas: int) -> float:

@@ -1,10 +1,13 @@
 """Service times: how long a stage takes for its work, as straight lines. Measured here, or assumed for a GPU."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.stage import Stage
+
+Topology = Literal["E+P+D", "E+PD"]
 
 
 class ServiceTimes(BaseModel):
@@ -20,20 +23,32 @@ class ServiceTimes(BaseModel):
     render_item_s: float = Field(description="Ingress: one item of a request.")
     chunk_s: float = Field(description="Ingress: one token on its way to the client.")
     hop_s: float = Field(description="A call of a stage on its way there and back. Nobody works meanwhile.")
+    prepare_s: float = Field(0.0, description="Encoder, the replica beside its engine: one item.")
+    prepare_embed_s: float = Field(0.0, description="The same for one embedding of it.")
+    encode_step_s: float = Field(0.0, description="Encoder: one step of the engine.")
     encode_s: float = Field(description="Encoder: one item.")
     encode_embed_s: float = Field(description="Encoder: one embedding of it.")
+    prefill_call_s: float = Field(0.0, description="Prefill, the replica beside its engine: one call.")
     prefill_step_s: float = Field(description="Prefill: one step of the engine.")
     prefill_token_s: float = Field(description="Prefill: one token of it.")
+    decode_call_s: float = Field(0.0, description="Decode, the replica beside its engine: one call.")
     pull_s: float = Field(description="Decode: to take over one request with its KV blocks.")
     pull_token_s: float = Field(description="Decode: the blocks of one token.")
     decode_step_s: float = Field(description="Decode: one step of the engine, a token for each sequence.")
     decode_sequence_s: float = Field(description="Decode: one sequence of it.")
     decode_kv_token_s: float = Field(description="Decode: one token of their KV cache.")
+    encode_embeds: int = Field(0, description="Embeddings of one step of the encoder at most; 0: an item a step.")
     batch_tokens: int = Field(description="Tokens of one step of prefill at most (max_num_batched_tokens).")
     slots: int = Field(description="Sequences that decode runs at a time (max_num_seqs).")
     kv_tokens: int = Field(description="Tokens that the KV cache of a decode replica holds.")
     cache_tokens: int = Field(0, description="Tokens that the prefix cache of a prefill replica holds.")
-    start_up_s: dict[Stage, float] = Field(description="From asking for a replica to its first call.")
+    start_up_cpu_s: float = Field(0.0, description="What of a start is work of one core, where cores are shared.")
+    start_up_s: dict[Stage, float] = Field(
+        description="From asking for a replica to its first call, without that work."
+    )
+
+    def prepare(self, embeds: int) -> float:
+        return self.prepare_s + self.prepare_embed_s * embeds
 
     def encode(self, embeds: int) -> float:
         return self.encode_s + self.encode_embed_s * embeds

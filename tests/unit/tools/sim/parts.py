@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from tools.sim.__main__ import ASSUMED
 from tools.sim.loop import Loop, OwnCore
+from tools.sim.plan import ASSUMED
 from tools.sim.replicas import Replica
 from tools.sim.service import ServiceTimes, load
 from tools.sim.traffic import Kind, Request

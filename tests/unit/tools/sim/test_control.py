@@ -10,7 +10,7 @@ from serve_app.stage import Stage
 from tests.unit.tools.sim.parts import TIMES, request
 from tools.sim import experiments
 from tools.sim.app import App, Shape
-from tools.sim.control import Controller
+from tools.sim.control import Controller, record_s
 from tools.sim.loop import Loop
 from tools.sim.pools import TwoChoices
 from tools.sim.replicas import Call
@@ -69,3 +69,15 @@ def test_the_policies_of_a_config_decide_by_work_and_within_the_budget() -> None
         loop, app = controlled(config, gpus)
         loop.at(0.5, lambda app=app: keep_busy(app, 1000))
         assert max(targets(loop, app).values()) == expected
+
+
+def test_signals_come_as_often_as_the_config_says() -> None:
+    config = AutoscalingConfig(
+        max_replicas=4, target_ongoing_requests=2, upscale_delay_s=3.0, metrics_interval_s=1.0, look_back_period_s=6.0
+    )
+    loop, app = controlled(config)
+    loop.at(50.5, lambda: keep_busy(app, 1000))
+    changed = targets(loop, app)
+
+    assert list(changed)[1] == pytest.approx(51 + 3, abs=1.5)
+    assert [record_s(AutoscalingConfig()), record_s(config)] == pytest.approx([6.0, 1.0])

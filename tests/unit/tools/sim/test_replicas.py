@@ -5,7 +5,7 @@ import pytest
 
 from tests.unit.tools.sim.parts import replica, request, times
 from tools.sim.loop import Loop
-from tools.sim.replicas import Call, Decode, Encoder, Prefill
+from tools.sim.replicas import Call, Decode, Encoder, Prefill, PrefillDecode
 
 
 @pytest.mark.parametrize("busy", [0.5, 0.8])
@@ -86,3 +86,43 @@ def test_decode_runs_as_many_as_it_has_slots_and_room_for() -> None:
 
     # c waits for a slot though its cache would fit; d waits until the cache has room for it.
     assert ended == [("a", 10.0), ("b", 10.0), ("c", 20.0), ("d", 20.0)]
+
+
+def test_an_encoder_prepares_one_after_the_other_and_encodes_together_what_fits_in_a_step() -> None:
+    loop, ended = Loop(), []
+    service = times(prepare_s=0.1, encode_step_s=1.0, encode_embed_s=0.001).model_copy(update={"encode_embeds": 1000})
+    encoder = replica(Encoder, loop, service)
+    for _ in range(4):
+        encoder.take(Call(request(), 400, lambda _: ended.append(loop.now)))
+    loop.run()
+
+    # The first alone: 0.1 and 1.4. Meanwhile the others are prepared; two of them fit: 1.8, and the last takes 1.4.
+    assert ended == pytest.approx([1.5, 3.3, 3.3, 4.7])
+    assert encoder.begun == 4 and encoder.waited_s == pytest.approx(0.1 + 1.5 + 1.5 + 3.3)
+
+
+def test_decode_that_prefills_cuts_a_prompt_by_what_runs_and_holds_up_the_others() -> None:
+    loop, firsts, ended = Loop(), {}, {}
+    service = times(prefill_token_s=0.001, decode_step_s=0.1).model_copy(update={"batch_tokens": 101, "slots": 2})
+    decode = replica(PrefillDecode, loop, service)
+
+    def take(name: str, prompt: int, tokens: int) -> None:
+        decode.take(
+            Call(
+                request(text=prompt),
+                1,
+                lambda _: ended.update({name: loop.now}),
+                tokens,
+                lambda: firsts.update({name: loop.now}),
+            )
+        )
+
+    take("a", 100, 4)
+    take("b", 200, 1)
+    take("c", 10, 1)  # waits for a slot
+    loop.run()
+
+    # a alone: 0.1 (it was there first). Then 100 of b beside a token of a: 0.2, twice; a's last beside 10 of c: 0.11.
+    assert firsts == pytest.approx({"a": 0.1, "b": 0.5, "c": 0.61})
+    assert ended == pytest.approx({"a": 0.61, "b": 0.5, "c": 0.61})
+    assert decode.kv_use == 0.0
