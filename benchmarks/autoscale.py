@@ -269,12 +269,13 @@ def decided_at(server: Server, began: float) -> list[float]:
 
 
 def by_phase(samples: list[Sample], answers: list[Answer]) -> list[dict[str, Any]]:
-    """What requests saw that were asked for in a phase."""
+    """What requests saw that were asked for in a phase. It begins a little before its first sample."""
     starts = [(next(group).seconds, kind) for kind, group in itertools.groupby(samples, lambda sample: sample.phase)]
     ends = [start for start, _ in starts[1:]] + [samples[-1].seconds]
     found = []
     for (start, kind), end in zip(starts, ends, strict=True):
-        if ttft := [each.ttft_s for each in answers if start <= each.at_s < end]:
+        own = [each for each in answers if each.kind == kind and start - 2 * SAMPLE_EVERY_S <= each.at_s < end]
+        if ttft := [each.ttft_s for each in own]:
             p50, p90 = (float(np.quantile(ttft, share)) for share in (0.5, 0.9))
             seen = {"kind": kind, "from_s": start, "to_s": end, "requests": len(ttft)}
             found.append(seen | {"ttft_p50_s": p50, "ttft_p90_s": p90})
@@ -364,8 +365,10 @@ def compare(path: Path) -> None:
 
     document = json.loads(path.read_text())
     fitted = Fitted.read(SERVICE_TIMES)
-    played = scaling.simulated(document, fitted.times, fitted.cores)
-    record.write(document | {"simulated": asdict(played)}, path)
+    cores = scaling.cores_left(document, fitted.times, fitted.cores)
+    played = scaling.simulated(document, fitted.times, cores)
+    record.write(document | {"simulated": {"cores": cores} | asdict(played)}, path)
+    print(f"{cores:.2f} cores")
     for name, seen in (("measured", scaling.measured(document)), ("simulated", played)):
         print(name, "wanted:", ", ".join(f"{stage} {count} at {at:.0f} s" for stage, at, count in seen.decided))
         for stage, times in seen.changes.items():

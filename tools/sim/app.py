@@ -249,7 +249,7 @@ class App:
 
     def _prefill(self, way: Way) -> None:
         if Stage.PREFILL not in self.pools:
-            self._decode(way, lambda: None, 0.0)
+            self._decode(way, lambda: None, None)
             return
         if self._late(way, Stage.PREFILL):
             return
@@ -267,10 +267,11 @@ class App:
         assert prefill.replica is not None
         way.ingress.prefills.answered(prefill)
         way.request.cached_tokens, way.request.prefilled_by = prefill.cached, prefill.replica.name
-        free_blocks = partial(self.pools[Stage.PREFILL].pulled, prefill.replica)
-        self._decode(way, free_blocks, self.times.pull(way.request.prompt_tokens))
+        assert isinstance(prefill.replica, Prefill)
+        self._decode(way, partial(self.pools[Stage.PREFILL].pulled, prefill.replica), prefill.replica.pull)
 
-    def _decode(self, way: Way, free_blocks: Action, pull_s: float) -> None:
+    def _decode(self, way: Way, free_blocks: Action, pull: Callable[[Action], None] | None) -> None:
+        """``pull``: from the replica that prefilled; None: decode prefills."""
         if self._late(way, Stage.DECODE):
             free_blocks()
             return
@@ -288,15 +289,18 @@ class App:
 
         call = Call(way.request, 1, decoded, tokens=way.request.output_tokens, first=first)
 
-        def pull() -> None:
-            self._cores.start(pull_s, send)
+        def arrived() -> None:
+            if pull is None:
+                send()
+            else:
+                pull(lambda: self._cores.start(self.times.pull(way.request.prompt_tokens), send))
 
         def send() -> None:
             if not self.pools[Stage.DECODE].call(call, self._two_choices):
                 free_blocks()
                 self._finish(way, f"refused by {Stage.DECODE}")
 
-        self.loop.after(self.times.hop_s, pull)
+        self.loop.after(self.times.hop_s, arrived)
 
     def _first_token(self, way: Way) -> None:
         way.request.first_token_at = self.loop.now

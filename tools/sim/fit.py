@@ -157,6 +157,8 @@ def fit(runs: list[Run], cores: float) -> tuple[ServiceTimes, float]:
         decode_step_s=decode_step_s,
         decode_sequence_s=sequence_s + relay_s,
         decode_kv_token_s=0.0,
+        pull_steps=1,
+        late_outputs=True,
         encode_embeds=BATCH_TOKENS,
         batch_tokens=BATCH_TOKENS,
         slots=SLOTS,

@@ -233,7 +233,9 @@ def report(demand: Demand, known: Known) -> str:
     ]
     plans = [plan(demand, known.times, topology) for topology in REPLICAS]
     lines += [line(each) for each in plans]
-    lines += [f"{each.topology}: {demand.cards} cards are not enough. {lacking(each)}" for each in plans if not each.met]
+    lines += [
+        f"{each.topology}: {demand.cards} cards are not enough. {lacking(each)}" for each in plans if not each.met
+    ]
     lines += ["", f"Ingress replicas (no card): {ingresses(demand, known.times)}."]
     lines += ["In brackets: share of what a stage could do with full batches.", known.error]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any
 
 from serve_app.stages.workload import Meter
 from tools.sim.caches import BlockCache
-from tools.sim.loop import Cores, Loop, Thread, Work
+from tools.sim.loop import Action, Cores, Loop, Thread, Work
 from tools.sim.service import ServiceTimes
 from tools.sim.traffic import Request
 
@@ -89,6 +89,21 @@ class Replica:
         self.ended()
 
 
+class Late:
+    """Outputs of an engine's steps. With ``late_outputs`` those of a step come at the end of the next one, if there is one:
+    vLLM schedules a step before it looks at the last one's outputs, and on a CPU it executes it, too."""
+
+    def __init__(self, late: bool) -> None:
+        self._late = late
+        self._held: list[Action] = []
+
+    def of(self, outputs: list[Action], goes_on: bool) -> list[Action]:
+        """What comes at the end of a step; ``goes_on``: another one follows."""
+        ready = self._held
+        self._held = outputs if self._late and goes_on else []
+        return ready if self._held else ready + outputs
+
+
 class Encoder(Replica):
     """Items are prepared one after the other. The engine encodes those that wait in steps of at most ``encode_embeds``."""
 
@@ -96,6 +111,7 @@ class Encoder(Replica):
         super().__init__(*args)
         self._queue: deque[Call] = deque()
         self._busy = False
+        self._outputs = Late(self.times.late_outputs)
 
     def _before_s(self, call: Call) -> float:
         return self.times.prepare(call.work)
@@ -120,9 +136,10 @@ class Encoder(Replica):
 
     def _done(self, step: list[Call]) -> None:
         self._busy = False
+        ready = self._outputs.of([partial(self._answer, call) for call in step], bool(self._queue))
         self._next()
-        for call in step:
-            self._answer(call)
+        for answer in ready:
+            answer()
 
 
 class Prefill(Replica):
@@ -133,6 +150,8 @@ class Prefill(Replica):
         self._queue: deque[list[Any]] = deque()  # [call, tokens left]; None: it has not begun
         self._busy = False
         self._cache = BlockCache(self.times.cache_tokens)
+        self._pulls: list[tuple[int, Action]] = []  # ends of steps to wait for
+        self._outputs = Late(self.times.late_outputs)
 
     def _before_s(self, call: Call) -> float:
         return self.times.prefill_call_s
@@ -167,15 +186,32 @@ class Prefill(Replica):
             call.cached = self._cache.begin(call.request.prefix)
         return call.work - call.cached
 
+    def pull(self, done: Action) -> None:
+        """Hand over KV blocks. On a CPU the engine does that between its steps."""
+        if self._busy and self.times.pull_steps:
+            self._pulls.append((self.times.pull_steps, done))
+        else:
+            done()
+
     def _done(self, ending: list[Call]) -> None:
         for call in ending:
             if call.request.prefix is not None:
                 self._cache.end(call.request.prefix.keys)
         self._busy = False
+        waiting, self._pulls = self._pulls, []
+        for steps, done in waiting:
+            if steps > 1 and self._queue:
+                self._pulls.append((steps - 1, done))
+            else:
+                done()
+        ready = self._outputs.of([partial(self._end, call) for call in ending], bool(self._queue))
         self._next()
-        for call in ending:
-            self.held += 1
-            self._answer(call)
+        for end in ready:
+            end()
+
+    def _end(self, call: Call) -> None:
+        self.held += 1
+        self._answer(call)
 
 
 def own_items(request: Request) -> tuple[int, ...]:
@@ -226,7 +262,8 @@ class Decode(Replica):
             self._running += 1
             self._kv_tokens += held_tokens(call)
             self._joined += 1
-            heapq.heappush(self._marks, (self._steps + 1, self._joined, call, call.tokens == 1))
+            first = 2 if self.times.late_outputs and call.tokens > 1 else 1
+            heapq.heappush(self._marks, (self._steps + first, self._joined, call, call.tokens == 1))
         if self._marks:
             step_s = self.times.decode(self._running, self._kv_tokens)
             seconds = max(self._marks[0][0] - self._steps, 0.0) * step_s
@@ -246,7 +283,8 @@ class Decode(Replica):
             call.first = None
         if not last:
             self._joined += 1
-            heapq.heappush(self._marks, (self._steps + call.tokens - 1, self._joined, call, True))
+            left = call.tokens - (2 if self.times.late_outputs else 1)
+            heapq.heappush(self._marks, (self._steps + left, self._joined, call, True))
         else:
             self._running -= 1
             self._kv_tokens -= held_tokens(call)
@@ -270,6 +308,7 @@ class PrefillDecode(Replica):
         self._answers: list[list[Any]] = []  # [call, tokens left]
         self._kv_tokens = 0.0
         self._busy = False
+        self._outputs = Late(self.times.late_outputs)
 
     @property
     def kv_use(self) -> float:  # type: ignore[override]
@@ -322,15 +361,14 @@ class PrefillDecode(Replica):
 
     def _done(self, prefilled: list[Call]) -> None:
         self._busy = False
-        for call in prefilled:
-            assert call.first is not None
-            call.first()
-        self._answers = [[call, left - 1] for call, left in self._answers] + [
-            [call, call.tokens - 1] for call in prefilled
-        ]
+        self._answers = [[call, left - 1] for call, left in self._answers]
+        self._answers += [[call, call.tokens - 1] for call in prefilled]
         ended = [call for call, left in self._answers if not left]
         self._answers = [entry for entry in self._answers if entry[1]]
         self._kv_tokens -= sum(map(held_tokens, ended))
+        outputs = [call.first for call in prefilled if call.first is not None]
+        outputs += [partial(self._answer, call) for call in ended]
+        ready = self._outputs.of(outputs, bool(self._answers or self._prompts or self._queue))
         self._next()
-        for call in ended:
-            self._answer(call)
+        for output in ready:
+            output()

@@ -1,6 +1,7 @@
 """The scaling loop against a measured one: a run of ``benchmarks.autoscale`` is played again, with its policies and delays.
 
-What a start costs is taken from that run: CPU time on the cores that all share, and what the start took besides.
+Two things are taken from that run: the CPU time of a start, and the cores that it had. Its record does not say what other
+programs took, so they are set by the rate of its first requests; all later ones, and every decision, are the simulation's.
 """
 
 import itertools
@@ -21,6 +22,7 @@ from tools.sim.service import ServiceTimes
 from tools.sim.traffic import Kind, Request, request
 
 LOOK_S = 1.0
+BISECTIONS = 7
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,21 @@ def measured(document: Mapping[str, Any]) -> Seen:
 
 def start_cpu_s(document: Mapping[str, Any]) -> float:
     return mean(start["cpu_s"] for start in document["starts"])
+
+
+def cores_left(document: Mapping[str, Any], times: ServiceTimes, most: float) -> float:
+    """Those with which as many requests are served in the first phase that has any."""
+    wanted = measured(document).phases[0].requests
+    quiet = next(index for index, (kind, _) in enumerate(document["phases"]) if kind != "quiet")
+    first = {**document, "phases": document["phases"][: quiet + 1]}
+    least = most / 4
+    for _ in range(BISECTIONS):
+        middle = (least + most) / 2
+        if simulated(first, times, middle).phases[0].requests < wanted:
+            least = middle
+        else:
+            most = middle
+    return most
 
 
 def simulated(document: Mapping[str, Any], times: ServiceTimes, cores: float, seed: int = 1) -> Seen:

@@ -55,3 +55,16 @@ def test_what_was_measured_is_read_in_the_same_form() -> None:
 
     assert seen.decided == [("encoder", 31.5, 2)] and seen.changes["encoder"][1] == (50.0, 2)
     assert seen.phases[0].requests == 9
+
+
+def test_the_cores_that_a_run_had_are_told_by_its_first_requests() -> None:
+    played = scaling.simulated(document(10.0), SERVICE, cores=0.8)
+    seen = [{"kind": "text", "from_s": 5.0, "to_s": 25.0, "ttft_p50_s": 0.1, "ttft_p90_s": 0.2}]
+    told = {
+        "seen": [seen[0] | {"requests": played.phases[0].requests}],
+        "decisions": [],
+        "decided_at_s": [],
+        "changes": {},
+    }
+
+    assert scaling.cores_left(document(10.0) | told, SERVICE, most=2.0) == pytest.approx(0.8, abs=0.05)
