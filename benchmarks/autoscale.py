@@ -11,6 +11,7 @@ stage over time. The figures are of a tiny model on the machine at hand; what th
 import argparse
 import itertools
 import json
+import logging
 import re
 import tempfile
 import threading
@@ -363,6 +364,7 @@ def compare(path: Path) -> None:
     from tools.sim import scaling
     from tools.sim.fit import Fitted
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     document = json.loads(path.read_text())
     fitted = Fitted.read(SERVICE_TIMES)
     cores = scaling.cores_left(document, fitted.times, fitted.cores)

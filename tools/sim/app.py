@@ -158,7 +158,7 @@ class App:
             self._end(request, "refused by ingress")
             return
         way = Way(request, ingress, places)
-        seconds = self.times.render_s + self.times.render_item_s * len(items)
+        seconds = self.times.render_item_s * len(items)
         around_s = self.times.around_s + self.times.around_item_s * len(items)
         self._around(around_s, lambda: ingress.work(seconds, partial(self._encode, way)))
 
@@ -248,6 +248,10 @@ class App:
     # ---- prefill, decode
 
     def _prefill(self, way: Way) -> None:
+        """The prompt is rendered around what the encoders replied."""
+        way.ingress.work(self.times.render_s, partial(self._rendered, way))
+
+    def _rendered(self, way: Way) -> None:
         if Stage.PREFILL not in self.pools:
             self._decode(way, lambda: None, None)
             return

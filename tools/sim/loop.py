@@ -5,6 +5,7 @@ machine, divided equally among those that work (processor sharing).
 """
 
 import heapq
+import random
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -66,15 +67,17 @@ class Loop:
 class Work:
     """Work under way."""
 
-    __slots__ = ("began", "done", "seconds", "timer")
+    __slots__ = ("began", "crowd", "done", "left", "seconds", "timer")
 
-    def __init__(self, began: float, seconds: float, done: Action) -> None:
-        self.began, self.seconds, self.done = began, seconds, done
+    def __init__(self, began: float, seconds: float, done: Action, crowd: float = 0.0) -> None:
+        self.began, self.seconds, self.done, self.crowd = began, seconds, done, crowd
+        self.left = seconds
         self.timer: Timer | None = None
 
 
 class Cores(Protocol):
-    def start(self, seconds: float, done: Action) -> Work: ...
+    def start(self, seconds: float, done: Action, crowd: float = 0.0) -> Work:
+        """``crowd``: by what share it takes longer while another core works, where cores are shared."""
 
     def stop(self, work: Work) -> float:
         """Stop work before its end; core-seconds that are done of it."""
@@ -84,7 +87,7 @@ class OwnCore:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
 
-    def start(self, seconds: float, done: Action) -> Work:
+    def start(self, seconds: float, done: Action, crowd: float = 0.0) -> Work:
         work = Work(self._loop.now, seconds, done)
         work.timer = self._loop.after(seconds, done)
         return work
@@ -96,51 +99,54 @@ class OwnCore:
 
 
 class SharedCores:
-    """``cores`` may be a fraction: what other programs of the machine leave."""
+    """``cores`` may be a fraction: what other programs of the machine leave, which keep ``others`` busy.
 
-    def __init__(self, loop: Loop, cores: float) -> None:
-        self._loop, self._cores = loop, cores
-        self._each = 0.0  # core-seconds that whoever works all the time has had so far
+    ``scatter``: standard deviation of the logarithm of each piece of work. Without any, requests of one length that once ran
+    together would do so for ever.
+    """
+
+    def __init__(self, loop: Loop, cores: float, others: float = 0.0, scatter: float = 0.0, seed: int = 1) -> None:
+        self._loop, self._cores, self._others = loop, cores, others
+        self._scatter, self._chance = scatter, random.Random(seed)
         self._seen_at = 0.0
-        self._ends: list[tuple[float, int, Work]] = []
-        self._active: set[Work] = set()
-        self._started = 0
+        self._active: list[Work] = []
         self._timer: Timer | None = None
 
-    def start(self, seconds: float, done: Action) -> Work:
+    def start(self, seconds: float, done: Action, crowd: float = 0.0) -> Work:
         self._pass_time()
-        work = Work(self._each, seconds, done)
-        self._active.add(work)
-        self._started += 1
-        heapq.heappush(self._ends, (self._each + seconds, self._started, work))
+        if self._scatter:
+            seconds *= self._chance.lognormvariate(-(self._scatter**2) / 2, self._scatter)
+        work = Work(self._loop.now, seconds, done, crowd)
+        self._active.append(work)
         self._schedule()
         return work
 
     def stop(self, work: Work) -> float:
         self._pass_time()
-        self._active.discard(work)
+        self._active.remove(work)
         self._schedule()
-        return self._each - work.began
+        return work.seconds - work.left
+
+    def _speed(self, work: Work) -> float:
+        beside = min(self._others + len(self._active) - 1, 1.0)
+        return min(1.0, self._cores / len(self._active)) / (1 + work.crowd * beside)
 
     def _pass_time(self) -> None:
-        if self._active:
-            self._each += (self._loop.now - self._seen_at) * min(1.0, self._cores / len(self._active))
-        self._seen_at = self._loop.now
+        passed, self._seen_at = self._loop.now - self._seen_at, self._loop.now
+        for work in self._active:
+            work.left -= passed * self._speed(work)
 
     def _schedule(self) -> None:
-        while self._ends and self._ends[0][2] not in self._active:
-            heapq.heappop(self._ends)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._ends:
-            speed = min(1.0, self._cores / len(self._active))
-            self._timer = self._loop.after((self._ends[0][0] - self._each) / speed, self._first_ends)
+        if self._active:
+            first = min(self._active, key=lambda work: work.left / self._speed(work))
+            self._timer = self._loop.after(max(first.left, 0.0) / self._speed(first), partial(self._ends, first))
 
-    def _first_ends(self) -> None:
+    def _ends(self, work: Work) -> None:
         self._pass_time()
-        work = self._ends[0][2]
-        self._active.discard(work)
+        self._active.remove(work)
         self._schedule()
         work.done()
 

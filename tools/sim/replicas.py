@@ -90,8 +90,8 @@ class Replica:
 
 
 class Late:
-    """Outputs of an engine's steps. With ``late_outputs`` those of a step come at the end of the next one, if there is one:
-    vLLM schedules a step before it looks at the last one's outputs, and on a CPU it executes it, too."""
+    """Outputs of prefill's and decode's steps. With ``late_outputs`` those of a step come at the end of the next one, if
+    there is one: vLLM schedules a step before it looks at the last one's outputs, and on a CPU it executes it, too."""
 
     def __init__(self, late: bool) -> None:
         self._late = late
@@ -111,7 +111,6 @@ class Encoder(Replica):
         super().__init__(*args)
         self._queue: deque[Call] = deque()
         self._busy = False
-        self._outputs = Late(self.times.late_outputs)
 
     def _before_s(self, call: Call) -> float:
         return self.times.prepare(call.work)
@@ -132,14 +131,13 @@ class Encoder(Replica):
         for call in step:
             self._begins(call)
         seconds = self.times.encode_step_s + sum(self.times.encode(call.work) for call in step)
-        self.cores.start(seconds, partial(self._done, step))
+        self.cores.start(seconds, partial(self._done, step), self.times.crowd)
 
     def _done(self, step: list[Call]) -> None:
         self._busy = False
-        ready = self._outputs.of([partial(self._answer, call) for call in step], bool(self._queue))
         self._next()
-        for answer in ready:
-            answer()
+        for call in step:
+            self._answer(call)
 
 
 class Prefill(Replica):
@@ -164,7 +162,7 @@ class Prefill(Replica):
         if not self._queue or self._busy:
             return
         self._busy = True
-        room, ending, encode_s = self.times.batch_tokens, [], 0.0
+        room, ending, encode_s, embeds = self.times.batch_tokens, [], 0.0, 0.0
         while self._queue and room:
             call, left = self._queue[0]
             if left is None:
@@ -172,12 +170,13 @@ class Prefill(Replica):
                 encode_s += sum(self.times.encode(embeds) for embeds in own_items(call.request))
             part = min(left, room)
             room -= part
+            embeds += part * call.request.embeds_share
             self._queue[0][1] -= part
             if part == left:
                 self._queue.popleft()
                 ending.append(call)
-        seconds = encode_s + self.times.prefill(self.times.batch_tokens - room)
-        self.cores.start(seconds, partial(self._done, ending))
+        seconds = encode_s + self.times.prefill(self.times.batch_tokens - room, embeds)
+        self.cores.start(seconds, partial(self._done, ending), self.times.crowd)
 
     def _begin(self, call: Call) -> int:
         """Tokens of a prompt to compute: what the cache has when its first step begins is left out."""
@@ -267,7 +266,7 @@ class Decode(Replica):
         if self._marks:
             step_s = self.times.decode(self._running, self._kv_tokens)
             seconds = max(self._marks[0][0] - self._steps, 0.0) * step_s
-            self._stretch = self.cores.start(seconds, self._mark), step_s
+            self._stretch = self.cores.start(seconds, self._mark, self.times.crowd), step_s
 
     def _pass_time(self) -> None:
         if self._stretch is not None:
@@ -325,7 +324,7 @@ class PrefillDecode(Replica):
         if self._busy:
             return
         room = max(self.times.batch_tokens - len(self._answers), 1)
-        encode_s, tokens, ended = 0.0, 0, []
+        encode_s, tokens, embeds, ended = 0.0, 0, 0.0, []
         while room:
             if not self._prompts and not self._admit():
                 break
@@ -334,6 +333,7 @@ class PrefillDecode(Replica):
                 encode_s += sum(self.times.encode(embeds) for embeds in own_items(call.request))
             part = min(left, room)
             entry[1], room, tokens = left - part, room - part, tokens + part
+            embeds += part * call.request.embeds_share
             if not entry[1]:
                 ended.append(self._prompts.popleft()[0])
         if not tokens and not self._answers:
@@ -343,8 +343,8 @@ class PrefillDecode(Replica):
         if self._answers:
             seconds += self.times.decode(len(self._answers), self._kv_tokens)
         if tokens:
-            seconds += self.times.prefill(tokens)
-        self.cores.start(seconds, partial(self._done, ended))
+            seconds += self.times.prefill(tokens, embeds)
+        self.cores.start(seconds, partial(self._done, ended), self.times.crowd)
 
     def _admit(self) -> bool:
         """The next call, if there is room for it."""

@@ -78,7 +78,13 @@ def simulated(document: Mapping[str, Any], times: ServiceTimes, cores: float, se
     """``cores``: those that are left to the application."""
     loop = Loop()
     times = times.model_copy(update={"start_up_s": dict.fromkeys(Stage, 0.0), "start_up_cpu_s": start_cpu_s(document)})
-    app = App(loop, times, Shape(), seed, SharedCores(loop, cores))
+    app = App(
+        loop,
+        times,
+        Shape(),
+        seed,
+        SharedCores(loop, cores, max(document["machine"]["cpus"] - cores, 0.0), times.scatter, seed),
+    )
     for pool in app.pools.values():
         pool.scale(1, at_once=True)
     ends = list(itertools.accumulate(seconds for _, seconds in document["phases"]))

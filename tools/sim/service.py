@@ -31,6 +31,7 @@ class ServiceTimes(BaseModel):
     prefill_call_s: float = Field(0.0, description="Prefill, the replica beside its engine: one call.")
     prefill_step_s: float = Field(description="Prefill: one step of the engine.")
     prefill_token_s: float = Field(description="Prefill: one token of it.")
+    prefill_embed_s: float | None = Field(None, description="The same for one that is an embedding. Not set: as any.")
     decode_call_s: float = Field(0.0, description="Decode, the replica beside its engine: one call.")
     pull_s: float = Field(description="Decode: to take over one request with its KV blocks.")
     pull_token_s: float = Field(description="Decode: the blocks of one token.")
@@ -44,6 +45,8 @@ class ServiceTimes(BaseModel):
     slots: int = Field(description="Sequences that decode runs at a time (max_num_seqs).")
     kv_tokens: int = Field(description="Tokens that the KV cache of a decode replica holds.")
     cache_tokens: int = Field(0, description="Tokens that the prefix cache of a prefill replica holds.")
+    crowd: float = Field(0.0, description="Share that engines' work takes longer while another core works.")
+    scatter: float = Field(0.0, description="Of each piece of work, where cores are shared (log-normal).")
     start_up_cpu_s: float = Field(0.0, description="What of a start is work of one core, where cores are shared.")
     start_up_s: dict[Stage, float] = Field(
         description="From asking for a replica to its first call, without that work."
@@ -55,8 +58,10 @@ class ServiceTimes(BaseModel):
     def encode(self, embeds: int) -> float:
         return self.encode_s + self.encode_embed_s * embeds
 
-    def prefill(self, tokens: int) -> float:
-        return self.prefill_step_s + self.prefill_token_s * tokens
+    def prefill(self, tokens: float, embeds: float = 0.0) -> float:
+        """A step with so many tokens, of which ``embeds`` are embeddings."""
+        embed_s = self.prefill_token_s if self.prefill_embed_s is None else self.prefill_embed_s
+        return self.prefill_step_s + self.prefill_token_s * (tokens - embeds) + embed_s * embeds
 
     def pull(self, tokens: int) -> float:
         return self.pull_s + self.pull_token_s * tokens
@@ -72,7 +77,7 @@ class ServiceTimes(BaseModel):
         step = self.decode(together, together * held)
         return {
             Stage.ENCODER: sum(self.encode(each) for each in embeds),
-            Stage.PREFILL: self.prefill_step_s * prompt / self.batch_tokens + self.prefill_token_s * prompt,
+            Stage.PREFILL: self.prefill(prompt, sum(embeds)) - self.prefill_step_s * (1 - prompt / self.batch_tokens),
             Stage.DECODE: output_tokens * step / together,
         }
 

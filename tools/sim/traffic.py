@@ -49,6 +49,10 @@ class Request:
         return self.text_tokens + sum(self.embeds)
 
     @property
+    def embeds_share(self) -> float:
+        return sum(self.embeds) / self.prompt_tokens
+
+    @property
     def ttft_s(self) -> float | None:
         return None if self.first_token_at is None else self.first_token_at - self.at
 

@@ -19,7 +19,7 @@ def request(number: int = 0, embeds: tuple[int, ...] = (), text: int = 100, outp
 def times(**changes: Any) -> ServiceTimes:
     """Nothing takes time but what is named."""
     nothing = {name: 0.0 for name in ServiceTimes.model_fields if name.endswith("_s") and name != "start_up_s"}
-    return TIMES.model_copy(update=nothing | changes)
+    return TIMES.model_copy(update=nothing | {"prefill_embed_s": None} | changes)
 
 
 def replica(kind: type[Replica], loop: Loop, service: ServiceTimes, cores: Any = None) -> Any:

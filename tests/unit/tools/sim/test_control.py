@@ -65,7 +65,7 @@ def test_rays_clock_is_real_again_afterwards() -> None:
 
 def test_the_policies_of_a_config_decide_by_work_and_within_the_budget() -> None:
     for gpus, expected in ((None, 8), (3, 3)):
-        config = experiments.by_work(8, None)[Stage.ENCODER]
+        config = experiments.by_work(8)[Stage.ENCODER]
         loop, app = controlled(config, gpus)
         loop.at(0.5, lambda app=app: keep_busy(app, 1000))
         assert max(targets(loop, app).values()) == expected

@@ -1,11 +1,12 @@
 """Service times from measured runs: known ones are found again, and a run is played as it was measured."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from tests.unit.tools.sim.parts import times
-from tools.sim.fit import Group, Run, arrivals, check, fit
+from tools.sim.fit import ENGINES, Group, Run, arrivals, check, crowded, fit_with
 from tools.sim.service import Topology
 
 TRUE = {
@@ -16,7 +17,7 @@ TRUE = {
     Group.PREFILL_REPLICA: (0.002,),  # call
     Group.PREFILL: (0.008, 0.0003),  # step, token
     Group.DECODE_REPLICA: (0.001, 0.0005),  # call, token
-    Group.DECODE: (0.004, 0.003, 0.0007),  # call, step, token
+    Group.DECODE: (0.00004, 0.003, 0.0007),  # token of the prompt, step, token
 }
 IDLE = 0.02
 
@@ -34,7 +35,7 @@ def run(images: int, embeds: int, text: int, output: int, together: int, topolog
         Group.PREFILL_REPLICA: (requests,),
         Group.PREFILL: (prefill_steps, requests * prompt),
         Group.DECODE_REPLICA: (requests, tokens),
-        Group.DECODE: (requests, decode_steps, tokens),
+        Group.DECODE: (requests * prompt, decode_steps, tokens),
     }
     return Run(
         name="",
@@ -74,7 +75,7 @@ RUNS = [
 
 
 def test_what_runs_were_made_of_is_found_again() -> None:
-    service, idle = fit(RUNS, cores=2)
+    service, idle = fit_with(0.0, RUNS, cores=2)
 
     assert (service.render_s, service.render_item_s, service.chunk_s) == pytest.approx(TRUE[Group.INGRESS])
     assert (service.around_s, service.around_item_s, service.around_chunk_s) == pytest.approx(TRUE[Group.AROUND])
@@ -83,11 +84,25 @@ def test_what_runs_were_made_of_is_found_again() -> None:
     assert (service.prefill_call_s, service.prefill_step_s, service.prefill_token_s) == pytest.approx(
         (*TRUE[Group.PREFILL_REPLICA], *TRUE[Group.PREFILL])
     )
+    assert service.prefill_embed_s == pytest.approx(TRUE[Group.PREFILL][1])
     relay_s = TRUE[Group.DECODE_REPLICA][1]
-    assert (service.pull_s, service.decode_step_s, service.decode_sequence_s - relay_s) == pytest.approx(
+    assert (service.pull_token_s, service.decode_step_s, service.decode_sequence_s - relay_s) == pytest.approx(
         TRUE[Group.DECODE]
     )
     assert idle == pytest.approx(len(Group) * IDLE)
+
+
+def test_what_a_crowd_adds_is_taken_off_by_how_busy_the_cores_were() -> None:
+    quiet, full = (replace(RUNS[0], other_cores=others) for others in (0.0, 2.0))
+    assert crowded(quiet, cores=2) < crowded(full, cores=2) <= 1.0 and crowded(full, cores=1) == 0.0
+    slowed = [
+        replace(each, cpu_s={group: spent * (1 + 0.3 * (group in ENGINES)) for group, spent in each.cpu_s.items()})
+        for each in (replace(run, other_cores=2.0) for run in RUNS)
+    ]
+    service, _ = fit_with(0.3, slowed, cores=2)
+
+    assert service.encode_embed_s == pytest.approx(TRUE[Group.ENCODER][2], rel=0.02)
+    assert service.render_s == pytest.approx(TRUE[Group.INGRESS][0], rel=0.02)
 
 
 @pytest.mark.parametrize("topology", ["E+P+D", "E+PD"])

@@ -1,8 +1,10 @@
 """Simulated time, and cores that work divides."""
 
+from itertools import pairwise
+
 import pytest
 
-from tools.sim.loop import Loop, SharedCores
+from tools.sim.loop import Loop, OwnCore, SharedCores, Thread
 
 
 def test_actions_run_in_time_and_those_of_a_moment_in_the_order_they_were_asked_for() -> None:
@@ -35,3 +37,49 @@ def test_work_that_is_stopped_says_how_much_is_done() -> None:
     loop.run()
 
     assert done == pytest.approx([1.0]) and loop.now == pytest.approx(5.0)
+
+
+def test_work_takes_longer_while_another_core_works() -> None:
+    loop, ended = Loop(), {}
+    cores = SharedCores(loop, 2.0)
+    cores.start(1.0, lambda: ended.update(engine=loop.now), crowd=0.5)
+    cores.start(0.5, lambda: ended.update(other=loop.now))
+    loop.run()
+
+    # Beside the other a third is done in its 0.5 s; the rest alone.
+    assert ended == pytest.approx({"other": 0.5, "engine": 0.5 + 2 / 3})
+
+
+def test_programs_that_are_not_simulated_are_a_crowd_too() -> None:
+    loop, ended = Loop(), []
+    SharedCores(loop, 1.5, others=0.5).start(1.0, lambda: ended.append(loop.now), crowd=0.4)
+    loop.run()
+
+    assert ended == pytest.approx([1.2])
+
+
+def test_work_scatters_around_what_it_takes() -> None:
+    loop, took = Loop(), []
+    cores = SharedCores(loop, 1.0, scatter=0.3, seed=3)
+
+    def again() -> None:
+        took.append(loop.now)
+        if len(took) < 2000:
+            cores.start(0.1, again)
+
+    again()
+    loop.run()
+
+    gaps = [after - before for before, after in pairwise(took)]
+    assert sum(gaps) / len(gaps) == pytest.approx(0.1, rel=0.03)
+    assert min(gaps) < 0.07 and max(gaps) > 0.15
+
+
+def test_a_thread_does_one_piece_after_the_other() -> None:
+    loop, ended = Loop(), []
+    thread = Thread(OwnCore(loop))
+    for seconds in (1.0, 0.0, 2.0):
+        thread.work(seconds, lambda: ended.append(loop.now))
+    loop.run()
+
+    assert ended == [1.0, 1.0, 3.0]

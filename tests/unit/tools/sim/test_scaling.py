@@ -14,6 +14,7 @@ SERVICE = times(encode_s=0.1, prefill_token_s=0.0001, decode_step_s=0.003)
 
 def document(cpu_s: float) -> dict[str, Any]:
     return {
+        "machine": {"cpus": 2},
         "workers": 8,
         "images": {"per request": 3, "size": [448, 448], "tokens": 256},
         "prompt_tokens": {"text": 80, "image": 830},
