@@ -47,7 +47,7 @@ measure: setup ## Measure service times here, and the error of the simulation (b
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.measure_service $(ARGS)
 
 .PHONY: simulate
-simulate: setup ## Simulate 1 to 1,000 replicas per stage, a burst and a day (ARGS=--quick; tools/sim/README.md)
+simulate: setup ## Simulate 1 to 1,000 replicas per stage, a burst and a day (ARGS=--quick), or plan (ARGS="plan traffic.yaml")
 	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install -q -e ".[bench]"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m tools.sim $(ARGS)
 
