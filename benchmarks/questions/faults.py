@@ -241,13 +241,13 @@ def answer(document: Document) -> str:
         return f"{kills(document, name, figure)} of {kills(document, name, 'requests')}"
 
     wrong = [sum(total(document, name, "wrong", phase=phase) for phase in PHASES) for name in SYSTEMS]
-    told = [f"{recovered(runs_of(document, E_P_D, phase=phase))} s after {phase}'s" for phase in FAULTS]
+    told = [f"{phase} {recovered(runs_of(document, E_P_D, phase=phase))}" for phase in FAULTS]
     slowest = max((run["slowest_s"] for phase in FAULTS for run in runs_of(document, E_P_D, phase=phase)), default=0.0)
     sentences = (
         f"When a stage's engine is killed, E+P+D fails {said(E_P_D, 'failed')} requests and the reference "
-        f"{said(REFERENCE, 'failed')}: nothing starts its servers again, and no stage does another's work. In E+P+D all "
-        f"answers are right and in time again {', '.join(told)} kill; the longest wait was {slowest:.0f} s. Of all "
-        f"answers {wrong[1]} of E+P+D and {wrong[0]} of the reference were not one engine's."
+        f"{said(REFERENCE, 'failed')}: nothing starts its servers again, and no stage does another's work. E+P+D "
+        f"answers all rightly and in time again after so many seconds: {', '.join(told)}; the longest wait was "
+        f"{slowest:.0f} s. Of all answers {wrong[1]} of E+P+D and {wrong[0]} of the reference were not one engine's."
     )
     names = ["failed", "refused", "late", "wrong", "over 60 s"]
     keys = ["failed", "refused", "late", "wrong", "hanging"]
