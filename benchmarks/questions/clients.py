@@ -98,7 +98,7 @@ async def ask(session: aiohttp.ClientSession, url: str, each: Ask, began: float)
                 for event in events:
                     if found := TOKENS.search(event.replace(b" ", b"")):
                         count = found[1].count(b",") + 1
-                        seen.text = zlib.crc32(found[1], seen.text)
+                        seen.text = zlib.crc32(b"," + found[1], seen.text)  # however tokens come together
                         seen.gaps += [now - last] * bool(seen.tokens) + [0.0] * (count - 1)
                         seen.ttft = seen.ttft or now - sent
                         seen.tokens += count

@@ -55,7 +55,7 @@ class Load:
         return "http" if self.address else "data URL"
 
 
-COUNTS = {"1080p JPEG": 60, "1080p PNG": 24, "12 MP JPEG": 24}
+COUNTS = {"1080p JPEG": 80, "1080p PNG": 24, "12 MP JPEG": 24}
 """Requests of a run: ten seconds or so."""
 HEADLINE = {"picture": "1080p JPEG", "by": "data URL"}
 CELLS = [*((kind, "data URL") for kind in COUNTS), ("1080p JPEG", "http"), ("12 MP JPEG", "http")]
@@ -181,10 +181,6 @@ def cells(document: Document) -> list[dict[str, str]]:
     return [cell for cell in told if any(runs_of(document, name, **cell) for name in SYSTEMS)]
 
 
-def against(document: Document, name: str, figure: Callable[[Run], float]) -> str:
-    return text(ratio(document, name, REFERENCE, figure, **HEADLINE))
-
-
 def answer(document: Document) -> str:
     def one(name: str, figure: Callable[[Run], float], digits: int) -> str:
         return text(spread(document, name, figure, **HEADLINE), digits)
@@ -192,15 +188,19 @@ def answer(document: Document) -> str:
     names = [name for name in SYSTEMS if runs_of(document, name)]
     runs = [run for name in names for run in runs_of(document, name)]
     failed = sum(run["asked"] - run["answered"] for run in runs)
+    rates = ", ".join(f"{name} {one(name, rate, 1)}" for name in names)
+    times = " and ".join(
+        f"{name} {text(ratio(document, name, REFERENCE, rate, **HEADLINE))} times"
+        for name in names
+        if name in (E_PD, E_P_D) and REFERENCE in names
+    )
+    same = f", and of E+PD's answers {same_answers(document, E_PD)} are one engine's" if ONE in names else ""
     sentences = (
-        f"With a JPEG of 1920×1080 in each request E+PD answers {one(E_PD, rate, 1)} requests/s, E+P+D "
-        f"{one(E_P_D, rate, 1)}, one engine {one(ONE, rate, 1)} and the reference {one(REFERENCE, rate, 1)}: E+PD has "
-        f"{against(document, E_PD, rate)} times the reference's, E+P+D {against(document, E_P_D, rate)} times. A request "
-        f"costs {one(E_PD, cpu_ms, 0)} ms of CPU in E+PD and {one(REFERENCE, cpu_ms, 0)} in the reference, which decodes "
-        f"each picture three times. Between processes, by TCP and Ray's object store, the picture's bytes go "
-        f"{one(E_PD, times_sent, 1)} times in E+PD and {one(REFERENCE, times_sent, 1)} times in the reference; "
-        f"{failed or 'none'} of {sum(run['asked'] for run in runs)} requests failed, and of E+PD's answers "
-        f"{same_answers(document, E_PD)} are one engine's."
+        f"With a JPEG of 1920×1080 in each request, requests/s are: {rates}{times and f'; against the reference {times}'}. "
+        f"A request costs {one(E_PD, cpu_ms, 0)} ms of CPU in E+PD and {one(REFERENCE, cpu_ms, 0)} in the reference, which "
+        f"decodes each picture three times; between processes the picture's bytes go {one(E_PD, times_sent, 1)} times in "
+        f"E+PD and {one(REFERENCE, times_sent, 1)} times in the reference. "
+        f"{failed or 'None'} of {sum(run['asked'] for run in runs)} requests failed{same}."
     )
 
     def figures(name: str, cell: dict[str, str]) -> str:

@@ -64,6 +64,17 @@ def test_each_token_after_the_first_has_a_gap_also_where_several_come_together()
     assert 0 < seen.ttft <= seen.took
 
 
+def test_an_answer_is_the_same_however_its_tokens_come_together() -> None:
+    def text(*chunks: list[int]) -> int:
+        async def respond(response: web.StreamResponse) -> None:
+            await response.write(b"".join(map(chunk, chunks)) + usage(3))
+
+        return answered(respond).text
+
+    assert text([1], [2], [3]) == text([1], [2, 3]) == text([1, 2, 3])
+    assert text([1], [2], [3]) != text([1], [23], [3])
+
+
 @pytest.mark.parametrize(
     ("data", "status"),
     [
