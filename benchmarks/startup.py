@@ -138,7 +138,10 @@ def second_replica_s(server: Server, config: Path, stage: str) -> float:
         return told["replicas"].get("RUNNING") == 2 and len(told["loads"]) == 2
 
     began = time.monotonic()
-    subprocess.run(command, env=marked_environment(server.mark), cwd=REPOSITORY, check=True, capture_output=True)
+    env = marked_environment(server.mark) | {"RAY_AUTH_MODE": "token"}  # `make serve` has made one
+    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
     server.wait_until(answers, f"a second replica of {stage}", 120)
     return time.monotonic() - began
 
