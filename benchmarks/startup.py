@@ -1,28 +1,49 @@
-"""How long a start takes, what of it each stage, and whether the first user waits longer than the tenth.
+"""How long a start takes with an empty page cache and with a full one, by phase, and how long a further replica takes.
 
-``python -m benchmarks.startup`` starts the demo model as E+P+D a few times, asks it for one answer after the other, and
-writes ``benchmarks/results/startup.json``.
+``python -m benchmarks.startup`` empties the page cache, starts the demo model as E+P+D by what `make serve` runs, and starts
+it again, a few times. Each server that runs is asked for answers one after the other, and for a second replica of two
+stages. It writes ``benchmarks/results/startup.json``.
 """
 
 import argparse
+import ctypes
+import mmap
+import os
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
+import yaml
 
 from benchmarks.orchestration import Cell, body
 from benchmarks.systems import ours
 from tools.harness import record
-from tools.harness.servers import Server
+from tools.harness.servers import REPOSITORY, Server, marked_environment
 
 RESULT = Path(__file__).parent / "results" / "startup.json"
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 LINE = re.compile(r"start-up (\w+): ((?:\w+=[\d.]+s ?)+)")
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}")
+MARKS = {
+    "ray": "Started a local Ray instance",
+    "config": "Imported and built app",
+    "engines": "start-up (?:encoder|prefill|decode):",
+    "ingress": "start-up ingress:",
+}
+"""Words of the log that end a phase; of several lines with them the last."""
+
 ASKED = 10
 CELL = Cell(images=1, tokens=4)
+TARGETS_S = {"cold": 90.0, "warm": 40.0, "second replica": 20.0}
 
 
 def phases(log: str) -> dict[str, dict[str, float]]:
@@ -31,6 +52,66 @@ def phases(log: str) -> dict[str, dict[str, float]]:
         stage: {name: float(seconds) for name, seconds in re.findall(r"(\w+)=([\d.]+)s", told)}
         for stage, told in LINE.findall(log)
     }
+
+
+def until(log: str, began: float) -> dict[str, float]:
+    """Seconds from ``began`` to the end of each phase of a start, by the stamps of its log."""
+    found: dict[str, float] = {}
+    for line in log.splitlines():
+        if (stamp := STAMP.search(line)) is not None:
+            for phase, words in MARKS.items():
+                if re.search(words, line):
+                    found[phase] = datetime.strptime(stamp[0], "%Y-%m-%d %H:%M:%S,%f").timestamp() - began
+    return {phase: found[phase] for phase in MARKS if phase in found}
+
+
+def headline(document: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Title, seconds (the median of the runs) and target of what is promised."""
+    seconds: dict[str, list[float]] = {}
+    for start in document["starts"]:
+        seconds.setdefault(start["cache"], []).append(start["up_s"])
+        seconds.setdefault("second replica", []).extend(start["second_replica_s"].values())
+    return [(title, statistics.median(seconds[title]), TARGETS_S[title]) for title in TARGETS_S if seconds.get(title)]
+
+
+def table(document: Mapping[str, Any]) -> str:
+    lines = [f"{'':16}{'s':>8}{'target':>8}"]
+    lines += [f"{title:16}{value:8.1f}{target:8.0f}" for title, value, target in headline(document)]
+    for start in document["starts"]:
+        ends = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in start["until_s"].items())
+        more = f"{start['cpu_s']:.0f} s of CPU, {start['read_mb']:.0f} MB read"
+        lines.append(f"{start['cache']}: up after {start['up_s']:.1f} s ({ends}); {more}")
+    return "\n".join(lines)
+
+
+def empty_page_cache() -> float:
+    """Have the kernel forget the files of this Python. Returns the part of PyTorch's largest library that it still has: what
+    a running process has mapped stays."""
+    os.sync()
+    try:
+        DROP_CACHES.write_text("3")
+    except OSError:  # not root
+        for path in Path(sys.prefix).rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return cached(
+        max(Path(sys.prefix).glob("lib/python*/site-packages/torch/lib/*.so"), key=lambda p: p.stat().st_size)
+    )
+
+
+def cached(path: Path) -> float:
+    """The part of a file that the page cache has."""
+    size = path.stat().st_size
+    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE) as mapped:
+        held = ctypes.c_ubyte.from_buffer(mapped)
+        address = ctypes.c_void_p(ctypes.addressof(held))
+        failed = ctypes.CDLL(None, use_errno=True).mincore(address, ctypes.c_size_t(size), pages)
+        del held
+    if failed:
+        raise OSError(ctypes.get_errno(), "mincore", str(path))
+    return sum(page & 1 for page in pages) / len(pages)
 
 
 def first_token_s(server: Server, number: int) -> float:
@@ -43,29 +124,66 @@ def first_token_s(server: Server, number: int) -> float:
         return time.perf_counter() - began
 
 
-def start(number: int) -> dict[str, Any]:
+def second_replica_s(server: Server, config: Path, stage: str) -> float:
+    """Seconds from `serve deploy` with two replicas of a stage until both answer."""
+    serve = yaml.safe_load(config.read_text())
+    (options,) = (each for each in serve["applications"][0]["deployments"] if each["name"] == stage.capitalize())
+    options["num_replicas"] = 2
+    config.write_text(yaml.safe_dump(serve))
+    dashboard = re.findall(r"dashboard at \S*?(http://[\d.]+:\d+)", server.log.read_text(errors="replace"))[-1]
+    command = [str(Path(sys.executable).with_name("serve")), "deploy", "-a", dashboard, str(config)]
+
+    def answers() -> bool:
+        (told,) = (each for each in server.get("/status").json() if each["stage"] == stage)
+        return told["replicas"].get("RUNNING") == 2 and len(told["loads"]) == 2
+
     began = time.monotonic()
+    env = marked_environment(server.mark) | {"RAY_AUTH_MODE": "token"}  # `make serve` has made one
+    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    server.wait_until(answers, f"a second replica of {stage}", 120)
+    return time.monotonic() - began
+
+
+def start(number: int, cache: str) -> dict[str, Any]:
+    left = empty_page_cache() if cache == "cold" else None
+    cpu, read = psutil.cpu_times(), psutil.disk_io_counters()
+    began, stamp = time.monotonic(), time.time()
     with tempfile.TemporaryDirectory(prefix="start-") as folder, ours(Path(folder), {}) as server:
         up_s = time.monotonic() - began
+        cpu_s = sum(after - before for after, before in zip(psutil.cpu_times()[:3], cpu[:3], strict=True))
+        read_mb = (psutil.disk_io_counters().read_bytes - read.read_bytes) / 1e6
         asked = [first_token_s(server, 100 * number + each) for each in range(ASKED)]
-        return {"up_s": up_s, "phases": phases(server.log.read_text(errors="replace")), "first_token_s": asked}
+        log = server.log.read_text(errors="replace")
+        config = Path(folder) / "serve_config.yaml"
+        second = {stage: second_replica_s(server, config, stage) for stage in ("encoder", "decode")}
+    return {
+        "cache": cache,
+        "cached": left,
+        "up_s": up_s,
+        "until_s": until(log, stamp),
+        "phases": phases(log),
+        "cpu_s": cpu_s,
+        "read_mb": read_mb,
+        "first_token_s": asked,
+        "second_replica_s": second,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=3)
-    starts = []
+    parser.add_argument("--starts", type=int, default=2, help="of each kind; %(default)s")
+    starts: list[dict[str, Any]] = []
+    document = record.about("benchmarks.startup") | {"starts": starts}
     for number in range(parser.parse_args().starts):
-        starts.append(found := start(number))
-        record.write({"command": "python -m benchmarks.startup", "starts": starts}, RESULT)
-        first, tenth = found["first_token_s"][0], found["first_token_s"][-1]
-        print(
-            f"up after {found['up_s']:.0f} s; first token of the first {first:.3f} s, of the tenth {tenth:.3f} s",
-            flush=True,
-        )
-        print("  " + "; ".join(f"{stage} {times}" for stage, times in found["phases"].items()), flush=True)
+        for cache in ("cold", "warm"):
+            starts.append(start(number, cache))
+            record.write(document, RESULT)
+            print(f"{cache}: {starts[-1]['up_s']:.1f} s", flush=True)
+    print(table(document))
     ratios = [each["first_token_s"][0] / each["first_token_s"][-1] for each in starts]
-    print(f"first to tenth: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"first token of the first request to that of the tenth: {statistics.median(ratios):.2f}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
 """
 
 import logging
+import os
 from typing import Any
 
 import ray
@@ -24,8 +25,11 @@ from deployments.ingress import Ingress
 from deployments.prefill import Prefill
 from serve_app.config import EPDConfig, Http
 from serve_app.handoff.errors import ConfigError
+from serve_app.hooks.forked_worker import ADDRESS_ENV
 from serve_app.launch.card_memory import smallest_card_gib
+from serve_app.launch.fork_server import forks, worker_command
 from serve_app.launch.placement import Cluster, actor_options, is_elastic, resolve
+from serve_app.launch.vllm_args import check_api_args, check_engine_args
 from serve_app.stage import Stage
 
 logger = logging.getLogger("ray.serve")
@@ -59,7 +63,9 @@ def build_app(args: dict[str, Any]) -> Application:
     ingress: Any = Ingress  # the decorator made a deployment of the class
     ingress = ingress.options(
         **starts,
-        ray_actor_options={"num_cpus": config.ingress_cpus, "runtime_env": {"env_vars": ONE_LOOP}},
+        ray_actor_options=forked(
+            {"num_cpus": config.ingress_cpus, "runtime_env": {"env_vars": ONE_LOOP}}, config, None
+        ),
         logging_config=NO_ACCESS_LOG,
         max_ongoing_requests=1024,
         # The replica of a new config listens before the old one ends. With Serve's proxy requests wait for it instead.
@@ -85,13 +91,24 @@ def stage_options(stage: Stage, config: EPDConfig) -> dict[str, Any]:
             request_router_kwargs={"waits": stage is Stage.DECODE},
         )
     return {
-        "ray_actor_options": actor_options(config.stages[stage], config.accelerator),
+        "ray_actor_options": forked(actor_options(config.stages[stage], config.accelerator), config, stage),
         "logging_config": NO_ACCESS_LOG,
         "max_ongoing_requests": queue.max_ongoing_requests,
         "max_queued_requests": queue.max_queued_requests,
         "graceful_shutdown_timeout_s": config.timeouts.drain_s,
         "request_router_config": router,
     }
+
+
+def forked(options: dict[str, Any], config: EPDConfig, stage: Stage | None) -> dict[str, Any]:
+    """Ray's options with which `make serve` has the replicas forked from its server, if it has one for them."""
+    if (
+        ADDRESS_ENV not in os.environ
+        or not forks(config, stage)
+        or ray.get_runtime_context().runtime_env.keys() - {"env_vars"}
+    ):
+        return options
+    return options | {"runtime_env": options.get("runtime_env", {}) | {"py_executable": worker_command(stage)}}
 
 
 def parse(args: dict[str, Any]) -> EPDConfig:
@@ -112,12 +129,8 @@ def cluster() -> Cluster:
 
 
 def check_vllm_args(config: EPDConfig) -> None:
-    """Refuse arguments that vLLM does not know. It is imported only if there are any."""
-    if config.api or config.engine_args or any(stage.engine_args for stage in config.stages.values()):
-        from serve_app.ingress.server import check_api_args
-        from serve_app.stages.engine import check_engine_args
-
-        check_engine_args(config.engine_args, "engine_args")
-        for stage, stage_config in config.stages.items():
-            check_engine_args(stage_config.engine_args, f"{stage}.engine_args")
-        check_api_args(config.api)
+    """Refuse arguments that vLLM does not know."""
+    check_engine_args(config.engine_args, "engine_args")
+    for stage, stage_config in config.stages.items():
+        check_engine_args(stage_config.engine_args, f"{stage}.engine_args")
+    check_api_args(config.api)

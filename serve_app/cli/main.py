@@ -45,6 +45,13 @@ def main() -> int:
         return 0
     # Importing Ray takes seconds, and process 1 of a container gets only the signals that it handles.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    from serve_app.cli import run
+    from serve_app.launch import fork_server  # it loads vLLM while Ray starts
 
-    return run.run(arguments.config, lambda: says_ready(arguments.config, began))
+    forks = fork_server.start(arguments.config)
+    try:
+        from serve_app.cli import run
+
+        return run.run(arguments.config, lambda: says_ready(arguments.config, began))
+    finally:
+        if forks is not None:
+            forks.end()

@@ -1,1 +1,1 @@
-"""What other programs load of ours: vLLM, PyTorch, Ray Serve's proxy. ``docs/seams.md`` says what is changed there."""
+"""What other programs load of ours: vLLM, PyTorch, Ray, Ray Serve's proxy. ``docs/seams.md`` says what is changed there."""

@@ -18,7 +18,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -35,24 +35,6 @@ from serve_app.media.fetch import Fetcher
 from serve_app.observe.status import Status
 from serve_app.observe.tracing import tracing
 from serve_app.page import add_page
-
-SERVER_ARGS = frozenset(
-    {"host", "port", "uds", "grpc_port", "root_path", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs"}
-)
-"""Arguments of vLLM's server that Ray Serve's ``http_options:`` replace."""
-
-
-def check_api_args(api: dict[str, Any]) -> None:
-    """Refuse names under ``api:`` that vLLM's server does not know. Raises ``ConfigError``."""
-    for key in api:
-        if key in SERVER_ARGS:
-            raise ConfigError(f"`api.{key}` is Ray Serve's here: set `http_options:` in the Serve config")
-        if key == "lora_modules":
-            raise ConfigError("`api.lora_modules`: LoRA adapters are not passed on to the stages; serve a merged model")
-        if key not in FrontendArgs.__dataclass_fields__:
-            raise ConfigError(
-                f"`api.{key}` is not an argument of this vLLM's API server (`vllm serve --help` lists them)"
-            )
 
 
 def server_args(config: EPDConfig, engine_args: dict[str, Any]) -> Namespace:

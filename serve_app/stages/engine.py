@@ -27,22 +27,13 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.handoff.engine_input import to_core_request
-from serve_app.handoff.errors import BadRequest, ConfigError, EngineDead, HandoffLost, StageUnavailable
+from serve_app.handoff.errors import BadRequest, EngineDead, HandoffLost, StageUnavailable
 from serve_app.handoff.types import StageRequest
 from serve_app.observe.engine_metrics import PageLogger, tell_ray
 from serve_app.stage import Stage
+from serve_app.stages.forked_core import install_forked_core
 from serve_app.stages.tap import Hear, install_tap
 from serve_app.transfer.kv_layout import KVLayout, layout_of
-
-
-def check_engine_args(args: dict[str, Any], where: str) -> None:
-    """Refuse names that vLLM does not know, before anything is started."""
-    for key in args:
-        if key not in AsyncEngineArgs.__dataclass_fields__:
-            raise ConfigError(
-                f"`{where}.{key}` is not an engine argument of this vLLM (`vllm serve --help` lists them)"
-            )
-
 
 USAGE = UsageContext.OPENAI_API_SERVER
 """It gives batches the sizes of `vllm serve`: an H100 gets 8,192 tokens and 1,024 sequences, not 2,048 and 128."""
@@ -89,6 +80,7 @@ class StageEngine:
         self._ping: asyncio.Task[bool] | None = None
         self._pinged = 0.0
         self._kv_use = KVUse()
+        install_forked_core()
         parsed = AsyncEngineArgs(**args)
         vllm_config = engine_config(parsed)
         check(vllm_config)

@@ -27,6 +27,8 @@ TESTS = {
     "FastAPI.router.routes, .user_middleware": "test_what_a_request_passes_on_its_way_into_vllms_app_is_known",
     "FastAPI.exception_handlers": "test_bodies_are_read_where_the_ingress_looks_for_it",
     "OpenAIServingResponses": "test_responses_are_stored_where_they_are_counted",
+    "vllm.v1.engine.utils.get_mp_context": "test_core_of_an_engine_is_started_by_a_context_that_can_be_another",
+    "py_executable": "test_ray_runs_a_worker_with_the_command_that_takes_the_place_of_python",
     "threading.excepthook": "test_thread_that_listens_for_nixl_has_the_name_that_is_looked_for",
     'logging.getLogger("vllm"), excepthook': "test_vllm_logs_the_end_of_a_start_in_these_words",
     "vllm.utils.network_utils.tempfile": "test_process_group_of_an_engine_meets_in_a_file_of_the_temporary_folder",

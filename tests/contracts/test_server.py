@@ -39,11 +39,11 @@ def test_settings_that_the_ingress_writes_exist(name: str) -> None:
 def test_frontend_arguments_are_fields() -> None:
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
-    from serve_app.ingress.server import SERVER_ARGS
+    from serve_app.launch.vllm_args import SERVER_ARGS
 
     names = fields(FrontendArgs)
     assert names >= {"chat_template", "api_key", "tool_call_parser", "lora_modules"}, "serve_app/ingress/server.py"
-    assert names >= SERVER_ARGS - {"grpc_port"}, f"serve_app/ingress/server.py SERVER_ARGS: {SERVER_ARGS - names}"
+    assert names >= SERVER_ARGS - {"grpc_port"}, f"serve_app/launch/vllm_args.py SERVER_ARGS: {SERVER_ARGS - names}"
 
 
 def test_engine_arguments_that_we_set_exist() -> None:

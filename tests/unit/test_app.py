@@ -1,6 +1,7 @@
 """The graph of a config, or one sentence per mistake. Nothing is deployed."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,3 +214,26 @@ def test_names_that_vllm_knows_are_taken(build: Build) -> None:
 def test_stages_are_named_after_their_deployments() -> None:
     """The ingress finds the state of a stage under the capitalized name of its deployment."""
     assert {stage.capitalize() for stage in app.DEPLOYMENTS} == {each.name for each in app.DEPLOYMENTS.values()}
+
+
+@pytest.mark.parametrize(
+    ("address", "runtime_env", "forked"),
+    [
+        ("/run/forks", {}, True),
+        ("/run/forks", {"env_vars": {"A": "1"}}, True),
+        ("/run/forks", {"pip": ["x"]}, False),
+        (None, {}, False),
+    ],
+)
+def test_replicas_are_forked_where_make_serve_has_a_server_and_ray_no_other_python(
+    build: Build, monkeypatch: pytest.MonkeyPatch, address: str | None, runtime_env: dict[str, Any], forked: bool
+) -> None:
+    monkeypatch.setattr("serve_app.launch.fork_server.built_for_cpu", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env=runtime_env))
+    if address is not None:
+        monkeypatch.setenv("EPD_FORK_SERVER", address)
+    for name, deployment in build({}).items():
+        env = deployment.ray_actor_options.get("runtime_env", {})
+        assert env.get("py_executable", "").endswith("ingress" if name == "Ingress" else "engine") or not forked
+        assert ("py_executable" in env) is forked
+        assert name != "Ingress" or "env_vars" in env

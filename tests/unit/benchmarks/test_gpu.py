@@ -26,8 +26,8 @@ from benchmarks.gpu.visit import Visit, excerpt
 from serve_app.config import EPDConfig
 from serve_app.demo.tokenizer import VOCAB_SIZE
 from serve_app.launch.placement import Cluster, resolve
+from serve_app.launch.vllm_args import check_engine_args
 from serve_app.stage import Stage
-from serve_app.stages.engine import check_engine_args
 from tools.harness.servers import REPOSITORY
 
 

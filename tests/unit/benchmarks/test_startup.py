@@ -1,16 +1,56 @@
-"""benchmarks.startup: what the replicas logged of their start."""
+"""benchmarks.startup: what a log says of a start, what the page cache holds, and what is promised."""
 
-from benchmarks.startup import phases
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.startup import cached, headline, phases, until
 
 LOG = """
-(ServeReplica:epd:Encoder pid=1) INFO 2026-11-24 epd_Encoder ab -- start-up encoder: import=5.1s engine=12.0s
-(ServeController pid=2) INFO 2026-11-24 controller 2 -- start-up is not over
-(ServeReplica:epd:Ingress pid=3) INFO 2026-11-24 epd_Ingress cd -- start-up ingress: app=9.5s stages=7.2s warm_up=0.9s
+2026-11-24 09:00:05,500 INFO worker.py:2029 -- Started a local Ray instance.
+(ServeController pid=2) INFO 2026-11-24 09:00:08,000 controller 2 -- Imported and built app 'epd' successfully.
+(ServeReplica:epd:Encoder pid=1) INFO 2026-11-24 09:00:17,000 epd_Encoder ab -- start-up encoder: import=5.1s engine=12.0s
+(ServeReplica:epd:Decode pid=1) INFO 2026-11-24 09:00:19,250 epd_Decode ab -- start-up decode: import=5.1s engine=14.0s
+(ServeController pid=2) INFO 2026-11-24 09:00:19,500 controller 2 -- start-up is not over
+(ServeReplica:epd:Ingress pid=3) INFO 2026-11-24 09:00:20,000 epd_Ingress cd -- start-up ingress: app=9.5s stages=7.2s
+start-up ingress: without a stamp
 """
 
 
 def test_seconds_are_by_stage_and_phase() -> None:
     assert phases(LOG) == {
         "encoder": {"import": 5.1, "engine": 12.0},
-        "ingress": {"app": 9.5, "stages": 7.2, "warm_up": 0.9},
+        "decode": {"import": 5.1, "engine": 14.0},
+        "ingress": {"app": 9.5, "stages": 7.2},
     }
+
+
+def test_phases_end_with_the_last_line_that_tells_of_them() -> None:
+    began = datetime(2026, 11, 24, 9).timestamp()
+    assert until(LOG, began) == {"ray": 5.5, "config": 8.0, "engines": 19.25, "ingress": 20.0}
+    assert until("nothing", began) == {}
+
+
+def test_promises_are_medians_of_all_runs_of_their_kind() -> None:
+    def start(cache: str, up_s: float, *seconds: float) -> dict[str, Any]:
+        return {"cache": cache, "up_s": up_s, "second_replica_s": dict(enumerate(seconds))}
+
+    starts = [start("cold", 80.0, 10.0, 12.0), start("warm", 30.0, 11.0), start("warm", 32.0)]
+    assert headline({"starts": starts}) == [("cold", 80.0, 90.0), ("warm", 31.0, 40.0), ("second replica", 11.0, 20.0)]
+    assert headline({"starts": starts[2:]}) == [("warm", 32.0, 40.0)]
+
+
+def test_file_that_was_just_read_is_cached_and_one_that_is_forgotten_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    path.read_bytes()
+    assert cached(path) == 1
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if (left := cached(path)) == 1:
+        pytest.skip("this file system keeps its files in memory")
+    assert left == 0

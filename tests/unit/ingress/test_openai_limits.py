@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from serve_app.handoff.errors import ConfigError
 from serve_app.ingress.middleware import PipelineMiddleware
 from serve_app.ingress.request import current
-from serve_app.ingress.server import SERVER_ARGS, check_api_args
+from serve_app.launch.vllm_args import SERVER_ARGS, check_api_args
 from serve_app.observe.ingress_metrics import IngressMetrics
 from serve_app.observe.tracing import Tracing
 from tests.unit.asgi import JSON, LIMIT, Client, app_of, body, start, the_request
