@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.questions import fanout, faults, goodput, interference, pictures, turns
+from benchmarks.questions import fanout, faults, goodput, interference, pictures, service_times, start, turns
 from benchmarks.questions.question import Question
 from tools.harness import record
 
-QUESTIONS = tuple(each.QUESTION for each in (interference, goodput, pictures, turns, fanout, faults))
+QUESTIONS = tuple(
+    each.QUESTION for each in (interference, goodput, pictures, turns, fanout, faults, start, service_times)
+)
 """In the order of RESULTS.md."""
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -72,7 +74,7 @@ def write_report() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = {question.name: question for question in QUESTIONS}
+    names = {question.name: question for question in QUESTIONS if not question.command}
     parser.add_argument("--quick", action="store_true", help="a round of what the targets are set for; writes nothing")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(

@@ -64,9 +64,11 @@ def page(found: "Mapping[Question, Document]") -> str:
     facts = dict(first["machine"], versions=", ".join(f"{name} {each}" for name, each in first["versions"].items()))
     parts = [INTRODUCTION.format(**facts), table(["", "target", "found", ""], target_rows(found))]
     for question, document in found.items():
-        rounds = len({run["round"] for run in document["runs"]})
+        rounds = len({run.get("round") for run in document["runs"]})
         errors = [f"{run['system']} did not run: {run['error'][:200]}." for run in document["runs"] if "error" in run]
         command = f"`python -m benchmarks.bench --only {question.name}`, {rounds} round{'s' * (rounds != 1)}"
+        if question.command:
+            command = f"`{question.command}`"
         parts += [
             f"## {question.title}\n",
             f"![{question.title}](results/{question.name}.png)\n",

@@ -1,21 +1,15 @@
-"""How long a start takes with an empty page cache and with a full one, by phase, and how long a further replica takes.
-
-``python -m benchmarks.startup`` empties the page cache, starts the demo model as E+P+D by what `make serve` runs, and starts
-it again, a few times. Each server that runs is asked for answers one after the other, and for a second replica of two
-stages. It writes ``benchmarks/results/startup.json``.
+"""One start of E+P+D by what `make serve` runs, with an empty page cache or a full one, by phase; then a second replica of two
+stages. ``benchmarks.questions.start`` asks for it.
 """
 
-import argparse
 import ctypes
 import mmap
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,10 +20,8 @@ import yaml
 
 from benchmarks.orchestration import Cell, body
 from benchmarks.systems import ours
-from tools.harness import record
 from tools.harness.servers import REPOSITORY, Server, marked_environment
 
-RESULT = Path(__file__).parent / "results" / "startup.json"
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 LINE = re.compile(r"start-up (\w+): ((?:\w+=[\d.]+s ?)+)")
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}")
@@ -43,7 +35,6 @@ MARKS = {
 
 ASKED = 10
 CELL = Cell(images=1, tokens=4)
-TARGETS_S = {"cold": 90.0, "warm": 40.0, "second replica": 20.0}
 
 
 def phases(log: str) -> dict[str, dict[str, float]]:
@@ -63,25 +54,6 @@ def until(log: str, began: float) -> dict[str, float]:
                 if re.search(words, line):
                     found[phase] = datetime.strptime(stamp[0], "%Y-%m-%d %H:%M:%S,%f").timestamp() - began
     return {phase: found[phase] for phase in MARKS if phase in found}
-
-
-def headline(document: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """Title, seconds (the median of the runs) and target of what is promised."""
-    seconds: dict[str, list[float]] = {}
-    for start in document["starts"]:
-        seconds.setdefault(start["cache"], []).append(start["up_s"])
-        seconds.setdefault("second replica", []).extend(start["second_replica_s"].values())
-    return [(title, statistics.median(seconds[title]), TARGETS_S[title]) for title in TARGETS_S if seconds.get(title)]
-
-
-def table(document: Mapping[str, Any]) -> str:
-    lines = [f"{'':16}{'s':>8}{'target':>8}"]
-    lines += [f"{title:16}{value:8.1f}{target:8.0f}" for title, value, target in headline(document)]
-    for start in document["starts"]:
-        ends = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in start["until_s"].items())
-        more = f"{start['cpu_s']:.0f} s of CPU, {start['read_mb']:.0f} MB read"
-        lines.append(f"{start['cache']}: up after {start['up_s']:.1f} s ({ends}); {more}")
-    return "\n".join(lines)
 
 
 def empty_page_cache() -> float:
@@ -169,22 +141,3 @@ def start(number: int, cache: str) -> dict[str, Any]:
         "first_token_s": asked,
         "second_replica_s": second,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=2, help="of each kind; %(default)s")
-    starts: list[dict[str, Any]] = []
-    document = record.about("benchmarks.startup") | {"starts": starts}
-    for number in range(parser.parse_args().starts):
-        for cache in ("cold", "warm"):
-            starts.append(start(number, cache))
-            record.write(document, RESULT)
-            print(f"{cache}: {starts[-1]['up_s']:.1f} s", flush=True)
-    print(table(document))
-    ratios = [each["first_token_s"][0] / each["first_token_s"][-1] for each in starts]
-    print(f"first token of the first request to that of the tenth: {statistics.median(ratios):.2f}")
-
-
-if __name__ == "__main__":
-    main()

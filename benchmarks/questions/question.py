@@ -25,6 +25,8 @@ class Question:
     targets: tuple[Target, ...] = ()
     setting: str = ""
     """A sentence on what was put to which systems."""
+    command: str = ""
+    """That measures it, where it is not this benchmark."""
 
 
 def runs_of(document: Document, system: str, **where: Any) -> list[Run]:

@@ -3,11 +3,13 @@
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.startup import cached, headline, phases, until
+from benchmarks.questions.start import second
+from benchmarks.questions.systems import E_P_D
+from benchmarks.report import Spread
+from benchmarks.startup import cached, phases, until
 
 LOG = """
 2026-11-24 09:00:05,500 INFO worker.py:2029 -- Started a local Ray instance.
@@ -34,13 +36,18 @@ def test_phases_end_with_the_last_line_that_tells_of_them() -> None:
     assert until("nothing", began) == {}
 
 
-def test_promises_are_medians_of_all_runs_of_their_kind() -> None:
-    def start(cache: str, up_s: float, *seconds: float) -> dict[str, Any]:
-        return {"cache": cache, "up_s": up_s, "second_replica_s": dict(enumerate(seconds))}
-
-    starts = [start("cold", 80.0, 10.0, 12.0), start("warm", 30.0, 11.0), start("warm", 32.0)]
-    assert headline({"starts": starts}) == [("cold", 80.0, 90.0), ("warm", 31.0, 40.0), ("second replica", 11.0, 20.0)]
-    assert headline({"starts": starts[2:]}) == [("warm", 32.0, 40.0)]
+def test_a_second_replica_is_that_of_every_stage_and_start() -> None:
+    runs = [
+        {
+            "system": E_P_D,
+            "round": 0,
+            "cache": cache,
+            "up_s": 30.0,
+            "second_replica_s": {"encoder": 9.0, "decode": more},
+        }
+        for cache, more in (("cold", 12.0), ("warm", 11.0))
+    ]
+    assert second({"runs": runs}) == Spread(10.0, 9.0, 12.0)
 
 
 def test_file_that_was_just_read_is_cached_and_one_that_is_forgotten_is_not(tmp_path: Path) -> None:
