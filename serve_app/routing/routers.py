@@ -112,9 +112,11 @@ class LeastCostRouter(_KnownRouter):
         self._loads.answered(call)  # an earlier choice for the same call that a replica rejected
         loads = self._loads.of(list(replicas), now)
         order = rank(key, cost, loads, self._headroom)
-        self._loads.chosen(call, order[0], cost, now)
-        # Ray takes the replica of a tier with the shortest queue; of equal ones the first.
-        return [[replicas[replica] for replica in tier] for tier in tiers(order, loads)]
+        # Not left to Ray: its choice is known when the replica has taken the call, and the next items are chosen for now.
+        queues = handles.queues_of(self, candidate_replicas)
+        first = min(tiers(order, loads)[0], key=queues.__getitem__)
+        self._loads.chosen(call, first, cost, now)
+        return [[replicas[replica]] for replica in [first, *(each for each in order if each != first)]]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._loads.sent(pending_request.metadata.internal_request_id, replica_id.unique_id)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.request_router.common import ReplicaQueueLengthCache
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.config import RequestRouterConfig
 
@@ -88,10 +89,33 @@ def test_two_replicas_of_which_no_difference_is_known_are_left_to_their_queues()
     assert tiers(["a"], idle("a")) == [["a"]]
 
 
-def test_ray_is_given_the_two_together(router: LeastCostRouter) -> None:
-    replicas = [Replica(name) for name in REPLICAS]
-    ranks = asyncio.run(router.choose_replicas(replicas, pending("call", "item", 10)))
-    assert [len(tier) for tier in ranks] == [2, 1, 1]
+def test_of_two_with_the_same_load_the_shorter_queue_gets_an_item_and_it_counts_there_at_once(
+    router: LeastCostRouter,
+) -> None:
+    replicas = [Replica(name) for name in ("a", "b")]
+    home, other = choose(router, pending("call 1", "item", 10), replicas)
+    router.on_request_completed(SimpleNamespace(unique_id=home), "call 1")
+    for replica in replicas:
+        router.replica_queue_len_cache.update(replica.replica_id, 3 if replica.replica_id.unique_id == home else 0)
+    assert choose(router, pending("call 2", "item", 10), replicas) == [other, home]
+    assert choose(router, pending("call 3", "item", 10), replicas) == [home, other]
+
+
+def test_queues_that_ray_hears_of_late_do_not_make_a_replica_have_more_than_the_headroom(
+    router: LeastCostRouter,
+) -> None:
+    replicas: Any = [Replica(name) for name in ("a", "b")]
+    router._replicas = {replica.replica_id: replica for replica in replicas}
+    for replica, queue in zip(replicas, (2, 0), strict=True):
+        router.replica_queue_len_cache.update(replica.replica_id, queue)
+
+    async def taken(item: str) -> str:
+        """By the replica that Ray takes of the candidates."""
+        ranks = await router.choose_replicas(replicas, pending(f"call of {item}", item, 100))
+        return (await router._select_from_candidate_replicas(ranks[0], 0)).replica_id.unique_id  # type: ignore[union-attr]
+
+    took = [asyncio.run(taken(f"item {i}")) for i in range(40)]
+    assert max(map(took.count, "ab")) <= 1.25 * 20
 
 
 def test_loads_count_from_the_choice_to_the_answer() -> None:
@@ -112,6 +136,8 @@ def test_a_long_call_still_counts() -> None:
 
 
 class Replica:
+    max_ongoing_requests = 100
+
     def __init__(self, name: str) -> None:
         self.replica_id = ReplicaID(name, DeploymentID("Encoder", "shop"))
 
@@ -129,6 +155,7 @@ def pending(call: str, item_hash: str, cost: int, version: Version = ANY) -> Any
 def router() -> LeastCostRouter:
     made = object.__new__(LeastCostRouter)
     made._deployment_id, made._replicas = DeploymentID("Encoder", "shop"), {}
+    made._use_replica_queue_len_cache, made._replica_queue_len_cache = True, ReplicaQueueLengthCache()
     made.initialize_state(headroom=1.25)
     return made
 
