@@ -17,7 +17,7 @@ class EncodeConfig(Strict):
     retry_encoders_after_s: float = Field(5.0, ge=0)
     remember_s: float = Field(300.0, ge=0)
     remember_items: int = Field(4096, ge=0)
-    affinity_headroom: float = Field(1.25, ge=1)
+    affinity_headroom: float = Field(1.0, ge=1)
 
 
 class RetryConfig(Strict):

@@ -161,6 +161,14 @@ def queues_of(router: RequestRouter, replicas: Iterable[RunningReplica]) -> dict
     return {replica.replica_id.unique_id: lengths.get(replica.replica_id) or 0 for replica in replicas}
 
 
+def queues_known(router: RequestRouter, replicas: Iterable[RunningReplica]) -> dict[str, int]:
+    """As ``queues_of``; empty where Ray Serve has not heard of each of them, and would ask."""
+    lengths = router.replica_queue_len_cache
+    found = {replica.replica_id.unique_id: lengths.get(replica.replica_id) for replica in replicas}
+    known = {name: length for name, length in found.items() if length is not None}
+    return known if len(known) == len(found) else {}
+
+
 def is_alive(replica: str) -> bool:
     """Whether Ray has an actor of this name; True where Ray cannot say. Waits for Ray."""
     try:

@@ -112,11 +112,14 @@ class LeastCostRouter(_KnownRouter):
         self._loads.answered(call)  # an earlier choice for the same call that a replica rejected
         loads = self._loads.of(list(replicas), now)
         order = rank(key, cost, loads, self._headroom)
-        # Not left to Ray: its choice is known when the replica has taken the call, and the next items are chosen for now.
-        queues = handles.queues_of(self, candidate_replicas)
-        first = min(tiers(order, loads)[0], key=queues.__getitem__)
-        self._loads.chosen(call, first, cost, now)
-        return [[replicas[replica]] for replica in [first, *(each for each in order if each != first)]]
+        first, *others = tiers(order, loads)
+        if queues := handles.queues_known(self, [replicas[replica] for replica in first]):
+            # As Ray would choose, but known before a replica has taken the call: the next items are chosen for now.
+            first.sort(key=queues.__getitem__)
+            others = [[replica] for replica in first[1:]] + others
+            first = first[:1]
+        self._loads.chosen(call, first[0], cost, now)
+        return [[replicas[replica] for replica in tier] for tier in [first, *others]]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._loads.sent(pending_request.metadata.internal_request_id, replica_id.unique_id)

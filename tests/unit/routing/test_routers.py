@@ -89,6 +89,12 @@ def test_two_replicas_of_which_no_difference_is_known_are_left_to_their_queues()
     assert tiers(["a"], idle("a")) == [["a"]]
 
 
+def test_ray_is_given_the_two_together_where_it_would_ask_them(router: LeastCostRouter) -> None:
+    replicas = [Replica(name) for name in REPLICAS]
+    ranks = asyncio.run(router.choose_replicas(replicas, pending("call", "item", 10)))
+    assert [len(tier) for tier in ranks] == [2, 1, 1]
+
+
 def test_of_two_with_the_same_load_the_shorter_queue_gets_an_item_and_it_counts_there_at_once(
     router: LeastCostRouter,
 ) -> None:
