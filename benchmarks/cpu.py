@@ -17,7 +17,7 @@ KINDS = {
 }
 """By title. An engine may have none: setproctitle gives up in a process whose first environment variable has been changed.
 Its command line then says that it was spawned, as nothing else of a server is."""
-REPLICA = re.compile(r"ServeReplica:epd:(\w+)")
+REPLICA = re.compile(r"ServeReplica:\w+:(\w+)")
 OTHERS = "others"
 """With Ray: its own processes."""
 

@@ -1,5 +1,5 @@
-"""One start of E+P+D by what `make serve` runs, with an empty page cache or a full one, by phase; then a second replica of two
-stages. ``benchmarks.questions.start`` asks for it.
+"""One start of E+P+D by what `make serve` runs, with an empty page cache or a full one, by phase; then a second replica of
+two stages. ``benchmarks.questions.start`` asks for it.
 """
 
 import ctypes

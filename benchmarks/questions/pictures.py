@@ -9,11 +9,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks.baselines.ray_llm import ray_llm
 from benchmarks.questions import photos
 from benchmarks.questions.clients import Ask, chat, drive
 from benchmarks.questions.question import Document, Question, Run, Target, order, ratio, runs_of, spread
@@ -25,6 +27,8 @@ from serve_app.launch.connectors import free_ports
 from serve_app.routing.handles import LIGHT_BYTES
 from tools.harness.servers import Server, start, vllm_server
 
+PEER = "Ray Serve LLM"
+"""Its prefill and decode, where what they need is installed (`benchmarks/baselines/ray_llm.py`)."""
 FETCHES = {"media": {"allow_private_addresses": True}}
 """The pictures' server is on loopback."""
 SYSTEMS: dict[str, System] = {
@@ -32,6 +36,7 @@ SYSTEMS: dict[str, System] = {
     ONE: lambda folder: vllm_server(folder, {}),
     E_PD: lambda folder: ours(folder, FETCHES | {"prefill": None}),
     E_P_D: lambda folder: ours(folder, FETCHES),
+    PEER: ray_llm,
 }
 TOKENS = 8
 AT_A_TIME = 4
@@ -127,6 +132,8 @@ def visit(name: str, round_: int, cells: list[tuple[str, str]]) -> Iterator[Run]
         ):
             log, first = Path(folder) / "clients.log", 0
             for kind, by in cells:
+                if name == PEER and (kind, by) != tuple(HEADLINE.values()):
+                    continue
                 address = pictures.url if by == "http" else ""
                 warm = Load(kind, WARM_UP, address, first)
                 drive(server.url, server.mark, f"{__name__}:make", [warm], log, 240.0)
@@ -138,7 +145,8 @@ def visit(name: str, round_: int, cells: list[tuple[str, str]]) -> Iterator[Run]
 
 
 def measure(round_: int, quick: bool) -> Iterator[Run]:
-    names = [REFERENCE, E_PD] if quick else list(SYSTEMS)
+    installed = [name for name in SYSTEMS if name != PEER or find_spec("pyarrow")]
+    names = [REFERENCE, E_PD] if quick else installed
     cells = [(HEADLINE["picture"], HEADLINE["by"])] if quick else CELLS
     for name in order(names, round_):
         yield from visit(name, round_, cells)
