@@ -1,8 +1,8 @@
 """Ray Serve LLM's own prefill and decode (``build_pd_openai_app``), on the CPU, with the engine arguments of ours.
 
 It needs packages that nothing else here imports: ``pip install --target DIR --no-deps pyarrow jsonref pandas python-dateutil
-pytz tzdata six fsspec``, and ``PYTHONPATH=DIR``. Its placement groups ask for CPUs where ``accelerator_config`` says so. It has
-no encode stage: prefill encodes, then decode answers. Both servers render the prompt, so both decode its pictures.
+pytz tzdata six fsspec``, and ``PYTHONPATH=DIR``. Its placement groups ask for CPUs where ``accelerator_config`` says so. It
+has no encode stage: prefill encodes, then decode answers. Both servers render the prompt, so both decode its pictures.
 """
 
 import argparse

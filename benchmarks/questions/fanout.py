@@ -32,7 +32,7 @@ PICTURES = 8
 PICTURE_S = 0.1
 """Of a null encoder; about what the real one has for it."""
 REAL, NULL = "real engines", "null engines"
-ENCODERS = {REAL: (1, 2), NULL: (1, 2, 4, 8)}
+ENCODERS = {REAL: (1, 2), NULL: (1, 2, 4)}
 AT_A_TIME = (1, 2)
 REQUESTS = {REAL: 8, NULL: 16}
 STEP_TOKENS = 2048
