@@ -1,8 +1,9 @@
-"""What is compared, on two cores: each engine has a core, as if it were a card; all else goes where there is room.
+"""What is compared, on two cores: each engine has a core, as if it were a card. All else goes before engines, where there is
+room: with cards they would not wait for each other.
 
 ``one engine`` has one core, so the other is left to its server. ``two engines`` are vLLM's own data parallelism: its server
 gives each request to the engine with the fewest. In ``E+PD`` encoder and decode have a core each; in ``E+P+D`` encoder and
-prefill share one.
+prefill share one, and so they do in the reference.
 """
 
 import os
@@ -23,6 +24,8 @@ ONE, TWO, E_PD, E_P_D, REFERENCE = "one engine", "two engines", "E+PD", "E+P+D",
 CONTEXT = 24_576
 CACHE_TOKENS = 65_536
 ENCODER, PREFILL, DECODE = "Encoder", "Prefill", "Decode"
+ROLES = {"ec_producer": ENCODER, "kv_producer": PREFILL, "kv_consumer": DECODE}
+"""Of the reference's servers, on their command lines."""
 CORES = {E_PD: {ENCODER: 0, DECODE: 1}, E_P_D: {ENCODER: 0, PREFILL: 0, DECODE: 1}}
 
 
@@ -58,6 +61,7 @@ def stages(folder: Path, args: dict[str, Any], name: str) -> Iterator[Server]:
 @contextmanager
 def behind_reference(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
     with reference(folder, args) as server:
+        pin(server, CORES[E_P_D])
         yield server
 
 
@@ -69,8 +73,10 @@ def pin(server: Server, cores: Mapping[str, int | tuple[int, ...]]) -> None:
         with suppress(psutil.Error):
             title = " ".join(process.cmdline())
             if engine := re.search(r"VLLM::(EngineCore\w*)", title):
-                replica = re.search(r"ServeReplica:epd:(\w+)", " ".join(process.parent().cmdline()))
-                found.setdefault(replica[1] if replica else engine[1], []).append(process)
+                owner = " ".join(process.parent().cmdline())
+                replica = re.search(r"ServeReplica:epd:(\w+)", owner)
+                stage = next((stage for role, stage in ROLES.items() if role in owner), engine[1])
+                found.setdefault(replica[1] if replica else stage, []).append(process)
     wrong = found.keys() - cores.keys()
     if wrong or not found:
         raise RuntimeError(f"engines of {sorted(found)}, and cores for {sorted(cores)}")
@@ -81,3 +87,4 @@ def pin(server: Server, cores: Mapping[str, int | tuple[int, ...]]) -> None:
             for thread in process.threads():
                 with suppress(ProcessLookupError):
                     os.sched_setaffinity(thread.id, {core})
+                    os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
