@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.questions import fanout, faults, goodput, interference, pictures, service_times, start, turns
 from benchmarks.questions.question import Question
+from benchmarks.questions.systems import one_queue_per_core
 from tools.harness import record
 
 QUESTIONS = tuple(
@@ -85,11 +86,17 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server that runs is ended
     measured = {}
-    for question in [] if options.report else [names[name] for name in options.only]:
-        result = None if options.quick else RESULTS / f"{question.name}.json"
-        document, begun = document_of(RESULTS / f"{question.name}.json", options.add and not options.quick)
-        measure(question, document, range(begun, begun + options.rounds), options.quick, result)
-        measured[question] = document
+    with one_queue_per_core() as fair:
+        if not fair:
+            print(
+                "Linux shares cores among sessions here (sched_autogroup_enabled), which is noise: root can switch it off"
+            )
+        for question in [] if options.report else [names[name] for name in options.only]:
+            result = None if options.quick else RESULTS / f"{question.name}.json"
+            document, begun = document_of(RESULTS / f"{question.name}.json", options.add and not options.quick)
+            document["one_queue_per_core"] = fair
+            measure(question, document, range(begun, begun + options.rounds), options.quick, result)
+            measured[question] = document
     if options.quick:
         print(report.table(["", "target", "found", ""], report.target_rows(measured)))
     else:

@@ -21,13 +21,13 @@ SYSTEMS: dict[str, System] = {
     E_PD: lambda folder: stages(folder, arguments(STEP_TOKENS), E_PD),
 }
 TEXT_WORDS, ANSWER_TOKENS = 50, 64
-SECONDS, QUICK_S = 30.0, 20.0
+SECONDS, QUICK_S = 25.0, 20.0
 RATES: dict[int, tuple[float, ...]] = {
     0: (4, 8, 12),
-    1: (2, 3, 4, 5),
-    2: (1.2, 1.8, 2.4, 3.0),
+    1: (2, 3.5, 5),
+    2: (1.2, 2.0, 2.8),
     4: (0.8, 1.2, 1.6, 2.0),
-    8: (0.4, 0.6, 0.8, 1.0),
+    8: (0.5, 0.75, 1.0),
 }
 """Requests per second by pictures per request, up to what either system can bear."""
 GIVEN_UP = 0.5

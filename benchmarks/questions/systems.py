@@ -24,6 +24,7 @@ ONE, TWO, E_PD, E_P_D, REFERENCE = "one engine", "two engines", "E+PD", "E+P+D",
 CONTEXT = 24_576
 CACHE_TOKENS = 65_536
 ENCODER, PREFILL, DECODE = "Encoder", "Prefill", "Decode"
+AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 ROLES = {"ec_producer": ENCODER, "kv_producer": PREFILL, "kv_consumer": DECODE}
 """Of the reference's servers, on their command lines."""
 CORES = {E_PD: {ENCODER: 0, DECODE: 1}, E_P_D: {ENCODER: 0, PREFILL: 0, DECODE: 1}}
@@ -63,6 +64,22 @@ def behind_reference(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
     with reference(folder, args) as server:
         pin(server, CORES[E_P_D])
         yield server
+
+
+@contextmanager
+def one_queue_per_core() -> Iterator[bool]:
+    """Without Linux' groups by session, which share a core among sessions whatever the priorities in them: a server whose session
+    sleeps most of the time then waits for seconds beside two busy engines. Whether that is so: only root can say it."""
+    try:
+        before = AUTOGROUP.read_text()
+        AUTOGROUP.write_text("0")
+    except OSError:
+        yield not AUTOGROUP.exists()
+        return
+    try:
+        yield True
+    finally:
+        AUTOGROUP.write_text(before)
 
 
 def pin(server: Server, cores: Mapping[str, int | tuple[int, ...]]) -> None:
