@@ -26,6 +26,7 @@ SOURCE = "\n".join(
 )
 
 README_LINES = 200
+RESULTS_LINES = 150
 
 _VARIABLES = """
     MODEL LOG_PATH ENCODE_PORT PREFILL_PORT DECODE_PORT PREFILL_DECODE_PORT PROXY_PORT ENDPOINT_PORT
@@ -79,6 +80,14 @@ INLINE_CODE = [code for text in PAGES.values() for code in inline_code(text)]
 
 def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= README_LINES
+
+
+def test_results_are_short_and_have_a_plot_per_question() -> None:
+    folder = ROOT / "benchmarks"
+    results = (folder / "RESULTS.md").read_text()
+    assert len(results.splitlines()) <= RESULTS_LINES
+    plots = re.findall(r"\]\((results/\w+\.png)\)", results)
+    assert len(plots) == results.count("\n## ") and all((folder / plot).is_file() for plot in plots)
 
 
 def test_readme_leads_to_every_page() -> None:
