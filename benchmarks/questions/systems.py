@@ -68,8 +68,8 @@ def behind_reference(folder: Path, args: dict[str, Any]) -> Iterator[Server]:
 
 @contextmanager
 def one_queue_per_core() -> Iterator[bool]:
-    """Without Linux' groups by session, which share a core among sessions whatever the priorities in them: what sleeps most of the
-    time then waits for seconds beside two busy engines. Whether that is so: only root can have it."""
+    """Without Linux' groups by session, which share a core among sessions whatever the priorities in them: what sleeps most
+    of the time then waits for seconds beside two busy engines. Whether that is so: only root can have it."""
     try:
         before = AUTOGROUP.read_text()
         AUTOGROUP.write_text("0")
