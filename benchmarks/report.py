@@ -5,6 +5,7 @@ brackets the smallest and the largest.
 """
 
 import statistics
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from benchmarks.questions.question import Question
 
 Document = dict[str, Any]
+WIDTH = 125
 
 
 @dataclass(frozen=True)
@@ -75,4 +77,12 @@ def page(found: "Mapping[Question, Document]") -> str:
             " ".join(filter(None, [f"{question.setting} {command}.", *errors])) + "\n",
             question.answer(document),
         ]
-    return "\n".join(parts)
+    return "\n".join(wrapped(part) for part in parts)
+
+
+def wrapped(part: str) -> str:
+    """Its lines no longer than ``WIDTH``, but for tables, pictures and titles."""
+    return "\n".join(
+        line if line.startswith(("|", "!", "#")) else textwrap.fill(line, WIDTH, break_on_hyphens=False)
+        for line in part.split("\n")
+    )

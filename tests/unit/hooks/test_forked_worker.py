@@ -58,10 +58,10 @@ def tell():
 """
 
 WAITS = """
-import sys
+import signal
 from serve_app.hooks import forked_worker
 print(forked_worker.core.pid, flush=True)
-sys.stdin.read()
+signal.pause()
 """
 
 
