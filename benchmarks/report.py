@@ -5,7 +5,6 @@ brackets the smallest and the largest.
 """
 
 import statistics
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from benchmarks.questions.question import Question
 
 Document = dict[str, Any]
-WIDTH = 125
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,12 @@ def target_rows(found: "Mapping[Question, Document]") -> list[list[str]]:
 INTRODUCTION = """\
 # What stages are worth
 
-Written by `benchmarks/bench.py` from `results/*.json`; `python -m benchmarks.bench --report` does it again. On {cpus} cores
-({processor}) {hardware}; {versions}. Each engine has a core, as if it were a card: what is shown is who waits for whom, not
-how fast a card is. Where no model is named it is `benchmarks/questions/model.py`, of random weights: 0.1 s to encode a
-picture of 448×448, 0.26 s to prefill a thousand tokens, 5 ms for a step of decode.
-
-One system runs at a time, in another order each round; in a round all get the same requests. Figures are the median over
-the rounds and, in brackets, the smallest and the largest; ratios are taken within a round.
+Written by `benchmarks/bench.py` from `results/*.json`; `python -m benchmarks.bench --report` does it again. On {cpus} \
+cores ({processor}) {hardware}; {versions}. Each engine has a core, as if it were a card: what is shown is who waits for whom, \
+not how fast a card is. Where no model is named it is `benchmarks/questions/model.py`, of random weights: 0.1 s to encode a \
+picture of 448×448, 0.26 s to prefill a thousand tokens, 5 ms for a step of decode. One system runs at a time, in another \
+order each round; in a round all get the same requests. Figures are the median over the rounds and, in brackets, the \
+smallest and the largest; ratios are taken within a round.
 """
 
 
@@ -77,12 +74,4 @@ def page(found: "Mapping[Question, Document]") -> str:
             " ".join(filter(None, [f"{question.setting} {command}.", *errors])) + "\n",
             question.answer(document),
         ]
-    return "\n".join(wrapped(part) for part in parts)
-
-
-def wrapped(part: str) -> str:
-    """Its lines no longer than ``WIDTH``, but for tables, pictures and titles."""
-    return "\n".join(
-        line if line.startswith(("|", "!", "#")) else textwrap.fill(line, WIDTH, break_on_hyphens=False)
-        for line in part.split("\n")
-    )
+    return "\n".join(parts)
