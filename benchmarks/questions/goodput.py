@@ -191,8 +191,7 @@ def answer(document: Document) -> str:
         f"SLO is {first:g} s to the first token, {more:g} s more per picture, and what is above the column. Where pauses "
         f"count, {crossing}: an engine that encodes stops all its answers. Where a quarter of a second is no pause, or only "
         "the mean counts, two engines are as good or better: whole requests spread more evenly than stages, and a request's "
-        "pictures wait for each other at one encoder.\n\n"
-        + table(["pictures", *(slo.title for slo in SLOS)], rows)
+        "pictures wait for each other at one encoder.\n\n" + table(["pictures", *(slo.title for slo in SLOS)], rows)
     )
 
 
