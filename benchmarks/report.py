@@ -51,8 +51,8 @@ INTRODUCTION = """\
 Written by `benchmarks/bench.py` from `results/*.json`; `python -m benchmarks.bench --report` does it again. On {cpus} \
 cores ({processor}) {hardware}; {versions}. Each engine has a core, as if it were a card: what is shown is who waits \
 for whom, not how fast a card is. Where no model is named it is `benchmarks/questions/model.py`, of random weights: 0.1 s \
-to encode a picture of 448×448, 0.26 s to prefill a thousand tokens, 5 ms for a step of decode. One system runs at a time, in \
-another order each round; in a round all get the same requests. Figures are the median over the rounds and, in brackets, \
+to encode a picture of 448×448, 0.26 s to prefill a thousand tokens, 5 ms for a step of decode. One system runs at a time, \
+in another order each round; in a round all get the same requests. Figures are the median over the rounds and, in brackets, \
 the smallest and the largest; ratios are taken within a round.
 """
 
