@@ -218,7 +218,23 @@ def own_items(request: Request) -> tuple[int, ...]:
     return tuple(sorted(request.embeds)[: request.at_prefill]) if request.at_prefill else ()
 
 
-class Decode(Replica):
+class Decodes(Replica):
+    """What decodes, by itself or beside prompts: it has calls that wait for room, and a KV cache."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._queue: deque[Call] = deque()
+        self._kv_tokens = 0.0
+
+    @property
+    def kv_use(self) -> float:  # type: ignore[override]
+        return min(self._kv_tokens / self.times.kv_tokens, 1.0)
+
+    def _before_s(self, call: Call) -> float:
+        return self.times.decode_call_s
+
+
+class Decode(Decodes):
     """All sequences that run get a token per step; the others wait, first come first served.
 
     Steps are not played one by one. While nobody joins or leaves, a step takes the same time, so what is played is the
@@ -228,20 +244,11 @@ class Decode(Replica):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._queue: deque[Call] = deque()
         self._steps = 0.0
         self._marks: list[tuple[float, int, Call, bool]] = []  # steps at which a sequence has its first or last token
         self._joined = 0
         self._running = 0
-        self._kv_tokens = 0.0
         self._stretch: tuple[Work, float] | None = None  # work, seconds per step
-
-    @property
-    def kv_use(self) -> float:  # type: ignore[override]
-        return min(self._kv_tokens / self.times.kv_tokens, 1.0)
-
-    def _before_s(self, call: Call) -> float:
-        return self.times.decode_call_s
 
     def _take(self, call: Call) -> None:
         self._queue.append(call)
@@ -297,24 +304,15 @@ def held_tokens(call: Call) -> float:
     return call.request.prompt_tokens + call.tokens / 2
 
 
-class PrefillDecode(Replica):
+class PrefillDecode(Decodes):
     """Decode that prefills: in each step a token for all that run, and of prompts as many tokens as there is room for."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._queue: deque[Call] = deque()
         self._prompts: deque[list[Any]] = deque()  # [call, tokens left]
         self._answers: list[list[Any]] = []  # [call, tokens left]
-        self._kv_tokens = 0.0
         self._busy = False
         self._outputs = Late(self.times.late_outputs)
-
-    @property
-    def kv_use(self) -> float:  # type: ignore[override]
-        return min(self._kv_tokens / self.times.kv_tokens, 1.0)
-
-    def _before_s(self, call: Call) -> float:
-        return self.times.decode_call_s
 
     def _take(self, call: Call) -> None:
         self._queue.append(call)
