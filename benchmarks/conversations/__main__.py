@@ -30,7 +30,7 @@ from benchmarks.conversations.loads import (
     Load,
 )
 from benchmarks.conversations.page import SMALL, page
-from benchmarks.questions.question import order
+from benchmarks.questions.question import failure, order
 from tools.harness import record
 from tools.harness.servers import API, Server, serve_run
 
@@ -73,7 +73,7 @@ def visit(arm: str, caches: str, loads: list[Load], round_: int, patience_s: flo
             one.wait_until(lambda: all_run(one), f"{PREFILLS} prefill replicas", 240, every_s=1.0)
             runs = clients.drive(one.url, one.mark, loads, round_, Path(folder) / "clients.log", patience_s)
     except Exception as error:
-        return [where | {"error": f"{type(error).__name__}: {error}"[-2000:]}]
+        return [where | failure(error)]
     print(f"round {round_ + 1}, {arm}, {caches}: {time.monotonic() - began:.0f} s", flush=True)
     return [where | run for run in runs]
 

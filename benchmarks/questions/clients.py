@@ -66,6 +66,13 @@ class Seen:
         return self.status == 200 and not self.error
 
 
+def picture(seed: int, side: int) -> dict[str, Any]:
+    """A part of a message: a square picture that no other seed gives."""
+    from tools.harness.media import image_url
+
+    return {"type": "image_url", "image_url": {"url": image_url(seed, (side, side))}}
+
+
 def chat(content: list[dict[str, Any]], tokens: int, **more: Any) -> bytes:
     """A streamed chat of exactly so many tokens."""
     return json.dumps(

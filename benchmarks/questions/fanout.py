@@ -21,7 +21,7 @@ from benchmarks import null_engine
 from benchmarks.conversations.clients import engines as engines_told
 from benchmarks.questions import clients
 from benchmarks.questions.model import SIDE
-from benchmarks.questions.question import Document, Question, Run, runs_of
+from benchmarks.questions.question import Document, Question, Run, failure, runs_of
 from benchmarks.questions.systems import DECODE, ENCODER, arguments, pin
 from benchmarks.report import Spread, table, text
 from benchmarks.streams import WORDS, share
@@ -43,13 +43,11 @@ TIMING = re.compile(r'([\w.]+);dur=([\d.]+)(?:;desc="([^"]*)")?')
 
 def asks(seed: int, count: int) -> list[clients.Ask]:
     """Requests of pictures that no other has."""
-    from tools.harness.media import image_url
-
     said = random.Random(seed)
     found = []
     for _ in range(count):
         seeds = [said.getrandbits(40) for _ in range(PICTURES)]
-        content = [{"type": "image_url", "image_url": {"url": image_url(each, (SIDE, SIDE))}} for each in seeds]
+        content = [clients.picture(each, SIDE) for each in seeds]
         content.append({"type": "text", "text": " ".join(said.choices(WORDS, k=20))})
         found.append(clients.Ask(0.0, "pictures", clients.chat(content, 2)))
     return found
@@ -90,7 +88,7 @@ def visit(kind: str, encoders: int, round_: int) -> list[Run]:
             runs = clients.drive(one.url, one.mark, MAKER, [warm_up, *loads], log)[1:]
         return [where | {"at_a_time": run["load"]["at_a_time"]} | compact(run) for run in runs]
     except Exception as error:  # one system's failure is a result, not the end of the others'
-        return [where | {"error": f"{type(error).__name__}: {error}"[-2000:]}]
+        return [where | failure(error)]
 
 
 def compact(run: Run) -> Run:

@@ -18,13 +18,12 @@ from typing import Any
 
 import psutil
 
-from benchmarks.questions.clients import Ask, chat, drive
-from benchmarks.questions.question import Document, Question, Run, Target, order, runs_of
+from benchmarks.questions.clients import Ask, chat, drive, picture
+from benchmarks.questions.question import Document, Question, Run, Target, failure, order, runs_of
 from benchmarks.questions.systems import E_P_D, REFERENCE, System
 from benchmarks.report import Spread, table
 from benchmarks.systems import behind_proxy, ours, reference_engine
 from serve_app.stage import Stage
-from tools.harness.media import image_url
 from tools.harness.servers import Server, cpu_config, vllm_server, wait_for_replicas
 
 TOKENS = 16
@@ -58,8 +57,9 @@ COMPARED = 60
 
 
 def ask(at: float, number: int) -> Ask:
-    picture = {"type": "image_url", "image_url": {"url": image_url(number, (SIDE, SIDE))}}
-    return Ask(at, str(number), chat([picture, {"type": "text", "text": "What is in this picture?"}], TOKENS))
+    return Ask(
+        at, str(number), chat([picture(number, SIDE), {"type": "text", "text": "What is in this picture?"}], TOKENS)
+    )
 
 
 def steady(first: int, seconds: float, begin: float = 0.0) -> list[Ask]:
@@ -205,7 +205,7 @@ def visit(name: str, phases: list[str], round_: int, right: dict[str, str]) -> I
                     wait_for_replicas(server, 1)
                 yield where | (too_much(server, right) if phase == TOO_MUCH else one_kill(server, name, phase, right))
     except Exception as error:
-        yield where | {"error": f"{type(error).__name__}: {error}"[-2000:]}
+        yield where | failure(error)
 
 
 def measure(round_: int, quick: bool) -> Iterator[Run]:

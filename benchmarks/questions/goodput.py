@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.questions import clients
 from benchmarks.questions.model import SIDE
-from benchmarks.questions.question import Document, Question, Run, Target, order, runs_of
+from benchmarks.questions.question import Document, Question, Run, Target, failure, order, runs_of
 from benchmarks.questions.systems import E_PD, TWO, System, arguments, engines, stages
 from benchmarks.report import Spread, table, text
 from benchmarks.streams import WORDS
@@ -70,15 +70,10 @@ def ttft_limit_s(images: int) -> float:
 
 
 def asks(images: int, rate: float, seed: int, seconds: float) -> list[clients.Ask]:
-    from tools.harness.media import image_url
-
     said = random.Random(f"{seed} {images} {rate}")
     found, at = [], said.expovariate(rate)
     while at < seconds:
-        content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": image_url(said.getrandbits(40), (SIDE, SIDE))}}
-            for _ in range(images)
-        ]
+        content = [clients.picture(said.getrandbits(40), SIDE) for _ in range(images)]
         words = " ".join([str(said.random()), *said.choices(WORDS, k=TEXT_WORDS)])
         content.append({"type": "text", "text": words})
         found.append(clients.Ask(at, "all", clients.chat(content, ANSWER_TOKENS)))
@@ -114,7 +109,7 @@ def visit(name: str, round_: int, rates: dict[int, Sequence[float]], seconds: fl
                     if max(share(run, slo) for slo in SLOS) < GIVEN_UP:
                         break
     except Exception as error:  # one system's failure is a result, not the end of the others'
-        yield where | {"error": f"{type(error).__name__}: {error}"[-2000:]}
+        yield where | failure(error)
 
 
 def measure(round_: int, quick: bool) -> Iterator[Run]:

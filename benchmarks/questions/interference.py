@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.questions import clients
 from benchmarks.questions.model import SIDE
-from benchmarks.questions.question import Document, Question, Run, Target, order, ratio, runs_of, spread
+from benchmarks.questions.question import Document, Question, Run, Target, failure, order, ratio, runs_of, spread
 from benchmarks.questions.systems import E_P_D, E_PD, ONE, TWO, System, arguments, engines, stages
 from benchmarks.report import table, text
 from benchmarks.streams import WORDS
@@ -49,7 +49,7 @@ SYSTEMS: dict[str, System] = {
 
 def asks(seed: int, seconds: float = SECONDS) -> list[clients.Ask]:
     """The run's requests; ``seconds``: that texts come. No two have a beginning in common."""
-    from tools.harness.media import image_url, video_url
+    from tools.harness.media import video_url
 
     said = random.Random(seed)
 
@@ -57,7 +57,7 @@ def asks(seed: int, seconds: float = SECONDS) -> list[clients.Ask]:
         return {"type": "text", "text": " ".join([str(said.random()), *said.choices(WORDS, k=count)])}
 
     def picture() -> dict[str, Any]:
-        return {"type": "image_url", "image_url": {"url": image_url(said.getrandbits(40), (SIDE, SIDE))}}
+        return clients.picture(said.getrandbits(40), SIDE)
 
     found = []
     at = 0.0
@@ -85,7 +85,7 @@ def visit(name: str, round_: int, load: dict[str, Any]) -> Run:
             _, run = clients.drive(server.url, server.mark, MAKER, [warm_up, load], Path(folder) / "clients.log")
             return found | compact(run)
     except Exception as error:  # one system's failure is a result, not the end of the others'
-        return found | {"error": f"{type(error).__name__}: {error}"[-2000:]}
+        return found | failure(error)
 
 
 def compact(run: Run) -> Run:

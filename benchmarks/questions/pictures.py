@@ -18,7 +18,7 @@ import psutil
 from benchmarks.baselines.ray_llm import ray_llm
 from benchmarks.questions import photos
 from benchmarks.questions.clients import Ask, chat, drive
-from benchmarks.questions.question import Document, Question, Run, Target, order, ratio, runs_of, spread
+from benchmarks.questions.question import Document, Question, Run, Target, failure, order, ratio, runs_of, spread
 from benchmarks.questions.systems import E_P_D, E_PD, ONE, REFERENCE, System
 from benchmarks.report import table, text
 from benchmarks.streams import share
@@ -141,7 +141,7 @@ def visit(name: str, round_: int, cells: list[tuple[str, str]]) -> Iterator[Run]
                 first += WARM_UP + COUNTS[kind]
                 yield where | under(server, load, log) | {"stored_bytes": stored_bytes(name, load)}
     except Exception as error:
-        yield where | {"error": f"{type(error).__name__}: {error}"[-2000:]}
+        yield where | failure(error)
 
 
 def measure(round_: int, quick: bool) -> Iterator[Run]:

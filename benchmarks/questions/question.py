@@ -29,6 +29,11 @@ class Question:
     """That measures it, where it is not this benchmark."""
 
 
+def failure(error: Exception) -> Run:
+    """What a run tells of a system that failed to run: a result, not the end of the others'."""
+    return {"error": f"{type(error).__name__}: {error}"[-2000:]}
+
+
 def runs_of(document: Document, system: str, **where: Any) -> list[Run]:
     """Runs of a system that did not fail to run, in which each key of ``where`` has that value."""
     return [

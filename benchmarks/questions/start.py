@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.questions.question import Document, Question, Run, Target, runs_of, spread
+from benchmarks.questions.question import Document, Question, Run, Target, failure, runs_of, spread
 from benchmarks.questions.systems import E_P_D
 from benchmarks.report import Spread, table, text
 from benchmarks.startup import MARKS, start
@@ -25,7 +25,7 @@ def measure(round_: int, quick: bool) -> Iterator[Run]:
         try:
             yield where | start(round_, cache)
         except Exception as error:  # what there is can be kept
-            yield where | {"error": f"{type(error).__name__}: {error}"[-2000:]}
+            yield where | failure(error)
 
 
 def up(run: Run) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.conversations import clients
 from benchmarks.conversations.loads import Load
 from benchmarks.questions.model import SIDE
-from benchmarks.questions.question import Document, Question, Run, Target, order, ratio, runs_of, spread
+from benchmarks.questions.question import Document, Question, Run, Target, failure, order, ratio, runs_of, spread
 from benchmarks.questions.systems import (
     E_P_D,
     E_PD,
@@ -72,7 +72,7 @@ def visit(name: str, round_: int) -> Run:
             raise RuntimeError("nothing was answered")
         return found | {key: run[key] for key in KEPT}
     except Exception as error:  # one system's failure is a result, not the end of the others'
-        return found | {"error": f"{type(error).__name__}: {error}"[-2000:]}
+        return found | failure(error)
 
 
 def measure(round_: int, quick: bool) -> Iterator[Run]:

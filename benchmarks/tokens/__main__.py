@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from benchmarks import streams
-from benchmarks.questions.question import order
+from benchmarks.questions.question import failure, order
 from benchmarks.streams import Wave
 from benchmarks.tokens.figures import Document, Run
 from benchmarks.tokens.page import page
@@ -50,7 +50,7 @@ def visit(system: str, waves: list[Wave], round_: int, patience_s: float) -> lis
             streams.drive(server.url, server.mark, first, 1_000_000 * round_, log)
             runs = streams.drive(server.url, server.mark, waves, 1_000_000 * round_ + 500_000, log, patience_s)
     except Exception as error:
-        return [{"system": system, "round": round_, "error": f"{type(error).__name__}: {error}"[-2000:]}]
+        return [{"system": system, "round": round_} | failure(error)]
     print(f"round {round_ + 1}, {system}: {time.monotonic() - began:.0f} s", flush=True)
     return [{"system": system, "round": round_} | run for run in runs]
 
