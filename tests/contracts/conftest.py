@@ -1,5 +1,7 @@
 """Contracts are looked at through the ingress that unit tests build."""
 
+import pytest
+
 from tests.unit.conftest import (  # noqa: F401
     demo_folder,
     demo_vllm_config,
@@ -8,3 +10,11 @@ from tests.unit.conftest import (  # noqa: F401
     make_client,
     make_parts,
 )
+
+
+@pytest.fixture
+def cpu_torch() -> None:
+    import torch
+
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        pytest.skip("needs a CPU build of PyTorch")

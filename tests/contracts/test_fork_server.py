@@ -6,6 +6,8 @@ import sys
 from multiprocessing import forkserver, spawn
 from typing import Any
 
+import pytest
+
 LOADS = """
 import os, sys
 from serve_app.launch.fork_server import load
@@ -16,6 +18,7 @@ print(resource_tracker._resource_tracker._fd)
 """
 
 
+@pytest.mark.usefixtures("cpu_torch")  # no other build is loaded by the fork server
 def test_vllm_is_loaded_without_a_thread_and_without_ray() -> None:
     env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run([sys.executable, "-c", LOADS], env=env, capture_output=True, text=True, timeout=180)

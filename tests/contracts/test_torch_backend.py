@@ -34,14 +34,6 @@ def loadable() -> bytes:
     return Path(_ctypes.__file__).read_bytes()
 
 
-@pytest.fixture
-def cpu_torch() -> None:
-    import torch
-
-    if torch.version.cuda is not None or torch.version.hip is not None:
-        pytest.skip("needs a CPU build of PyTorch")
-
-
 DEFINED = "import torch; print(hasattr(torch.ops.torchvision, 'nms'), hasattr(torch.ops.torchvision, 'qnms'))"
 
 
