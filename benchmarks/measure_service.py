@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 
 from benchmarks import cpu
-from benchmarks.questions.systems import arguments
+from benchmarks.questions.systems import arguments, one_queue_per_core
 from tools.harness import record
 from tools.harness.cases import Case, chat, image, text
 from tools.harness.servers import Server, serve_run
@@ -243,7 +243,7 @@ def start(folder: Path, topology: Topology) -> AbstractContextManager[Server]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20.0, help="length of a run")
+    parser.add_argument("--seconds", type=float, default=30.0, help="length of a run")
     parser.add_argument("--fit", action="store_true", help="fit and compare again, with the runs of the result")
     options = parser.parse_args()
     if options.fit:
@@ -253,9 +253,10 @@ def main() -> None:
         seeds = "requests are numbered; the gaps of the Poisson process come from seed 1"
         document = record.about("benchmarks.measure_service", model="benchmarks.questions") | {"seed": seeds}
         runs = []
-        for run in measure_all(options.seconds):
-            runs.append(run)
-            record.write(document | {"runs": [asdict(each) for each in runs]}, RESULT)
+        with one_queue_per_core():
+            for run in measure_all(options.seconds):
+                runs.append(run)
+                record.write(document | {"runs": [asdict(each) for each in runs]}, RESULT)
     fitted = [run for run in runs if run.name in {config.name for config in FIT}]
     service, idle_cores = fit(fitted, os.cpu_count() or 1)
     checked = [check(run, service, idle_cores, document["machine"]["cpus"]) for run in runs if run not in fitted]

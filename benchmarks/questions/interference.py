@@ -18,8 +18,9 @@ SECONDS, QUICK_S = 70.0, 50.0
 TEXTS_PER_S, TEXT_TOKENS = 1.5, 256
 PICTURES_EVERY_S, PICTURES, PICTURE_ANSWER = 2.0, 2, 32
 PICTURES_FROM_S = 5.0
-VIDEO_AT_S, FRAMES = (32.0, 42.0), 16
-LONG_AT_S, LONG_WORDS = 48.0, 19_500
+VIDEOS_AT, FRAMES = (0.45, 0.6), 16
+LONG_AT, LONG_WORDS = 0.7, 19_500
+"""Shares of the time that texts come."""
 MAKER = "benchmarks.questions.interference:asks"
 FINE = "one engine, fine steps"
 STEP_TOKENS = {ONE: 512, FINE: 256, TWO: 512, E_PD: 256, E_P_D: 512}
@@ -47,8 +48,9 @@ SYSTEMS: dict[str, System] = {
 }
 
 
-def asks(seed: int, seconds: float = SECONDS) -> list[clients.Ask]:
-    """The run's requests; ``seconds``: that texts come. No two have a beginning in common."""
+def asks(seed: int, seconds: float = SECONDS, large: bool = True) -> list[clients.Ask]:
+    """The run's requests; ``seconds``: that texts come; ``large``: with videos and the long prompt. No two have a beginning
+    in common."""
     from tools.harness.media import video_url
 
     said = random.Random(seed)
@@ -69,19 +71,21 @@ def asks(seed: int, seconds: float = SECONDS) -> list[clients.Ask]:
         content = [*(picture() for _ in range(PICTURES)), words(20)]
         found.append(clients.Ask(at, "pictures", clients.chat(content, PICTURE_ANSWER)))
         at += PICTURES_EVERY_S
-    for at in VIDEO_AT_S:
+    for share in VIDEOS_AT if large else ():
         url = video_url(said.getrandbits(20), FRAMES, (SIDE, SIDE))
         content = [{"type": "video_url", "video_url": {"url": url}}, words(20)]
-        found.append(clients.Ask(at, "video", clients.chat(content, PICTURE_ANSWER)))
-    found.append(clients.Ask(LONG_AT_S, "long prompt", clients.chat([words(LONG_WORDS)], PICTURE_ANSWER)))
-    return [each for each in sorted(found, key=lambda each: each.at) if each.at < seconds]
+        found.append(clients.Ask(share * seconds, "video", clients.chat(content, PICTURE_ANSWER)))
+    if large:
+        long = clients.chat([words(LONG_WORDS)], PICTURE_ANSWER)
+        found.append(clients.Ask(LONG_AT * seconds, "long prompt", long))
+    return sorted(found, key=lambda each: each.at)
 
 
 def visit(name: str, round_: int, load: dict[str, Any]) -> Run:
     found: Run = {"system": name, "round": round_}
     try:
         with tempfile.TemporaryDirectory(prefix="texts-") as folder, SYSTEMS[name](Path(folder)) as server:
-            warm_up = {"seed": 10_000 + round_, "seconds": 8.0}
+            warm_up = {"seed": 10_000 + round_, "seconds": 8.0, "large": False}
             _, run = clients.drive(server.url, server.mark, MAKER, [warm_up, load], Path(folder) / "clients.log")
             return found | compact(run)
     except Exception as error:  # one system's failure is a result, not the end of the others'

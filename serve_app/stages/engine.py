@@ -166,14 +166,13 @@ class StageEngine:
         return {request for workers in engines for named in workers for request in named}
 
     async def check_health(self) -> None:
-        """Raises if the engine is dead or hangs, so that Serve replaces the replica. Does not wait for the engine.
+        """Raises ``EngineDead``, or ``StageUnavailable`` if the engine hangs. Does not wait for the engine.
 
         A question is always under way that the core answers between two steps. A core that does not answer for
-        ``timeouts.hang_s`` is killed here: its requests get an error, and Serve kills the replica's own process only.
+        ``timeouts.hang_s`` is killed here: its requests get an error, and the next check ends the replica.
         """
-        await self._llm.check_health()
         if self._llm.errored:
-            raise self._llm.dead_error
+            raise EngineDead(self._stage, f"failed: {self._llm.dead_error}")
         if self._ping is None or self._ping.done():
             self._pinged = time.monotonic()
             self._ping = asyncio.create_task(self._llm.is_sleeping())

@@ -19,7 +19,7 @@ import ray
 from ray import serve
 
 from serve_app.config import Accelerator, EPDConfig
-from serve_app.handoff.errors import CannotStart, OtherVersion
+from serve_app.handoff.errors import CannotStart, EngineDead, OtherVersion
 from serve_app.handoff.types import ANY, Version
 from serve_app.hooks.vllm_plugin import REPLICA_ENV, SCRATCH_ENV
 from serve_app.launch.card_memory import visible_card_gib
@@ -40,8 +40,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 DRAIN_POLL_S = 0.1
+LAST_WORDS_S = 1.0
+"""In which calls of a dead engine tell their callers so, before its replica ends."""
 PORT_TRIES = 3
 """Starts of an engine, when other programs take its ports between their choice and its start."""
+
+
+def end_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
@@ -50,7 +56,7 @@ def ends_unless_done_in(seconds: float, what: str) -> Iterator[None]:
 
     def end() -> None:
         logger.error(f"{what} within {seconds:g} s (`timeouts.startup_s`): this replica ends")
-        os.kill(os.getpid(), signal.SIGKILL)
+        end_process()
 
     timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
     timer.daemon = True
@@ -178,7 +184,15 @@ class EngineReplica:
             raise OtherVersion(self.stage, message, self.replica, self.version)
 
     async def check_health(self) -> None:
-        await self.engine.check_health()
+        """Raises if the engine hangs. Ends this process if the engine is dead: Serve replaces a replica that is gone with
+        its next check, and one that is unhealthy with the third."""
+        try:
+            await self.engine.check_health()
+        except EngineDead as dead:
+            logger.error(f"{dead} This replica ends")
+            await asyncio.sleep(LAST_WORDS_S)
+            self._give_back()
+            end_process()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The signals that Ray Serve takes to the autoscaling policies."""
@@ -213,11 +227,16 @@ class EngineReplica:
     async def __del__(self) -> None:
         """End the engine, once others have pulled what it holds. Serve calls this when the replica's last call has ended,
         and kills the replica after ``graceful_shutdown_timeout_s``."""
-        engine = getattr(self, "engine", None)
-        if engine is not None:
+        if hasattr(self, "engine"):
             # There is no event to wait for: the engine tells what it holds with each of its steps.
             while self.holds():  # noqa: ASYNC110
                 await asyncio.sleep(DRAIN_POLL_S)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """End the engine's processes, and remove this replica's files."""
+        engine = getattr(self, "engine", None)
+        if engine is not None:
             engine.shutdown()
         if (config := getattr(self, "_config", None)) is not None and config.encoder is not None:
             remove_folder(config)  # an engine that had to be killed has not

@@ -16,7 +16,6 @@ IMPORTS = [
     ("serve_app/stages/fit.py", "vllm.multimodal.encoder_budget:MultiModalBudget"),
     ("serve_app/stages/fit.py", "vllm.config:VllmConfig.is_mm_encoder_only"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.notify_kv_transfer_request_rejected"),
-    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.check_health"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.is_sleeping"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.start_profile"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.dead_error"),

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
+from ray.serve._private.constants import DEFAULT_HEALTH_CHECK_PERIOD_S
 
 from serve_app.launch.connectors import free_ports
 from tools.harness.answers import arriving, gather
@@ -132,6 +133,15 @@ def test_crashed_engine_makes_its_replica_unhealthy_and_serve_replaces_it(server
     assert server.post(*ASK).status_code == 200, "it waits for the one that comes"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
     assert not [process for process in below if process.is_running()]
+
+
+def test_replica_whose_engine_crashed_is_gone_with_the_next_health_check(server: Server) -> None:
+    """Serve would let it live for three: 20 to 30 s."""
+    replica, below = replica_tree(server, "Encoder")
+    engine_core(below).kill()
+    replica.wait(DEFAULT_HEALTH_CHECK_PERIOD_S * 1.1 + 5)
+    assert server.post(*ASK).status_code == 200, "prefill encodes meanwhile"
+    server.wait_until(lambda: recovers(server, "Encoder", replica.pid), "the replica to be replaced", 180)
 
 
 def test_engine_that_hangs_is_killed_with_its_replica_and_replaced(server: Server) -> None:

@@ -89,21 +89,6 @@ class Replica:
         self.ended()
 
 
-class Late:
-    """Outputs of prefill's and decode's steps. With ``late_outputs`` those of a step come at the end of the next one, if
-    there is one: vLLM schedules a step before it looks at the last one's outputs, and on a CPU it executes it, too."""
-
-    def __init__(self, late: bool) -> None:
-        self._late = late
-        self._held: list[Action] = []
-
-    def of(self, outputs: list[Action], goes_on: bool) -> list[Action]:
-        """What comes at the end of a step; ``goes_on``: another one follows."""
-        ready = self._held
-        self._held = outputs if self._late and goes_on else []
-        return ready if self._held else ready + outputs
-
-
 class Encoder(Replica):
     """Items are prepared one after the other. The engine encodes those that wait in steps of at most ``encode_embeds``."""
 
@@ -149,7 +134,6 @@ class Prefill(Replica):
         self._busy = False
         self._cache = BlockCache(self.times.cache_tokens)
         self._pulls: list[tuple[int, Action]] = []  # ends of steps to wait for
-        self._outputs = Late(self.times.late_outputs)
 
     def _before_s(self, call: Call) -> float:
         return self.times.prefill_call_s
@@ -203,10 +187,9 @@ class Prefill(Replica):
                 self._pulls.append((steps - 1, done))
             else:
                 done()
-        ready = self._outputs.of([partial(self._end, call) for call in ending], bool(self._queue))
         self._next()
-        for end in ready:
-            end()
+        for call in ending:
+            self._end(call)
 
     def _end(self, call: Call) -> None:
         self.held += 1
@@ -268,8 +251,7 @@ class Decode(Decodes):
             self._running += 1
             self._kv_tokens += held_tokens(call)
             self._joined += 1
-            first = 2 if self.times.late_outputs and call.tokens > 1 else 1
-            heapq.heappush(self._marks, (self._steps + first, self._joined, call, call.tokens == 1))
+            heapq.heappush(self._marks, (self._steps + 1, self._joined, call, call.tokens == 1))
         if self._marks:
             step_s = self.times.decode(self._running, self._kv_tokens)
             seconds = max(self._marks[0][0] - self._steps, 0.0) * step_s
@@ -289,8 +271,7 @@ class Decode(Decodes):
             call.first = None
         if not last:
             self._joined += 1
-            left = call.tokens - (2 if self.times.late_outputs else 1)
-            heapq.heappush(self._marks, (self._steps + left, self._joined, call, True))
+            heapq.heappush(self._marks, (self._steps + call.tokens - 1, self._joined, call, True))
         else:
             self._running -= 1
             self._kv_tokens -= held_tokens(call)
@@ -312,7 +293,6 @@ class PrefillDecode(Decodes):
         self._prompts: deque[list[Any]] = deque()  # [call, tokens left]
         self._answers: list[list[Any]] = []  # [call, tokens left]
         self._busy = False
-        self._outputs = Late(self.times.late_outputs)
 
     def _take(self, call: Call) -> None:
         self._queue.append(call)
@@ -364,9 +344,9 @@ class PrefillDecode(Decodes):
         ended = [call for call, left in self._answers if not left]
         self._answers = [entry for entry in self._answers if entry[1]]
         self._kv_tokens -= sum(map(held_tokens, ended))
-        outputs = [call.first for call in prefilled if call.first is not None]
-        outputs += [partial(self._answer, call) for call in ended]
-        ready = self._outputs.of(outputs, bool(self._answers or self._prompts or self._queue))
         self._next()
-        for output in ready:
-            output()
+        for call in prefilled:
+            if call.first is not None:
+                call.first()
+        for call in ended:
+            self._answer(call)

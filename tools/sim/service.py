@@ -40,7 +40,6 @@ class ServiceTimes(BaseModel):
     decode_sequence_s: float = Field(description="Decode: one sequence of it.")
     decode_kv_token_s: float = Field(description="Decode: one token of their KV cache.")
     encode_embeds: int = Field(0, description="Embeddings of one step of the encoder at most; 0: an item a step.")
-    late_outputs: bool = Field(False, description="What a step puts out comes with the next step's end, as on a CPU.")
     batch_tokens: int = Field(description="Tokens of one step of prefill at most (max_num_batched_tokens).")
     slots: int = Field(description="Sequences that decode runs at a time (max_num_seqs).")
     kv_tokens: int = Field(description="Tokens that the KV cache of a decode replica holds.")

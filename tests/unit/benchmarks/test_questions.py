@@ -124,7 +124,7 @@ def rows(good: int, of: int, images: int) -> list[list[float]]:
 
 
 def run(system: str, rate: float, good: int, of: int = 100, images: int = 4) -> dict[str, Any]:
-    load = Load(images, rate, 1).__dict__
+    load = Load(images, rate, 1, 25.0).__dict__
     return {"system": system, "round": 0, "load": load, "requests": rows(good, of, images)}
 
 

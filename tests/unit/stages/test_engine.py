@@ -266,8 +266,6 @@ class AskedLLM:
         self.asked = 0
         self.output_processor = OutputProcessor(None, log_stats=False)
 
-    async def check_health(self) -> None: ...
-
     async def is_sleeping(self) -> bool:
         self.asked += 1
         await self.answers.wait()
@@ -325,7 +323,7 @@ def test_dead_engine_is_unhealthy_at_once(make: Made) -> None:
     async def main() -> None:
         llm = AskedLLM()
         llm.errored = True
-        with pytest.raises(EngineDeadError):
+        with pytest.raises(EngineDead):
             await make(llm, hang_s=60).check_health()
 
     asyncio.run(main())

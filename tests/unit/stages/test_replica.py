@@ -26,13 +26,15 @@ from deployments.encoder import Encoder
 from deployments.prefill import Prefill
 from serve_app.channel.wire import First, ReplyTo
 from serve_app.config import EPDConfig
-from serve_app.handoff.errors import CannotStart, ConfigError, HandoffLost, OtherVersion, StageUnavailable
+from serve_app.handoff.errors import CannotStart, ConfigError, EngineDead, HandoffLost, OtherVersion, StageUnavailable
 from serve_app.handoff.types import ANY, READ_S, DecodeReply, Media, MediaRequest, Prompt, StageRequest, Version
 from serve_app.handoff.waits import pulls
 from serve_app.launch import fingerprint
 from serve_app.launch.connectors import side_channel_env
 from serve_app.launch.start_failure import EngineFailed
+from serve_app.stage import Stage
 from serve_app.stages import engine, fit
+from serve_app.stages import replica as replicas
 from serve_app.stages.replica import PORT_TRIES, EngineReplica, alone_on, started
 from serve_app.stages.workload import HELP, Meter
 from serve_app.transfer.kv_layout import KVLayout
@@ -104,6 +106,34 @@ def test_encoder_waits_for_what_others_pull_from_it_and_not_for_files() -> None:
             assert (time.monotonic() - began >= lease_s) if waits else (time.monotonic() - began < 0.2)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_replica_ends_with_its_engine_once_callers_have_the_error(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds what others would pull, and gives its files back all the same."""
+
+    class DeadEngine(FakeEngine):
+        async def check_health(self) -> None:
+            raise EngineDead(Stage.DECODE, "failed: killed")
+
+    events: list[str] = []
+    monkeypatch.setattr(replicas, "LAST_WORDS_S", 0.01)
+    monkeypatch.setattr(replicas, "end_process", lambda: events.append("end"))
+
+    async def main() -> None:
+        engine = DeadEngine(holds_blocks=True)
+        dying = replica(
+            name, engine, _lease_s=60.0, _answered_at=time.monotonic(), scratch=tempfile.mkdtemp(dir=tmp_path)
+        )
+        asyncio.get_running_loop().call_soon(lambda: events.append("others have their turn"))
+        await dying.check_health()
+        assert engine.ended
+
+    asyncio.run(main())
+    assert not list(tmp_path.iterdir())
+    assert events == ["others have their turn", "end"]
 
 
 def test_replica_whose_engine_never_started_goes_at_once() -> None:

@@ -128,29 +128,6 @@ def test_decode_that_prefills_cuts_a_prompt_by_what_runs_and_holds_up_the_others
     assert decode.kv_use == 0.0
 
 
-def test_late_outputs_come_with_the_end_of_the_next_step_if_there_is_one() -> None:
-    loop, ended = Loop(), {}
-    service = times(prefill_token_s=0.001).model_copy(update={"batch_tokens": 100, "late_outputs": True})
-    prefill = replica(Prefill, loop, service)
-    for at, name in ((0.0, "a"), (0.05, "b"), (1.0, "c")):
-        call = Call(request(text=100), 100, lambda _, name=name: ended.update({name: loop.now}))
-        loop.at(at, lambda call=call: prefill.take(call))
-    loop.run()
-
-    assert ended == pytest.approx({"a": 0.2, "b": 0.2, "c": 1.1})
-
-
-@pytest.mark.parametrize(("late", "first"), [(False, 0.1), (True, 0.2)])
-def test_a_late_first_token_does_not_make_the_answer_longer(late: bool, first: float) -> None:
-    loop, seen = Loop(), {}
-    decode = replica(Decode, loop, times(decode_step_s=0.1).model_copy(update={"late_outputs": late}))
-    call = Call(request(), 1, lambda _: seen.update(last=loop.now), 5, lambda: seen.update(first=loop.now))
-    decode.take(call)
-    loop.run()
-
-    assert seen == pytest.approx({"first": first, "last": 0.5})
-
-
 def test_a_pull_waits_for_the_end_of_prefills_step() -> None:
     loop, pulled = Loop(), []
     service = times(prefill_token_s=0.001).model_copy(update={"batch_tokens": 100, "pull_steps": 1})
