@@ -16,6 +16,8 @@ from tools.harness.servers import Server
 DEADLINE_S = 60.0
 LOST = "connection lost"
 """Status of a request whose ingress went with it: reset or broken off. Nobody asks again but the client."""
+BACKOFF_S = 0.5
+"""As the clients of OpenAI wait before they ask again: a process that is killed may take a connection with it to the last."""
 PLAIN = ["text", "text of many blocks"] * 5 + ["1 image", "2 images", "an image between texts"]
 OTHERS_LOGPROBS = "logprobs of named tokens"
 """In the step of such a request vLLM's sampler (0.32.0) leaves out the logprobs of all others in its batch."""
@@ -60,7 +62,7 @@ class Outcome:
     choices: list[dict[str, Any]] | None
     """What a whole answer told, where its API has choices."""
     again: int | str | None = None
-    """Status of the request when its client asked again, at once, after its connection was lost."""
+    """Status of the request when its client asked again after its connection was lost."""
 
 
 def failed(outcomes: list[Outcome]) -> list[Outcome]:
@@ -109,6 +111,7 @@ class Load:
             asked, streaming = order.choice(self.asks), order.random() < 0.5
             outcome = ask(session, self.server, asked, streaming)
             if outcome.status == LOST:
+                time.sleep(BACKOFF_S)
                 outcome.again = ask(session, self.server, asked, streaming).status
             self.outcomes.append(outcome)
             self._stop.wait(self.pause_s - outcome.seconds)
