@@ -17,7 +17,7 @@ DEADLINE_S = 60.0
 LOST = "connection lost"
 """Status of a request whose ingress went with it: reset or broken off. Nobody asks again but the client."""
 BACKOFF_S = 0.5
-"""As the clients of OpenAI wait before they ask again: a process that is killed may take a connection with it to the last."""
+"""As OpenAI's clients wait before they ask again: a process that is killed may take connections up to its last moment."""
 PLAIN = ["text", "text of many blocks"] * 5 + ["1 image", "2 images", "an image between texts"]
 OTHERS_LOGPROBS = "logprobs of named tokens"
 """In the step of such a request vLLM's sampler (0.32.0) leaves out the logprobs of all others in its batch."""
