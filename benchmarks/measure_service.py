@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import statistics
 import tempfile
 import time
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="length of a run")
     parser.add_argument("--fit", action="store_true", help="fit and compare again, with the runs of the result")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server that runs is ended
     if options.fit:
         document: dict[str, Any] = json.loads(RESULT.read_text())
         runs = [Run.of(run) for run in document["runs"]]

@@ -16,11 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks.questions.clients import Ask, chat, drive, picture
 from benchmarks.questions.question import Document, Question, Run, Target, failure, order, runs_of
-from benchmarks.questions.systems import E_P_D, REFERENCE, System
+from benchmarks.questions.systems import DECODE, E_P_D, ENCODER, PREFILL, REFERENCE, System, engine_processes
 from benchmarks.report import Spread, table
 from benchmarks.systems import behind_proxy, ours, reference_engine
 from serve_app.stage import Stage
@@ -42,7 +40,7 @@ SOON_S = 5.0
 HANGS_S = 60.0
 LIMIT_S = 90.0
 """Clients give up."""
-FAULTS = {"encoder": Stage.ENCODER, "prefill": Stage.PREFILL, "decode": Stage.DECODE}
+FAULTS = {"encoder": ENCODER, "prefill": PREFILL, "decode": DECODE}
 TOO_MUCH = "overload"
 PHASES = [TOO_MUCH, *FAULTS]
 FIRST = {phase: 10_000 * number for number, phase in enumerate(PHASES, 1)}
@@ -111,19 +109,6 @@ LIVES = {REFERENCE: [[TOO_MUCH, "encoder"], ["prefill"], ["decode"]], E_P_D: [PH
 """The phases that a system goes through from each start to its end: one whose engine is not started again ends with it."""
 
 
-def engine_of(server: Server, stage: Stage) -> int:
-    """The process id of a stage's engine."""
-    role = {Stage.ENCODER: "ec_producer", Stage.PREFILL: "kv_producer", Stage.DECODE: "kv_consumer"}[stage]
-    for process in server.processes():
-        with suppress(psutil.Error):
-            parent = process.parent()
-            if "VLLM::EngineCore" in " ".join(process.cmdline()) and parent is not None:
-                title = " ".join(parent.cmdline())
-                if f"ServeReplica:epd:{stage.capitalize()}" in title or role in title:
-                    return int(process.pid)
-    raise RuntimeError(f"no engine of {stage}")
-
-
 # ---- a round
 
 
@@ -181,7 +166,7 @@ def play(server: Server, maker: str, load: dict[str, Any]) -> Run:
 
 def one_kill(server: Server, name: str, phase: str, right: dict[str, str]) -> Run:
     load = {"first": FIRST[phase], "seconds": KILL_S + AFTER_S[name][phase], "limit_s": LIMIT_S}
-    run = play(server, "killing", load | {"pid": engine_of(server, FAULTS[phase])})
+    run = play(server, "killing", load | {"pid": engine_processes(server)[FAULTS[phase]][0].pid})
     return {"phase": phase, "speed_ms": run["speed_ms"]} | judged(run["requests"], right, KILL_S)
 
 

@@ -82,9 +82,8 @@ def one_queue_per_core() -> Iterator[bool]:
         AUTOGROUP.write_text(before)
 
 
-def pin(server: Server, cores: Mapping[str, int | tuple[int, ...]]) -> None:
-    """Each engine process to its core, by its name or that of the replica that it belongs to; of several of one name each to
-    another of its cores. Raises ``RuntimeError`` where one is not found."""
+def engine_processes(server: Server) -> dict[str, list[psutil.Process]]:
+    """By the replica that they belong to, the reference's role, or else their own name."""
     found: dict[str, list[psutil.Process]] = {}
     for process in server.processes():
         with suppress(psutil.Error):
@@ -94,6 +93,13 @@ def pin(server: Server, cores: Mapping[str, int | tuple[int, ...]]) -> None:
                 replica = re.search(r"ServeReplica:epd:(\w+)", owner)
                 stage = next((stage for role, stage in ROLES.items() if role in owner), engine[1])
                 found.setdefault(replica[1] if replica else stage, []).append(process)
+    return found
+
+
+def pin(server: Server, cores: Mapping[str, int | tuple[int, ...]]) -> None:
+    """Each engine process to the core of its name; of several of one name each to another of its cores. Raises
+    ``RuntimeError`` where one is not found."""
+    found = engine_processes(server)
     wrong = found.keys() - cores.keys()
     if wrong or not found:
         raise RuntimeError(f"engines of {sorted(found)}, and cores for {sorted(cores)}")
