@@ -154,4 +154,4 @@ def test_two_engines_that_are_too_slow_at_the_lowest_rate_count_as_if_they_were_
     found = {"runs": [run(E_PD, 1.0, 100), run(E_PD, 2.0, 95), run(TWO, 1.0, 60)]}
     gained = goodput.gain(found, 4, SLOS[0])
     assert gained is not None and gained.median == 2.0
-    assert goodput.told(found, 4, SLOS[0]) == "< 1 / 2.0 = **> 2.0 ×**"
+    assert goodput.told(found, 4, SLOS[0]) == "< 1 / ≥ 2.0 = **> 2.0 ×**"
