@@ -192,8 +192,8 @@ def answer(document: Document) -> str:
         f"Requests per second of which {ENOUGH:.0%} are within the SLO, two engines / E+PD, by pictures per request. The "
         f"SLO is {first:g} s to the first token, {more:g} s more per picture, and what is above the column. Where pauses "
         f"count, {crossing}: an engine that encodes stops all its answers. Where a quarter of a second is no pause, or only "
-        "the mean counts, two engines are as good: whole requests spread more evenly than stages, and a request's pictures wait "
-        "for each other at one encoder. Without pictures the encoder's core has nothing to do, and two engines win.\n\n"
+        "the mean counts, two engines are as good: whole requests spread more evenly than stages, and a request's pictures "
+        "wait for each other at one encoder. Without pictures the encoder's core has nothing to do: two engines win.\n\n"
         + table(["pictures", *(slo.title for slo in SLOS)], rows)
     )
 
