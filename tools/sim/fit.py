@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import log
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Self
 
 import numpy as np
@@ -26,8 +25,7 @@ BATCH_TOKENS, SLOTS, KV_TOKENS = 2048, 64, 65_536
 
 
 CROWDS = (0.0, 0.1, 0.2, 0.3)
-SCATTER = 0.3
-SEEDS = 3
+PULL_STEPS = (1, 2, 4)
 
 
 class Group(StrEnum):
@@ -118,14 +116,18 @@ class Check:
 
 
 def fit(runs: list[Run], cores: float) -> tuple[ServiceTimes, float]:
-    """Service times in CPU seconds, and the cores that are busy when nothing is asked. ``crowd`` is the one of ``CROWDS``
-    with which the simulation of these runs is the least wrong."""
+    """Service times in CPU seconds, and the cores that are busy when nothing is asked. ``crowd`` and
+    ``pull_steps`` are those with which the simulation of these runs is the least wrong."""
 
     def wrong(fitted: tuple[ServiceTimes, float]) -> float:
         checks = [check(run, *fitted, cores) for run in runs]
         return sum(log(1 + each.per_s_error) ** 2 + log(1 + each.ttft_error) ** 2 for each in checks)
 
-    return min((fit_with(crowd, runs, cores) for crowd in CROWDS), key=wrong)
+    fitted = (fit_with(crowd, runs, cores) for crowd in CROWDS)
+    tried = [
+        (service.model_copy(update={"pull_steps": steps}), idle) for service, idle in fitted for steps in PULL_STEPS
+    ]
+    return min(tried, key=wrong)
 
 
 def crowded(run: Run, cores: float) -> float:
@@ -187,8 +189,7 @@ def fit_with(crowd: float, runs: list[Run], cores: float) -> tuple[ServiceTimes,
         decode_sequence_s=sequence_s + relay_s,
         decode_kv_token_s=0.0,
         crowd=crowd,
-        scatter=SCATTER,
-        pull_steps=1,
+        pull_steps=PULL_STEPS[0],
         encode_embeds=BATCH_TOKENS,
         batch_tokens=BATCH_TOKENS,
         slots=SLOTS,
@@ -211,16 +212,15 @@ def hop_s(runs: list[Run], service: ServiceTimes, idle: float, cores: float) -> 
 
 
 def check(run: Run, service: ServiceTimes, idle: float, cores: float) -> Check:
-    played = [replay(run, service, idle, cores, seed) for seed in range(SEEDS)]
-    per_s, ttft_s = (fmean(each) for each in zip(*played, strict=True))
+    per_s, ttft_s = replay(run, service, idle, cores)
     return Check(run.name, run.per_s, per_s, per_s / run.per_s - 1, run.ttft_p50_s, ttft_s, ttft_s / run.ttft_p50_s - 1)
 
 
-def replay(run: Run, service: ServiceTimes, idle: float, cores: float, seed: int = 0) -> tuple[float, float]:
+def replay(run: Run, service: ServiceTimes, idle: float, cores: float) -> tuple[float, float]:
     """The run in the simulation, on the cores that it had: requests per second, and TTFT p50."""
     loop = Loop()
     others = idle + run.other_cores
-    shared = SharedCores(loop, max(cores - others, 0.1), others, service.scatter, seed)
+    shared = SharedCores(loop, max(cores - others, 0.1), others)
     app = App(loop, service, Shape(topology=run.topology), 1, shared)
     for pool in app.pools.values():
         pool.scale(1, at_once=True)

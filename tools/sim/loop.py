@@ -5,7 +5,6 @@ machine, divided equally among those that work (processor sharing).
 """
 
 import heapq
-import random
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -99,23 +98,16 @@ class OwnCore:
 
 
 class SharedCores:
-    """``cores`` may be a fraction: what other programs of the machine leave, which keep ``others`` busy.
+    """``cores`` may be a fraction: what other programs of the machine leave, which keep ``others`` busy."""
 
-    ``scatter``: standard deviation of the logarithm of each piece of work. Without any, requests of one length that once ran
-    together would do so for ever.
-    """
-
-    def __init__(self, loop: Loop, cores: float, others: float = 0.0, scatter: float = 0.0, seed: int = 1) -> None:
+    def __init__(self, loop: Loop, cores: float, others: float = 0.0) -> None:
         self._loop, self._cores, self._others = loop, cores, others
-        self._scatter, self._chance = scatter, random.Random(seed)
         self._seen_at = 0.0
         self._active: list[Work] = []
         self._timer: Timer | None = None
 
     def start(self, seconds: float, done: Action, crowd: float = 0.0) -> Work:
         self._pass_time()
-        if self._scatter:
-            seconds *= self._chance.lognormvariate(-(self._scatter**2) / 2, self._scatter)
         work = Work(self._loop.now, seconds, done, crowd)
         self._active.append(work)
         self._schedule()

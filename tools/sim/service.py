@@ -45,7 +45,6 @@ class ServiceTimes(BaseModel):
     kv_tokens: int = Field(description="Tokens that the KV cache of a decode replica holds.")
     cache_tokens: int = Field(0, description="Tokens that the prefix cache of a prefill replica holds.")
     crowd: float = Field(0.0, description="Share that engines' work takes longer while another core works.")
-    scatter: float = Field(0.0, description="Of each piece of work, where cores are shared (log-normal).")
     start_up_cpu_s: float = Field(0.0, description="What of a start is work of one core, where cores are shared.")
     start_up_s: dict[Stage, float] = Field(
         description="From asking for a replica to its first call, without that work."

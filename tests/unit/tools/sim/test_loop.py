@@ -1,7 +1,5 @@
 """Simulated time, and cores that work divides."""
 
-from itertools import pairwise
-
 import pytest
 
 from tools.sim.loop import Loop, OwnCore, SharedCores, Thread
@@ -56,23 +54,6 @@ def test_programs_that_are_not_simulated_are_a_crowd_too() -> None:
     loop.run()
 
     assert ended == pytest.approx([1.2])
-
-
-def test_work_scatters_around_what_it_takes() -> None:
-    loop, took = Loop(), []
-    cores = SharedCores(loop, 1.0, scatter=0.3, seed=3)
-
-    def again() -> None:
-        took.append(loop.now)
-        if len(took) < 2000:
-            cores.start(0.1, again)
-
-    again()
-    loop.run()
-
-    gaps = [after - before for before, after in pairwise(took)]
-    assert sum(gaps) / len(gaps) == pytest.approx(0.1, rel=0.03)
-    assert min(gaps) < 0.07 and max(gaps) > 0.15
 
 
 def test_a_thread_does_one_piece_after_the_other() -> None:
