@@ -29,7 +29,7 @@ chaos: setup ## Break things under load, 3 rounds (EPD_CHAOS_ROUNDS=n), and prin
 	@PATH="$(CURDIR)/$(BIN):$$PATH" EPD_CHAOS_ROUNDS="$${EPD_CHAOS_ROUNDS:-3}" python -m pytest -s tests/chaos $(ARGS)
 
 .PHONY: bench
-bench: setup ## Measure what stages are worth, an hour (ARGS=--quick: ten minutes; benchmarks/RESULTS.md)
+bench: setup ## Measure what stages are worth, an hour (ARGS=--quick: seven minutes; benchmarks/RESULTS.md)
 	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install -q -e ".[bench]"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.bench $(ARGS)
 

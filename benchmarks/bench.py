@@ -1,7 +1,7 @@
 """What stages are worth: the questions of ``benchmarks/questions``, asked of running systems on this machine.
 
 ``python -m benchmarks.bench`` measures every question, writes ``benchmarks/results/<question>.json`` and, of all that are
-there, ``benchmarks/RESULTS.md`` and its plots. ``--quick``, in about ten minutes, is a round of what the targets are set
+there, ``benchmarks/RESULTS.md`` and its plots. ``--quick``, in seven minutes, is a round of what the targets are set
 for: it prints them, and writes nothing.
 """
 
