@@ -29,7 +29,7 @@ from serve_app.hooks.forked_worker import ADDRESS_ENV
 from serve_app.launch.card_memory import smallest_card_gib
 from serve_app.launch.fork_server import forks, worker_command
 from serve_app.launch.placement import Cluster, actor_options, is_elastic, resolve
-from serve_app.launch.vllm_args import check_api_args, check_engine_args
+from serve_app.launch.vllm_args import check_api_args, check_engine_args, check_speculation
 from serve_app.stage import Stage
 
 logger = logging.getLogger("ray.serve")
@@ -133,4 +133,5 @@ def check_vllm_args(config: EPDConfig) -> None:
     check_engine_args(config.engine_args, "engine_args")
     for stage, stage_config in config.stages.items():
         check_engine_args(stage_config.engine_args, f"{stage}.engine_args")
-    check_api_args(config.api)
+    check_speculation(config)
+    check_api_args(config.api, bool(config.engine_args.get("enable_lora")))

@@ -1,5 +1,6 @@
-"""``python -m serve_app``: ``ask`` a running server, or see its ``status``; ``serve [serve_config.yaml]`` is `make serve`;
-``ready [serve_config.yaml]`` waits beside a `serve run` until the application can serve, and says what to try."""
+"""``python -m serve_app``: ``ask`` a running server or have it answer a ``batch``, see its ``status``; ``serve
+[serve_config.yaml]`` is `make serve`; ``ready [serve_config.yaml]`` waits beside a `serve run` until the application can
+serve, and says what to try."""
 
 import argparse
 import signal
@@ -22,8 +23,12 @@ def command_line() -> argparse.ArgumentParser:
     ask.add_argument("files", nargs="*", type=Path, help="what it is about")
     ask.add_argument("--max-tokens", type=int, default=256)
     ask.add_argument("--timing", action="store_true", help="print the steps of the request and how long each took")
+    batch = commands.add_parser("batch", help="answer a file of requests (OpenAI's batch format) beside other traffic")
+    batch.add_argument("requests", type=Path)
+    batch.add_argument("answers", type=Path, help="what it has already is not asked again")
+    batch.add_argument("--at-a-time", type=int, default=8)
     status = commands.add_parser("status", help="stages, replicas, queues and health")
-    for command in (ask, status):
+    for command in (ask, batch, status):
         command.add_argument("--url", default=DEFAULT_URL, help="where the server listens; %(default)s")
     return parser
 
@@ -32,6 +37,10 @@ def main() -> int:
     """Run the command of ``sys.argv``. Returns its exit status."""
     parser = command_line()
     arguments = parser.parse_args()
+    if arguments.command == "batch":
+        from serve_app.cli import batch
+
+        return batch.run(arguments)
     if arguments.command in ("ask", "status"):
         from serve_app.cli import client
 

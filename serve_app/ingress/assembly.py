@@ -10,9 +10,11 @@ from vllm.v1.engine.output_processor import OutputProcessor
 
 from serve_app.config import EPDConfig
 from serve_app.handoff.types import ANY, Version
+from serve_app.ingress.adapters import Adapters
 from serve_app.ingress.admission import Admission
 from serve_app.ingress.client import EPDClient
 from serve_app.ingress.encoding import EncodeStage
+from serve_app.ingress.peers import Peers
 from serve_app.ingress.pipeline import Pipeline
 from serve_app.ingress.rendering import FromMedia
 from serve_app.ingress.seams import install_renderer_guard, install_rendering
@@ -35,7 +37,11 @@ class Parts:
 
 
 def assemble(
-    config: EPDConfig, vllm_config: VllmConfig, stages: Mapping[Stage, StageHandle], version: Version = ANY
+    config: EPDConfig,
+    vllm_config: VllmConfig,
+    stages: Mapping[Stage, StageHandle],
+    version: Version = ANY,
+    peers: Peers | None = None,
 ) -> Parts:
     """``version``: of this ingress replica."""
     place_by_prefix(config, vllm_config, stages)
@@ -55,7 +61,8 @@ def assemble(
         items = ItemProcessor(renderer, config.advanced.media)
         encoders.features, from_media = items.features, items.modalities
         install_rendering(renderer, FromMedia(items, pipeline.encode_media, config.ec.salt_by_tenant).render)
-    return Parts(EPDClient(config, vllm_config, renderer, pipeline, version), metrics, from_media)
+    adapters = Adapters(stages, peers or Peers())
+    return Parts(EPDClient(config, vllm_config, renderer, pipeline, version, adapters), metrics, from_media)
 
 
 def encode_stage(

@@ -10,6 +10,9 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.model_loader import get_model_cls
+from vllm.model_executor.models.interfaces import supports_transcription
 from vllm.outputs import RequestOutput
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.inputs.preprocess import extract_prompt_components
@@ -21,6 +24,7 @@ from serve_app.handoff import shaping
 from serve_app.handoff.engine_input import from_engine_input
 from serve_app.handoff.errors import Overloaded
 from serve_app.handoff.types import Prompt, StageRequest, Version
+from serve_app.ingress.adapters import Adapters
 from serve_app.ingress.guard import GuardedInputProcessor, check_params
 from serve_app.ingress.pipeline import Pipeline
 from serve_app.ingress.request import Request, current
@@ -51,6 +55,7 @@ class EPDClient(EngineClient):
         renderer: BaseRenderer[Any],
         pipeline: Pipeline,
         version: Version,
+        adapters: Adapters,
     ) -> None:
         """``version``: of this ingress replica. Engines of another refuse its requests."""
         self.vllm_config = vllm_config
@@ -60,6 +65,7 @@ class EPDClient(EngineClient):
         self.pipeline = pipeline
         self._declared = declared_fields(renderer)
         self._version = version
+        self.adapters = adapters
         self._config = config
 
     async def generate(
@@ -132,6 +138,15 @@ class EPDClient(EngineClient):
     def dead_error(self) -> BaseException:
         return RuntimeError("the ingress has no engine that could die")
 
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Raises ``ValueError`` where no engine takes adapters, and what ``Adapters.add`` raises."""
+        if self.vllm_config.lora_config is None:
+            raise ValueError(
+                "This server takes no LoRA adapters: set `engine_args: {enable_lora: true}` and start it again."
+            )
+        await self.adapters.add(lora_request)
+        return True
+
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """vLLM asks before it renders a prompt."""
         try:
@@ -140,7 +155,10 @@ class EPDClient(EngineClient):
             raise to_vllm_error(error) from error
 
     async def get_supported_tasks(self) -> tuple[str, ...]:
-        return ("generate",)
+        """Speech is written down by decoder-only models: their prompt has the sound as an item."""
+        return (
+            ("generate", "transcription") if supports_transcription(get_model_cls(self.model_config)) else ("generate",)
+        )
 
     async def is_tracing_enabled(self) -> bool:
         return self._config.tracing.endpoint is not None
@@ -161,7 +179,6 @@ class EPDClient(EngineClient):
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         raise not_disaggregated("Pooling")
 
-    add_lora = refusal_of("Loading LoRA adapters at run time")
     start_profile = stop_profile = refusal_of("vLLM's own profile route")
     reset_encoder_cache = reset_prefix_cache = refusal_of("Resetting caches")
     sleep = wake_up = release_kv_cache_memory = refusal_of("Sleep mode")

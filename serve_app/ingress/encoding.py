@@ -245,7 +245,7 @@ class EncodeStage:
 
     def _job(self, request: StageRequest, index: int) -> Job:
         item, options = request.prompt.items[index], request.options
-        passed = {"lora_request": options.get("lora_request"), "priority": options.get("priority", 0)}
+        passed = {"priority": options.get("priority", 0)}  # a LoRA adapter changes nothing in a tower
         if item.source is not None:
             job = self._media_job(item.source.media, request.request_id, index, passed, request.version)
             return replace(job, hash=item.hash)

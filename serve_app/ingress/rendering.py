@@ -46,7 +46,8 @@ class FromMedia:
 
     async def render(self, prompt: dict[str, Any], *, skip_mm_cache: bool = False) -> Any:
         """The engine input of a tokenized prompt. ``skip_mm_cache``: vLLM only counts its tokens; no encoder is asked."""
-        data = {modality: items for modality, items in (prompt.get("multi_modal_data") or {}).items() if items}
+        given = (prompt.get("multi_modal_data") or {}).items()
+        data = {modality: each for modality, of in given if (each := listed(of))}
         raw = {m: items for m, items in data.items() if isinstance(items, list) and any(map(is_media, items))}
         if not raw:
             return await self._by_vllm(prompt, skip_mm_cache=skip_mm_cache)
@@ -111,6 +112,11 @@ class FromMedia:
         }
         whole = prompt | {"multi_modal_data": prompt["multi_modal_data"] | decoded}
         return await self._by_vllm(whole, skip_mm_cache=skip_mm_cache)
+
+
+def listed(items: Any) -> list[Any]:
+    """The items of a modality, of which vLLM's speech routes pass one by itself."""
+    return items if isinstance(items, list) else [] if items is None else [items]
 
 
 def is_media(item: Any) -> bool:

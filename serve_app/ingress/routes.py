@@ -18,8 +18,6 @@ from serve_app.stage import Stage
 NOT_HERE = {
     "/inference/v1/generate": "it takes features and transfer parameters from outside, and an engine that lacks them dies",
     "/inference/v1/abort_requests": "a request ends everywhere when its client closes the connection",
-    "/v1/load_lora_adapter": "LoRA adapters are not passed on to the stages",
-    "/v1/unload_lora_adapter": "LoRA adapters are not passed on to the stages",
     "/scale_elastic_ep": "stages scale by `deployments:` in the Serve config",
     "/is_scaling_elastic_ep": "stages scale by `deployments:` in the Serve config",
     "/invocations": "it would generate without the API key: use the routes below /v1",

@@ -14,11 +14,12 @@ from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentato
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import LoRAConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -42,6 +43,7 @@ def server_args(config: EPDConfig, engine_args: dict[str, Any]) -> Namespace:
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     for key, value in (engine_args | config.api).items():
         setattr(args, key, value)
+    args.lora_modules = [lora_module(each) for each in config.api.get("lora_modules", [])]
     if isinstance(args.api_key, str):
         args.api_key = [args.api_key]
     args.structured_outputs_config = AsyncEngineArgs(**engine_args).create_structured_outputs_config()
@@ -51,6 +53,14 @@ def server_args(config: EPDConfig, engine_args: dict[str, Any]) -> Namespace:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"`api:` {error}") from error
     return args
+
+
+def lora_module(given: Any) -> LoRAModulePath:
+    """An entry of ``api.lora_modules``, as `vllm serve --lora-modules` takes it. Raises ``ConfigError``."""
+    try:
+        return LoRAModulePath(*given.split("=", 1)) if isinstance(given, str) else LoRAModulePath(**given)
+    except TypeError as error:
+        raise ConfigError(f"`api.lora_modules`: {given!r} is not `name=path` or {{name: …, path: …}}") from error
 
 
 def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
@@ -63,6 +73,7 @@ def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
         model_config=model_config,
         logging_config=parsed.create_logging_config(),
         structured_outputs_config=parsed.create_structured_outputs_config(),
+        lora_config=LoRAConfig(default_mm_loras=parsed.default_mm_loras) if parsed.enable_lora else None,
     )
     if model_config.multimodal_config is not None:
         # Prompts are rendered with items' metadata (rendering.py); without `enable_mm_embeds` clients cannot send any.
@@ -81,14 +92,16 @@ async def make_app(config: EPDConfig, args: Namespace, parts: Parts, status: Sta
     client = parts.client
     fetcher = install_media(config, parts.from_media, client.pipeline.admission, peers)
     install_sessions()
-    app = build_app(args, ("generate",), client.model_config)
+    tasks = await client.get_supported_tasks()
+    app = build_app(args, tasks, client.model_config)
     _shape_errors(app)
     app.router.lifespan_context = _then_close(app.router.lifespan_context, fetcher)
-    await init_app_state(client, app.state, args, ("generate",))
+    await init_app_state(client, app.state, args, tasks)
     # It counts for metrics of this process, which no route serves: /metrics has those of the engines.
     app.user_middleware[:] = [
         each for each in app.user_middleware if each.cls is not PrometheusInstrumentatorMiddleware
     ]
+    client.adapters.serve(app.state.openai_serving_models)
     app.state.openai_serving_responses = Responses(
         app.state.openai_serving_responses, peers, config.advanced.answers.response_store_bytes
     )

@@ -57,7 +57,7 @@ async def start(
     args = ingress_args(config, model_path(config))
     vllm_config = server.ingress_vllm_config(args)
     version = front_of(config, vllm_config.model_config)
-    parts = assemble(config, vllm_config, stages, version)
+    parts = assemble(config, vllm_config, stages, version, peers)
     await parts.client.pipeline.answers.inlet.listen(place.channel_host)
     parts.metrics.tell_ray()
     load = parts.client.pipeline.admission.load
@@ -67,6 +67,7 @@ async def start(
     built = time.perf_counter()
     await readiness.wait_ready()
     await readiness.wait_agreed(version)
+    await parts.client.adapters.begin()
     ready = time.perf_counter()
     encoders = (await readiness.census()).get("encoder", {}).get("RUNNING", 0)  # none: scaled to zero, not to be woken
     key = next(iter(server_args.api_key or ()), os.environ.get("VLLM_API_KEY"))

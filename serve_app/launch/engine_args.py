@@ -4,6 +4,7 @@ Order of precedence: the topology, the stage's own ``engine_args:``, the shared 
 defaults of the device.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from serve_app.config import BUILT_IN_MODELS, Accelerator, EPDConfig, captures_encoder
@@ -86,6 +87,7 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str, card_gib: floa
         args |= ENCODER_DEFAULTS
     args |= shared_args(config, model_path)
     args |= config.stages[stage].engine_args
+    args = {key: value for key, value in args.items() if has_use_for(stage, key, value)}
     if captures_encoder(args):
         args["enforce_eager"] = False
     if config.stages[stage].world_size > 1 and config.accelerator is Accelerator.CPU:
@@ -102,6 +104,19 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str, card_gib: floa
     if config.tracing.endpoint is not None:
         args["otlp_traces_endpoint"] = config.tracing.endpoint
     return args
+
+
+def has_use_for(stage: Stage, key: str, value: Any) -> bool:
+    """Whether a stage takes an engine argument of all stages. An encoder has no part that adapters change, and decodes
+    nothing; prefill keeps a draft model, whose KV blocks of the prompt decode takes, but guesses nothing itself."""
+    if key == "speculative_config":
+        return stage is Stage.DECODE or (stage is Stage.PREFILL and not is_guess(value))
+    return stage is not Stage.ENCODER or "lora" not in key
+
+
+def is_guess(speculative_config: Mapping[str, Any]) -> bool:
+    """Whether tokens are proposed from the sequence alone, without a model."""
+    return str(speculative_config.get("method", "")).strip("[]") in ("ngram", "ngram_gpu", "suffix")
 
 
 def ingress_args(config: EPDConfig, model_path: str) -> dict[str, Any]:

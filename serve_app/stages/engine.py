@@ -16,6 +16,7 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
@@ -80,6 +81,7 @@ class StageEngine:
         self._ping: asyncio.Task[bool] | None = None
         self._pinged = 0.0
         self._kv_use = KVUse()
+        self._adapters: set[int] = set()
         install_forked_core()
         parsed = AsyncEngineArgs(**args)
         vllm_config = engine_config(parsed)
@@ -116,6 +118,8 @@ class StageEngine:
             raise BadRequest("Logprobs of the prompt are wrong with `kv_sharing_fast_prefill`: this engine has none.")
         if llm.output_processor.has_request(request.request_id):  # vLLM would add it to that one's prompt
             raise StageUnavailable(self._stage, "works on the request already: Ray Serve sent it twice")
+        if (adapter := request.options.get("lora_request")) is not None:
+            await self.add_adapter(adapter)
         llm._run_output_handler()
         queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, request.request_id)
         try:
@@ -142,6 +146,26 @@ class StageEngine:
     async def abort(self, request_ids: list[str]) -> None:
         """End requests: their ``run`` returns the output so far."""
         await self._llm.abort(request_ids, internal=True)
+
+    async def add_adapter(self, adapter: LoRARequest) -> None:
+        """Load a LoRA adapter, if it is not. An engine that found out in a step that it cannot would die of it. Raises
+        ``EngineDead``, and ``StageUnavailable`` with the reason."""
+        if adapter.lora_int_id in self._adapters:
+            return
+        try:
+            await self._llm.add_lora(adapter)
+        except EngineDeadError as error:
+            raise EngineDead(self._stage, f"failed: {error}") from error
+        except Exception as error:  # of a core's utility, which tells no types
+            message = f"cannot load the adapter `{adapter.lora_name}` from {adapter.lora_path}: {error}"
+            raise StageUnavailable(self._stage, message) from error
+        self._adapters.add(adapter.lora_int_id)
+
+    async def remove_adapter(self, number: int) -> None:
+        """Forget an adapter that no request has named. ``number``: its ``lora_int_id``."""
+        if number in self._adapters:
+            self._adapters.discard(number)
+            await self._llm.remove_lora(number)
 
     async def release(self, request_id: str, kv_transfer_params: dict[str, Any]) -> None:
         """Have a decode engine free the blocks that prefill holds for a request which will never be decoded."""

@@ -220,6 +220,12 @@ class EngineReplica:
         await self.engine.stop_profile()
         return self.replica
 
+    async def add_adapter(self, adapter: Any) -> None:
+        await self.engine.add_adapter(adapter)
+
+    async def remove_adapter(self, number: int) -> None:
+        await self.engine.remove_adapter(number)
+
     def holds(self) -> bool:
         """Whether another engine has still to pull something from this one."""
         return False

@@ -17,6 +17,8 @@ IMPORTS = [
     ("serve_app/stages/fit.py", "vllm.config:VllmConfig.is_mm_encoder_only"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.notify_kv_transfer_request_rejected"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.is_sleeping"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.add_lora"),
+    ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.remove_lora"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.start_profile"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.dead_error"),
     ("serve_app/stages/engine.py", "vllm.v1.engine.async_llm:AsyncLLM.abort"),

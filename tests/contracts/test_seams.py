@@ -26,6 +26,7 @@ TESTS = {
     "MultiModalConfig, CPU_KVCACHE_SPACE": "test_metadata_alone_is_taken_where_the_ingress_says_so_and_not_from_clients",
     "FastAPI.router.routes, .user_middleware": "test_what_a_request_passes_on_its_way_into_vllms_app_is_known",
     "FastAPI.exception_handlers": "test_bodies_are_read_where_the_ingress_looks_for_it",
+    "OpenAIServingModels": "test_names_of_adapters_are_where_replicas_share_them",
     "OpenAIServingResponses": "test_responses_are_stored_where_they_are_counted",
     "vllm.v1.engine.utils.get_mp_context": "test_core_of_an_engine_is_started_by_a_context_that_can_be_another",
     "py_executable": "test_ray_runs_a_worker_with_the_command_that_takes_the_place_of_python",

@@ -183,3 +183,20 @@ def test_messages_become_a_chat_without_their_metadata() -> None:
     assert "metadata" in AnthropicMessagesRequest.model_fields, where
     assert "metadata" not in inspect.getsource(_to_chat), f"{where}: vLLM keeps them now"
     assert ".metadata" not in inspect.getsource(AnthropicServingMessages), f"{where}: vLLM keeps them now"
+
+
+def test_names_of_adapters_are_where_replicas_share_them() -> None:
+    """The route asks the app's models by the method's name, and these load with their client before they tell a name."""
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.lora import api_router
+    from vllm.lora.request import LoRARequest
+
+    where = "serve_app/ingress/adapters.py"
+    assert "await handler.unload_lora_adapter(request)" in inspect.getsource(api_router), where
+    resolve = inspect.getsource(OpenAIServingModels.resolve_lora)
+    assert "for resolver in self.lora_resolvers" in resolve and "add_lora(lora_request)" in resolve, where
+    load = inspect.getsource(OpenAIServingModels.load_lora_adapter)
+    assert load.index("add_lora(lora_request)") < load.index("self.lora_requests[lora_name] = lora_request"), where
+    adapter = LoRARequest("x", 1, "/x")
+    adapter.lora_int_id = 2**31 - 1  # ours, in the place of vLLM's count
+    assert adapter.adapter_id == 2**31 - 1

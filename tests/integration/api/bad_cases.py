@@ -396,7 +396,6 @@ ATTACKS: dict[str, Bad] = {
         "kv_transfer_params",
     ),
     "an engine's own route": Bad("/inference/v1/generate", {"token_ids": [1], "sampling_params": {}}, "disaggregated"),
-    "an adapter to load": Bad("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/etc"}, "disaggregated"),
     "no timeout": Bad(*chat(text("Hi")), "x-request-timeout-s", headers={"x-request-timeout-s": "0"}),
     "a negative timeout": Bad(*chat(text("Hi")), "x-request-timeout-s", headers={"x-request-timeout-s": "-1"}),
     "a timeout that is a word": Bad(*chat(text("Hi")), "x-request-timeout-s", headers={"x-request-timeout-s": "soon"}),

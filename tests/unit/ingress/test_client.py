@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.v1.outputs import LogprobsTensors
 
 from serve_app.config import EPDConfig
@@ -109,7 +110,7 @@ def test_options_of_the_request_reach_the_stages(make_client: Make) -> None:
 
     pipeline = asyncio.run(main())
     (encode,) = pipeline.encoder.requests("encode")
-    assert encode.options == {"lora_request": None, "priority": 5}
+    assert encode.options == {"priority": 5}
     for call in pipeline.prefiller.requests("prefill") + pipeline.decoder.requests("decode"):
         assert call.options["priority"] == 5
 
@@ -251,9 +252,14 @@ def test_trace_of_a_failure_has_its_error_and_is_decided(make_client: Make) -> N
 # ---- the rest of vLLM's protocol
 
 
+def test_adapters_of_a_server_without_any_are_refused(make_client: Make) -> None:
+    with pytest.raises(ValueError, match="enable_lora: true"):
+        asyncio.run(make_client({}).add_lora(LoRARequest("x", 1, "/x")))
+
+
 def test_what_an_ingress_cannot_do_is_refused_as_the_clients_mistake(make_client: Make) -> None:
     client = make_client({})
-    for refused in (client.add_lora(None), client.sleep(), client.reset_prefix_cache(), client.pause_generation()):
+    for refused in (client.sleep(), client.reset_prefix_cache(), client.pause_generation()):
         with pytest.raises(VLLMValidationError, match="not available here"):
             asyncio.run(refused)  # type: ignore[arg-type]
     with pytest.raises(VLLMValidationError, match="Pooling"):

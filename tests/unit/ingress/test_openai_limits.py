@@ -11,10 +11,11 @@ from fastapi import Body, FastAPI
 from fastapi.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
+from serve_app.config import EPDConfig
 from serve_app.handoff.errors import ConfigError
 from serve_app.ingress.middleware import PipelineMiddleware
 from serve_app.ingress.request import current
-from serve_app.launch.vllm_args import SERVER_ARGS, check_api_args
+from serve_app.launch.vllm_args import SERVER_ARGS, check_api_args, check_engine_args, check_speculation
 from serve_app.observe.ingress_metrics import IngressMetrics
 from serve_app.observe.tracing import Tracing
 from tests.unit.asgi import JSON, LIMIT, Client, app_of, body, start, the_request
@@ -138,9 +139,24 @@ def test_unknown_api_argument_is_refused_and_known_ones_are_not() -> None:
     check_api_args({"chat_template": "x", "api_key": "k", "tool_call_parser": "hermes"})
 
 
-def test_adapters_that_no_stage_would_get_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"`api\.lora_modules`"):
+def test_adapters_that_no_stage_would_take_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`api\.lora_modules` needs"):
         check_api_args({"lora_modules": []})
+    check_api_args({"lora_modules": []}, takes_adapters=True)
+    with pytest.raises(ConfigError, match="the tower's merged in"):
+        check_engine_args({"enable_lora": True, "enable_tower_connector_lora": True}, "engine_args")
+
+
+def test_draft_model_is_decodes_only_with_prefills_blocks_of_it() -> None:
+    draft, guess = {"method": "eagle", "model": "x"}, {"method": "ngram", "num_speculative_tokens": 2}
+    for where in (
+        {"engine_args": {"speculative_config": draft}},
+        {"decode": {"engine_args": {"speculative_config": guess}}},
+        {"decode": {"engine_args": {"speculative_config": draft}}, "prefill": None},
+    ):
+        check_speculation(EPDConfig.model_validate(where))
+    with pytest.raises(ConfigError, match="which prefill makes"):
+        check_speculation(EPDConfig.model_validate({"decode": {"engine_args": {"speculative_config": draft}}}))
 
 
 def test_middleware_serves_a_real_fastapi_app() -> None:

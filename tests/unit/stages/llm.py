@@ -68,9 +68,16 @@ class FakeLLM(AsyncLLM):
         self.output_handler = self.admission_stats = None
         self.log_stats, self.log_requests = log_stats, False
         self.recorded: list[Any] = []
+        self.adapters: list[str] = []
         self.logger_manager = SimpleNamespace(record=lambda iteration_stats, **_: self.recorded.append(iteration_stats))
 
     def __del__(self) -> None: ...
+
+    async def add_lora(self, lora_request: Any) -> bool:
+        self.adapters.append(lora_request.lora_name)
+        if "broken" in lora_request.lora_path:
+            raise RuntimeError("no adapter_config.json")
+        return True
 
     async def come(self) -> EngineCoreRequest:
         """The next request that reaches the core."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from vllm.exceptions import QueueOverflowError
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, FinishReason
@@ -249,6 +250,40 @@ def test_what_this_engine_alone_cannot_do_is_the_clients_error(
         llm = FakeLLM(**config)
         with pytest.raises(BadRequest, match=words):
             await make(llm).run(request(**params))
+        assert llm.core.come.empty()
+
+    scenario(main)
+
+
+# ---- LoRA adapters
+
+
+def adapted(path: str = "/x") -> StageRequest:
+    params = SamplingParams(max_tokens=8, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+    return StageRequest("r", Prompt([1, 2, 3]), params, {"lora_request": LoRARequest("x", 1, path)})
+
+
+def test_an_adapter_is_loaded_before_the_first_request_that_has_it(make: Made) -> None:
+    async def main() -> None:
+        llm = FakeLLM()
+        engine = make(llm)
+        for _ in range(2):
+            running = asyncio.create_task(engine.run(adapted()))
+            assert (await llm.come()).lora_request.lora_name == "x"
+            assert llm.adapters == ["x"]
+            llm.core.step(Output("r", [64], finish_reason=FinishReason.LENGTH))
+            await running
+
+    scenario(main)
+
+
+def test_request_whose_adapter_cannot_be_loaded_does_not_reach_the_engine(make: Made) -> None:
+    """It would die of it, and so would the next one that is asked."""
+
+    async def main() -> None:
+        llm = FakeLLM()
+        with pytest.raises(StageUnavailable, match=r"cannot load the adapter `x` from /broken: no adapter_config"):
+            await make(llm).run(adapted("/broken"))
         assert llm.core.come.empty()
 
     scenario(main)
