@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from serve_app.demo.cache import build_once, default_root, version_of
 
-SIZES = {"1080p JPEG": (1920, 1080), "1080p PNG": (1920, 1080), "12 MP JPEG": (4000, 3000)}
+SIZES = {"1080p JPEG": (1920, 1080), "1080p PNG": (1920, 1080), "12 MP JPEG": (4000, 3000), "12 MP PNG": (4000, 3000)}
 """Kinds of pictures: width and height in pixels."""
 QUALITY = 85
 GRAIN = 6.0

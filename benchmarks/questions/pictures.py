@@ -60,7 +60,7 @@ class Load:
         return "http" if self.address else "data URL"
 
 
-COUNTS = {"1080p JPEG": 80, "1080p PNG": 24, "12 MP JPEG": 24}
+COUNTS = {"1080p JPEG": 80, "1080p PNG": 24, "12 MP JPEG": 24, "12 MP PNG": 12}
 """Requests of a run: ten seconds or so."""
 HEADLINE = {"picture": "1080p JPEG", "by": "data URL"}
 CELLS = [*((kind, "data URL") for kind in COUNTS), ("1080p JPEG", "http"), ("12 MP JPEG", "http")]
