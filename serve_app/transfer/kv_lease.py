@@ -15,10 +15,12 @@ Runs in the engine's processes; depends on vLLM 0.32.0's ``nixl/{pull_scheduler,
 """
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -95,13 +97,25 @@ def is_held(remote: RemoteMeta) -> bool:
             return False
 
 
+@contextmanager
+def all_cores_kept() -> Iterator[None]:
+    """On a CPU, vLLM's worker leaves the thread that makes it on the last core of each NUMA node: it takes for granted that
+    OpenMP threads are bound to others, and compute there. Where none are bound this thread computes, and all engines would
+    share that core."""
+    before = os.sched_getaffinity(0)
+    yield
+    if os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind":
+        os.sched_setaffinity(0, before)
+
+
 class Leases(NixlBaseConnectorWorker):
     """Prefill's side in a worker of either connector: renews leases, and remembers which have ended."""
 
     def __init__(self, vllm_config: Any, *args: Any) -> None:
         self._lease_s = float(vllm_config.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30))
         self._ended: dict[str, None] = {}
-        super().__init__(vllm_config, *args)
+        with all_cores_kept():
+            super().__init__(vllm_config, *args)
 
     def renew(self, request_ids: Iterable[str]) -> list[str]:
         """Restart leases. Returns those of the hand-offs whose leases have ended, without those that decode has pulled."""

@@ -89,6 +89,11 @@ def test_transfers_are_looked_at_once_per_step_and_their_statistics_asked_for_ne
     )
 
 
+def test_worker_on_a_cpu_moves_its_thread_to_the_last_core() -> None:
+    made = inspect.getsource(find(f"{NIXL_CONNECTOR}.base_worker:NixlBaseConnectorWorker.__init__"))
+    assert "os.sched_setaffinity(0, rsv_cores_for_kv)" in made, "serve_app/transfer/kv_lease.py: all_cores_kept can go"
+
+
 def test_a_pulled_request_names_the_engine_that_has_its_blocks_until_they_are_there() -> None:
     worker = find(f"{NIXL_CONNECTOR}.base_worker:NixlBaseConnectorWorker")
     assert "self._recving_transfers = " in inspect.getsource(worker.__init__), (

@@ -1,6 +1,7 @@
 """What decode has pulled counts only if prefill held it till then. vLLM's scheduler, listener and worker, a fake NIXL."""
 
 import inspect
+import os
 import queue
 import threading
 import time
@@ -21,7 +22,7 @@ from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
 from serve_app.launch.connectors import free_ports
 from serve_app.transfer import kv_lease
-from serve_app.transfer.kv_lease import LeaseScheduler, PullWorker, PushWorker, is_held
+from serve_app.transfer.kv_lease import LeaseScheduler, PullWorker, PushWorker, all_cores_kept, is_held
 
 LEASE_S = 30
 
@@ -348,3 +349,18 @@ def test_vllm_asks_workers_by_name_and_tells_of_each_engine() -> None:
     assert list(inspect.signature(AsyncMPClient.call_utility_all_async).parameters) == ["self", "method", "args"]
     collective_rpc = list(inspect.signature(EngineCore.collective_rpc).parameters)
     assert collective_rpc == ["self", "method", "timeout", "args", "kwargs"], "engine.py _ask_workers"
+
+
+@pytest.mark.parametrize(("bind", "keeps"), [("nobind", True), ("auto", False)])
+def test_engine_that_computes_in_its_own_thread_keeps_its_cores(
+    bind: str, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    before = os.sched_getaffinity(0)
+    last = {max(before)}
+    try:
+        with all_cores_kept():
+            os.sched_setaffinity(0, last)
+        assert os.sched_getaffinity(0) == (before if keeps else last)
+    finally:
+        os.sched_setaffinity(0, before)
