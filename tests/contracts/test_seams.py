@@ -36,6 +36,7 @@ TESTS = {
     "nixl_agent_config.__init__": "test_nixl_takes_the_progress_thread_first_and_hides_its_delay",
     "OutputProcessor.process_outputs": "test_each_step_goes_through_the_processors_method_as_it_is_then",
     "WorkerBase": "test_methods_of_workers_are_called_by_name",
+    "NixlBaseConnectorWorker.__init__": "test_worker_on_a_cpu_moves_its_thread_to_the_last_core",
     "NixlPullConnector, NixlPushConnector": "test_transfers_are_looked_at_once_per_step_and_their_statistics_asked_for_next",
     "ECCPUConnector": "test_connector_has_the_seams_that_ours_uses",
     "ECConnectorBase": "test_hook_of_our_connector_is_one_that_vllm_calls",
