@@ -10,6 +10,7 @@ import json
 import random
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,7 +19,7 @@ import aiohttp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from serve_app.cli.client import Unusable, api_key
+from serve_app.cli.client import Unusable, api_key, base_url
 
 PRIORITY = 100
 """Of vLLM's priorities, of which 0 is everybody's and a higher one is served later."""
@@ -54,8 +55,8 @@ def lines_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def unanswered(requests: Path, answers: Path) -> list[tuple[str, dict[str, Any]]]:
     """The requests that have no answer yet. Raises ``Unusable``, also for a ``custom_id`` that comes twice."""
     found = list(lines_of(requests))
-    ids = [custom_id for custom_id, _ in found]
-    if twice := {custom_id for custom_id in ids if ids.count(custom_id) > 1} if len(set(ids)) < len(ids) else set():
+    twice = [custom_id for custom_id, times in Counter(custom_id for custom_id, _ in found).items() if times > 1]
+    if twice:
         raise Unusable(f"{requests}: the `custom_id` {min(twice)} comes more than once.")
     done = answered(answers) if answers.exists() else set()
     return [(custom_id, request) for custom_id, request in found if custom_id not in done]
@@ -151,9 +152,10 @@ def batch(url: str, requests: Path, answers: Path, at_a_time: int, console: Cons
 
 def run(arguments: Any) -> int:
     """Returns the exit code: 1 if something was refused or the batch did not end, with one sentence on stderr."""
-    url = arguments.url.rstrip("/").removesuffix("/v1")
     try:
-        return int(not batch(url, arguments.requests, arguments.answers, arguments.at_a_time, Console()))
+        return int(
+            not batch(base_url(arguments), arguments.requests, arguments.answers, arguments.at_a_time, Console())
+        )
     except Unusable as error:
         print(error, file=sys.stderr)
         return 1

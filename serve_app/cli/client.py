@@ -150,13 +150,18 @@ def api_key() -> str | None:
     return os.environ.get("OPENAI_API_KEY") or os.environ.get("VLLM_API_KEY")
 
 
+def base_url(arguments: Any) -> str:
+    """Of ``--url``, which may be what an OpenAI client takes."""
+    return str(arguments.url).rstrip("/").removesuffix("/v1")
+
+
 def no_server(url: str) -> str:
     return f"Nothing answers at {url}. Start a server with `make serve`, or name another with `--url`."
 
 
 def run(arguments: Any) -> int:
     """Returns the exit code: 1 if the server cannot serve or refuses, with one sentence on stderr."""
-    out, url = Console(), arguments.url.rstrip("/").removesuffix("/v1")
+    out, url = Console(), base_url(arguments)
     try:
         if arguments.command == "status":
             return int(not status(url, out))

@@ -48,7 +48,7 @@ class FromMedia:
         """The engine input of a tokenized prompt. ``skip_mm_cache``: vLLM only counts its tokens; no encoder is asked."""
         given = (prompt.get("multi_modal_data") or {}).items()
         data = {modality: each for modality, of in given if (each := listed(of))}
-        raw = {m: items for m, items in data.items() if isinstance(items, list) and any(map(is_media, items))}
+        raw = {m: items for m, items in data.items() if any(map(is_media, items))}
         if not raw:
             return await self._by_vllm(prompt, skip_mm_cache=skip_mm_cache)
         request = current.get()  # without one nothing could keep what encoders answer

@@ -18,7 +18,7 @@ import pytest
 from tools.harness.answers import differences, events, gather, reduce
 from tools.harness.cases import Case, chat, text
 from tools.harness.media import data_url, wav
-from tools.harness.models import ensure_audio_model
+from tools.harness.models import ensure_audio_model, serving
 from tools.harness.observe import SpanCollector, ray_metrics
 from tools.harness.servers import Server, serve_run, vllm_server
 
@@ -46,15 +46,9 @@ LONG = 80
 
 @pytest.fixture(scope="module")
 def args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    model: Path = ensure_audio_model(tmp_path_factory.mktemp("models"))
-    engine = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "block_size": 32}
-    return {
-        "model": str(model),
-        "served_model_name": "demo",
-        "accelerator": "cpu",
-        "engine_args": engine | {"kv_cache_memory_bytes": 1 << 27, "reasoning_parser": "deepseek_r1"},
-        "media": {"limits": {"audio": 2}, "allow_private_addresses": True, "allowed_domains": ["127.0.0.1"]},
-    }
+    model = ensure_audio_model(tmp_path_factory.mktemp("models"))
+    media = {"limits": {"audio": 2}, "allow_private_addresses": True, "allowed_domains": ["127.0.0.1"]}
+    return serving(model, reasoning_parser="deepseek_r1") | {"media": media}
 
 
 @pytest.fixture(scope="module")

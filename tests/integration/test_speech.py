@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
 from tools.harness.media import wav
-from tools.harness.models import ensure_speech_model
+from tools.harness.models import ensure_speech_model, serving
 from tools.harness.servers import Server, serve_run, vllm_server
 
 LONG_S = 70.0
@@ -26,14 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    model: Path = ensure_speech_model(tmp_path_factory.mktemp("models"))
-    engine = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "block_size": 32}
-    return {
-        "model": str(model),
-        "served_model_name": "demo",
-        "accelerator": "cpu",
-        "engine_args": engine | {"kv_cache_memory_bytes": 1 << 27},
-    }
+    return serving(ensure_speech_model(tmp_path_factory.mktemp("models")))
 
 
 def write_down(server: Server, route: str, sound: bytes, **fields: Any) -> requests.Response:

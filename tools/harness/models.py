@@ -12,6 +12,18 @@ from serve_app.demo.template import chat_template
 from serve_app.demo.tokenizer import train_tokenizer
 from serve_app.demo.weights import Weights, linear, norm, normal, speakable_tokens, text_weights
 
+
+def serving(model: Path, **engine_args: Any) -> dict[str, Any]:
+    """Arguments of an application, or of one engine, that serves one of these models on the CPU."""
+    engine = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "block_size": 32}
+    return {
+        "model": str(model),
+        "served_model_name": "demo",
+        "accelerator": "cpu",
+        "engine_args": engine | {"kv_cache_memory_bytes": 1 << 27} | engine_args,
+    }
+
+
 AUDIO_CONFIG: dict[str, Any] = {
     "model_type": "qwen2_audio_encoder",
     "num_mel_bins": 128,
@@ -51,17 +63,24 @@ def _build_audio_model(folder: Path) -> None:
     template = chat_template({"audio": "<|audio_bos|><|AUDIO|><|audio_eos|>"})
     write_model(folder, config, tokenizer, template)
     write_weights(folder, weights)
-    features = {
-        "processor_class": "Qwen2AudioProcessor",
-        "feature_extractor_type": "WhisperFeatureExtractor",
-        "feature_size": AUDIO_CONFIG["num_mel_bins"],
+    write_json(
+        folder / "preprocessor_config.json",
+        mel_features("Qwen2AudioProcessor", "WhisperFeatureExtractor", AUDIO_CONFIG),
+    )
+
+
+def mel_features(processor: str, extractor: str, config: dict[str, Any]) -> dict[str, Any]:
+    """How up to 30 s of sound become features, for a tower of this `config`."""
+    return {
+        "processor_class": processor,
+        "feature_extractor_type": extractor,
+        "feature_size": config["num_mel_bins"],
         "sampling_rate": 16000,
         "hop_length": 160,
         "n_fft": 400,
         "chunk_length": 30,
         "return_attention_mask": True,
     }
-    write_json(folder / "preprocessor_config.json", features)
 
 
 def _audio_weights(config: dict[str, Any], text_hidden: int) -> Weights:
@@ -138,17 +157,10 @@ def _build_speech_model(folder: Path) -> None:
     known = json.loads((folder / "tokenizer_config.json").read_text())
     names = {"audio_token": "<|audio_pad|>", "audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>"}
     write_json(folder / "tokenizer_config.json", known | names)
-    features = {
-        "processor_class": "Qwen3ASRProcessor",
-        "feature_extractor_type": "Qwen3ASRFeatureExtractor",
-        "feature_size": SPEECH_CONFIG["num_mel_bins"],
-        "sampling_rate": 16000,
-        "hop_length": 160,
-        "n_fft": 400,
-        "chunk_length": 30,
-        "return_attention_mask": True,
-    }
-    write_json(folder / "preprocessor_config.json", features)
+    write_json(
+        folder / "preprocessor_config.json",
+        mel_features("Qwen3ASRProcessor", "Qwen3ASRFeatureExtractor", SPEECH_CONFIG),
+    )
 
 
 def _speech_weights(config: dict[str, Any]) -> Weights:

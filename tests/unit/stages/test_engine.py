@@ -41,9 +41,10 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Made:
     return made
 
 
-def request(request_id: str = "r", **params: Any) -> StageRequest:
+def request(request_id: str = "r", options: dict[str, Any] | None = None, **params: Any) -> StageRequest:
     whole = {"max_tokens": 8, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
-    return StageRequest(request_id, Prompt([1, 2, 3], cache_salt="salt"), SamplingParams(**whole | params))
+    prompt = Prompt([1, 2, 3], cache_salt="salt")
+    return StageRequest(request_id, prompt, SamplingParams(**whole | params), options or {})
 
 
 def scenario(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -259,8 +260,7 @@ def test_what_this_engine_alone_cannot_do_is_the_clients_error(
 
 
 def adapted(path: str = "/x") -> StageRequest:
-    params = SamplingParams(max_tokens=8, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-    return StageRequest("r", Prompt([1, 2, 3]), params, {"lora_request": LoRARequest("x", 1, path)})
+    return request(options={"lora_request": LoRARequest("x", 1, path)})
 
 
 def test_an_adapter_is_loaded_before_the_first_request_that_has_it(make: Made) -> None:
