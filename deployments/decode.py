@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @serve.deployment(name="Decode")
 class Decode(EngineReplica):
-    """Also prefills and encodes, if the topology has no stages for that."""
+    """Also prefills and encodes, if the topology has no stages for that. With ``runner: pooling`` it pools instead: its only
+    output is a vector, or scores."""
 
     stage = Stage.DECODE
 
@@ -60,6 +61,10 @@ class Decode(EngineReplica):
             with outlet.call(key):
                 await self.pulls.wait(hand_off, self.engine.run(request, hear))
         return DecodeReply(self.replica, tokens, self.version)
+
+    async def tasks(self) -> tuple[str, ...]:
+        """What vLLM calls the tasks of this engine's model: ``embed``, ``classify``."""
+        return await self.engine.tasks()
 
     async def release(self, request_id: str, kv_transfer_params: dict[str, Any], version: Version) -> None:
         """Free the blocks of a prefill whose request will not be decoded. Engines of two versions do not connect."""

@@ -82,8 +82,14 @@ class EPDConfig(Strict):
 
     @property
     def topology(self) -> str:
-        """E+P+D, E+PD, P+D or PD, as in the literature; PD is one engine that does everything."""
-        return ("E+" if self.encoder else "") + ("P+D" if self.prefill else "PD")
+        """E+P+D, E+PD, P+D or PD, as in the literature; PD is one engine that does everything. Or E+pool or pool."""
+        answers = "pool" if self.pools else "P+D" if self.prefill else "PD"
+        return ("E+" if self.encoder else "") + answers
+
+    @property
+    def pools(self) -> bool:
+        """Whether decode's engine answers with vectors or scores of prompts, and decodes nothing."""
+        return self.engine_args.get("runner") == "pooling"
 
     @property
     def model_names(self) -> list[str]:
@@ -133,6 +139,8 @@ class EPDConfig(Strict):
                 raise ValueError(
                     f"`{given[0]}` has no effect without the stage `{stage}`: leave it out, or do not set `{stage}: null`"
                 )
+        if self.pools and self.prefill is not None:
+            raise ValueError("`engine_args.runner: pooling` has no stage to prefill for: set `prefill: null`")
         if not self.caches_prefixes and self.routing.prefix and "prefix" in self.routing.model_fields_set:
             raise ValueError(
                 f"`routing.prefix: true` has no effect while `{self.prefilling}` has `enable_prefix_caching: false`"
@@ -152,6 +160,11 @@ class EPDConfig(Strict):
         ]
 
     def _nixl_embeddings_fit(self) -> None:
+        if self.pools:
+            raise ValueError(
+                "`ec.connector: ECCPUConnector` cannot feed a pooling engine, whose requests vLLM gives no "
+                "`ec_transfer_params`: use SharedFolderECConnector"
+            )
         if self.accelerator is Accelerator.CPU:
             raise ValueError(
                 "`ec.connector: ECCPUConnector` needs a GPU (Triton): use SharedFolderECConnector on the CPU"

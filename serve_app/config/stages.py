@@ -35,6 +35,9 @@ SHARED_ARGS = frozenset(
         "generation_config",
         "override_generation_config",
         "enable_lora",
+        "runner",
+        "convert",
+        "pooler_config",
     }
 )
 """Engine arguments that change token ids, item hashes or KV layout, and so must be equal on all stages."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -67,8 +68,8 @@ copyreg.pickle(Item, _pack)
 
 
 def to_core_request(request: StageRequest, processor: Any) -> EngineCoreRequest:
-    """The request for an engine core. The ingress has checked and completed the sampling parameters; this adds what only
-    the engine's own ``InputProcessor`` (``processor``) knows."""
+    """The request for an engine core. The ingress has checked and completed its parameters; this adds what only the
+    engine's own ``InputProcessor`` (``processor``) knows."""
     options: dict[str, Any] = {"lora_request": None} | request.options
     features = [
         MultiModalFeatureSpec(
@@ -80,14 +81,17 @@ def to_core_request(request: StageRequest, processor: Any) -> EngineCoreRequest:
         )
         for item in request.prompt.items
     ]
-    processor.apply_watermarking(request.params, processor.resolve_watermarking(request.params))
+    params = request.params
+    pools = isinstance(params, PoolingParams)
+    if not pools:
+        processor.apply_watermarking(params, processor.resolve_watermarking(params))
     return EngineCoreRequest(
         request_id=request.request_id,
         external_req_id=request.request_id,
         prompt_token_ids=request.prompt.token_ids,
         mm_features=features or None,
-        sampling_params=request.params,
-        pooling_params=None,
+        sampling_params=None if pools else params,
+        pooling_params=params if pools else None,
         arrival_time=time.time(),
         cache_salt=request.prompt.cache_salt,
         data_parallel_rank=None,

@@ -128,6 +128,11 @@ def merge_ec_params(replies: dict[int, EncodeReply], prompt: Prompt) -> dict[str
     return merged
 
 
+def generates(params: Any) -> bool:
+    """Whether these are sampling parameters; else they are pooling parameters, and the answer has no tokens."""
+    return hasattr(params, "max_tokens")
+
+
 PROMPT_PARAMS = ("prompt_logprobs", "flat_logprobs", "skip_reading_prefix_cache", "skip_clone")
 """Sampling parameters that prefill needs."""
 
@@ -155,8 +160,11 @@ def decode_params(
 ) -> Any:
     """Sampling parameters of the decode call of a choice with these ``params``: the ingress makes its text.
 
-    Where prefill ran elsewhere, only prefill has the logits of the prompt.
+    Where prefill ran elsewhere, only prefill has the logits of the prompt. Pooling parameters stay as they are: of what is
+    transferred vLLM passes nothing on in them, and embeddings are found by their hashes.
     """
+    if not generates(params):
+        return params
     decode = copy.copy(params)
     decode.output_kind = type(params.output_kind).FINAL_ONLY
     decode.detokenize, decode.stop = False, []
@@ -200,7 +208,7 @@ def resumed(request: StageRequest, tokens: list[int]) -> StageRequest:
 
 def pulled_blocks(params: Any) -> dict[str, Any] | None:
     """``kv_transfer_params`` of a decode request that waits for the KV blocks of a prefill."""
-    return (params.extra_args or {}).get("kv_transfer_params")
+    return (params.extra_args or {}).get("kv_transfer_params") if generates(params) else None
 
 
 def hand_off_id(kv_transfer_params: dict[str, Any] | None) -> str | None:

@@ -96,6 +96,6 @@ def place_by_prefix(config: EPDConfig, vllm_config: VllmConfig, stages: Mapping[
 
 def engines_resume(config: EPDConfig, vllm_config: VllmConfig) -> bool:
     """Whether an engine makes the rest of an answer from its prompt and output tokens alone. Watermarks and the logits
-    processors of users may look at the answer by itself."""
+    processors of users may look at the answer by itself, and what pools has no rest."""
     processors = vllm_config.model_config.logits_processors or config.decode.engine_args.get("logits_processors")
-    return vllm_config.watermark_config is None and not processors
+    return not (config.pools or vllm_config.watermark_config is not None or processors)

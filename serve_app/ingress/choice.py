@@ -22,7 +22,7 @@ class Choice:
     ) -> None:
         self.id = core.request_id
         self.index = index
-        self.params: Any = core.sampling_params
+        self.params: Any = core.params
         self.counts_cached = index == 0
         """Whether the prompt's tokens that were in a cache are still to be counted: once, of the first choice."""
         self._processor = processor
@@ -42,8 +42,7 @@ class Choice:
     def output_tokens(self) -> list[int]:
         """The tokens so far. The choice must not have finished."""
         detokenizer = self._processor.request_states[self.id].detokenizer
-        assert detokenizer is not None
-        return list(detokenizer.output_token_ids)
+        return list(detokenizer.output_token_ids) if detokenizer is not None else []
 
     def restart(self) -> None:
         """Drop the output tokens, of which the client has seen none."""
@@ -51,15 +50,20 @@ class Choice:
         self._processor.add_request(*self._args)
 
 
+def number_of(core: EngineCoreRequest) -> int:
+    """Choices that a prompt is to have."""
+    return int(core.sampling_params.n) if core.sampling_params is not None else 1
+
+
 def choices_of(
     processor: OutputProcessor, core: EngineCoreRequest, text: str | None, queue: RequestOutputCollector
 ) -> list[Choice]:
     """The choices that vLLM's ``OutputProcessor`` gathers into the outputs of one request."""
-    if core.params.n == 1:
+    if number_of(core) == 1:
         return [Choice(processor, core, text, None, 0, queue)]
     parent = ParentRequest(core)
     choices = []
-    for index in range(core.params.n):
+    for index in range(number_of(core)):
         child = copy.copy(core)
         child.request_id, child.sampling_params = parent.get_child_info(index)
         choices.append(Choice(processor, child, text, parent, index, queue))

@@ -13,7 +13,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader import get_model_cls
 from vllm.model_executor.models.interfaces import supports_transcription
-from vllm.outputs import RequestOutput
+from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.pooling_params import PoolingParams
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
@@ -30,6 +31,7 @@ from serve_app.ingress.pipeline import Pipeline
 from serve_app.ingress.request import Request, current
 from serve_app.ingress.vllm_errors import fails_as_vllm, to_vllm_error
 from serve_app.media.items import declared_fields
+from serve_app.stage import Stage
 
 
 def not_disaggregated(what: str) -> VLLMValidationError:
@@ -67,8 +69,9 @@ class EPDClient(EngineClient):
         self._version = version
         self.adapters = adapters
         self._config = config
+        self._tasks: tuple[str, ...] = ()
 
-    async def generate(
+    def generate(
         self,
         prompt: Any,
         sampling_params: SamplingParams,
@@ -92,37 +95,69 @@ class EPDClient(EngineClient):
         ``trace_headers``, the client's, are not used: the request's own span continues them, see ``tracing.py``.
         Raises vLLM's own exceptions: ``VLLMClientError`` (4xx) or ``GracefulHTTPError`` with 503 or 504.
         """
-        request = current.get() or Request(request_id)
-        request.session = session_id
         options = {
             "lora_request": lora_request,
             "priority": priority,
             "reasoning_ended": reasoning_ended,
             "reasoning_parser_kwargs": reasoning_parser_kwargs,
         }
+        return self._answer(prompt, sampling_params, request_id, options, prompt_text, session_id)
+
+    def encode(
+        self,
+        prompt: Any,
+        pooling_params: PoolingParams,
+        request_id: str,
+        lora_request: Any = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        reasoning_ended: bool | None = None,
+    ) -> AsyncGenerator[PoolingRequestOutput, None]:
+        """Encode the items and pool the prompt: one output, a vector or scores. As ``generate`` otherwise."""
+        return self._answer(prompt, pooling_params, request_id, {"lora_request": lora_request, "priority": priority})
+
+    async def _answer(
+        self,
+        prompt: Any,
+        params: SamplingParams | PoolingParams,
+        request_id: str,
+        options: dict[str, Any],
+        text: str | None = None,
+        session: str | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        request = current.get() or Request(request_id)
+        request.session = session
         with fails_as_vllm(request):
-            core, rendered = self._admit(prompt, sampling_params, request_id, options, request)
-            text = prompt_text if prompt_text is not None else extract_prompt_components(self.model_config, prompt)[0]
+            core, rendered = await self._admit(prompt, params, request_id, options, request)
+            text = text if text is not None else extract_prompt_components(self.model_config, prompt)[0]
             call = StageRequest(request_id, rendered, core.params, options, self._version)
             async with self.pipeline.answering(call, core, text, request) as queue:
                 finished = False
                 while not finished:
                     output = queue.get_nowait() or await queue.get()
-                    assert isinstance(output, RequestOutput)
                     finished = output.finished
                     yield output
 
-    def _admit(
-        self, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any], request: Request
+    async def _admit(
+        self,
+        prompt: Any,
+        params: SamplingParams | PoolingParams,
+        request_id: str,
+        options: dict[str, Any],
+        request: Request,
     ) -> tuple[EngineCoreRequest, Prompt]:
-        """Refuse here what any stage would refuse, before a stage is called, and complete the sampling parameters: for all
-        stages, and once."""
-        check_params(params)
+        """Refuse here what any stage would refuse, before a stage is called, and complete the parameters: for all stages,
+        and once."""
+        if isinstance(params, SamplingParams):
+            check_params(params)
+        tasks = await self.get_supported_tasks()
         core = self.input_processor.process_inputs(
-            request_id, prompt, params, supported_tasks=("generate",), lora_request=options["lora_request"]
+            request_id, prompt, params, supported_tasks=tasks, lora_request=options["lora_request"]
         )
         self.input_processor.assign_request_id(core)
-        core.params.watermarking = params.watermarking  # the engine's to resolve
+        if isinstance(params, SamplingParams):
+            core.params.watermarking = params.watermarking  # the engine's to resolve
         rendered = request.sources.of(from_engine_input(prompt), self._declared)
         if self._config.ec.salt_by_tenant:
             rendered = shaping.salted(rendered, rendered.cache_salt)
@@ -155,10 +190,16 @@ class EPDClient(EngineClient):
             raise to_vllm_error(error) from error
 
     async def get_supported_tasks(self) -> tuple[str, ...]:
-        """Speech is written down by decoder-only models: their prompt has the sound as an item."""
-        return (
-            ("generate", "transcription") if supports_transcription(get_model_cls(self.model_config)) else ("generate",)
-        )
+        """Speech is written down by decoder-only models: their prompt has the sound as an item. What a model pools its
+        engine alone can tell."""
+        if not self._tasks:
+            if self._config.pools:
+                self._tasks = await self.pipeline.stages[Stage.DECODE].call("tasks")
+            elif supports_transcription(get_model_cls(self.model_config)):
+                self._tasks = ("generate", "transcription")
+            else:
+                self._tasks = ("generate",)
+        return self._tasks
 
     async def is_tracing_enabled(self) -> bool:
         return self._config.tracing.endpoint is not None
@@ -175,9 +216,6 @@ class EPDClient(EngineClient):
         """A request is aborted by closing its generator, and the engines look after themselves."""
 
     abort = check_health = do_log_stats = reset_mm_cache = notify_kv_transfer_request_rejected = _nothing_to_do
-
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        raise not_disaggregated("Pooling")
 
     start_profile = stop_profile = refusal_of("vLLM's own profile route")
     reset_encoder_cache = reset_prefix_cache = refusal_of("Resetting caches")

@@ -14,6 +14,7 @@ that vLLM passes along are not read.
 from pathlib import Path
 from typing import Any
 
+from anyio import from_thread
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MediaConnector, MediaIO, VideoMediaIO
 from vllm.multimodal.media.connector import MODALITY_IO_MAP
@@ -30,6 +31,19 @@ from serve_app.media.decoding import decode, in_thread, to_client_error
 from serve_app.media.fetch import Fetcher, Room, decode_base64, read_file, split_data_url, too_large, unlimited
 
 MODALITY_OF: dict[type, str] = {io: modality for modality, io in MODALITY_IO_MAP.items()}
+
+
+def begin_item(admission: Admission | None) -> Room:
+    """Begin an item of the request that is worked on; the result counts the item's bytes until the request ends. Raises
+    ``Overloaded``."""
+    request = current.get()
+    if admission is None or request is None:
+        return unlimited
+    if request.intake is None:
+        request.intake = Intake(admission)
+        request.holds.callback(request.intake.close)
+    request.intake.begin()
+    return request.intake.add
 
 
 class EPDMediaConnector(MediaConnector):
@@ -59,7 +73,7 @@ class EPDMediaConnector(MediaConnector):
         if not isinstance(url, str):
             raise VLLMValidationError("A media URL must be a text.")
         try:
-            room = self._room()
+            room = begin_item(self._admission)
             if isinstance(url, Named):
                 return await self._load_named(url, media_io, room)
             return await in_thread(self._decode, await self._content(url, media_io, room), media_io)
@@ -92,20 +106,10 @@ class EPDMediaConnector(MediaConnector):
             case _:
                 raise VLLMValidationError("A media URL must begin with https:, http:, data: or file:.")
 
-    def _room(self) -> Room:
-        """Begin an item of the request; the result counts the item's bytes until the request ends."""
-        request = current.get()
-        if self._admission is None or request is None:
-            return unlimited
-        if request.intake is None:
-            request.intake = Intake(self._admission)
-            request.holds.callback(request.intake.close)
-        request.intake.begin()
-        return request.intake.add
-
     def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: float | None = None) -> Any:
-        """vLLM's offline API, which no server calls: inherited, it would be a way around the guard."""
-        raise NotImplementedError
+        """As ``load_from_url_async``, for scores: they ask for media in a thread (``seams.install_pooling``). Raises a
+        ``RuntimeError`` anywhere else."""
+        return from_thread.run(self.load_from_url_async, url, media_io)
 
     async def _fetch(self, url: str, room: Room) -> bytes:
         """Fetch through vLLM's cache of downloads, where the operator set ``VLLM_MEDIA_CACHE``."""

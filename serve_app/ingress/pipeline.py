@@ -24,7 +24,7 @@ from serve_app.handoff.types import Media, PrefillReply, StageRequest, Version
 from serve_app.handoff.waits import HandOffs
 from serve_app.ingress.admission import Admission
 from serve_app.ingress.answers import JOIN_S, Answer, Answers
-from serve_app.ingress.choice import Choice, choices_of
+from serve_app.ingress.choice import Choice, choices_of, number_of
 from serve_app.ingress.decisions import UNSTRUCTURABLE, Attempts, Next
 from serve_app.ingress.encoding import Cached, Encoded, EncodeStage, Replies
 from serve_app.ingress.request import Deadline, Request
@@ -95,7 +95,7 @@ class Pipeline:
 
         At its end it aborts what runs on any stage and gives back KV blocks that nobody will pull. Raises ``Overloaded``.
         """
-        prompt, number = call.prompt, core.params.n
+        prompt, number = call.prompt, number_of(core)
         with self.admission.admit(prompt.items):
             self.retries.accepted()
             request.choices += number
@@ -133,7 +133,7 @@ class Pipeline:
         Raises ``StageError`` and ``BadRequest``.
         """
         attempts = Attempts(
-            structured=choice.params.structured_outputs is not None,
+            structured=shaping.generates(choice.params) and choice.params.structured_outputs is not None,
             buffered=not choice.streamed,
             resumable=self._engines_resume and shaping.can_resume(choice.params),
         )

@@ -1,23 +1,29 @@
 """The calls that change vLLM's front end in the ingress process. ``docs/seams.md`` lists them with their reasons."""
 
+import copy
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+from anyio import CapacityLimiter, from_thread, to_thread
 from PIL import Image
 from vllm import envs
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.speech_to_text.base.serving import SpeechToTextBaseServing
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
-from vllm.renderers.chat_utils import AsyncMultiModalContentParser
+from vllm.renderers.chat_utils import AsyncMultiModalContentParser, MultiModalContentParser
 
 from serve_app.config import EPDConfig
+from serve_app.handoff.errors import BadRequest, Overloaded
 from serve_app.ingress.admission import Admission
-from serve_app.ingress.media import EPDMediaConnector
+from serve_app.ingress.media import EPDMediaConnector, begin_item
 from serve_app.ingress.media_names import MediaNames, Named, salt
 from serve_app.ingress.peers import Peers
-from serve_app.media.check import install_limits
+from serve_app.ingress.vllm_errors import to_vllm_error
+from serve_app.media.check import install_limits, refuse_playlist
 from serve_app.media.fetch import Fetcher
 from serve_app.media.items import why_not_processed
 
@@ -81,7 +87,8 @@ def install_media(
 
 def install_names() -> None:
     """Make the parser of messages refuse images that would bypass the connector, and pass names to the connector."""
-    AsyncMultiModalContentParser.parse_image_pil = _parse_decoded
+    for parser, parse_image_pil in PARSE_DECODED.items():
+        parser.parse_image_pil = decoded(parse_image_pil)
     for name, parse in PARSE.items():
         setattr(AsyncMultiModalContentParser, name, naming(parse))
 
@@ -89,7 +96,9 @@ def install_names() -> None:
 PARSE = {name: getattr(AsyncMultiModalContentParser, name) for name in ("parse_image", "parse_video", "parse_audio")}
 """vLLM's own methods, through which every part with a URL reaches the connector, `input_audio` too."""
 
-_parse_image_pil = AsyncMultiModalContentParser.parse_image_pil
+PARSE_DECODED: dict[Any, Any] = {
+    parser: parser.parse_image_pil for parser in (AsyncMultiModalContentParser, MultiModalContentParser)
+}
 
 
 def naming(parse: Any) -> Any:
@@ -103,10 +112,73 @@ def naming(parse: Any) -> Any:
     return named
 
 
-def _parse_decoded(parser: Any, image_pil: Any, uuid: str | None = None) -> None:
-    if not isinstance(image_pil, Image.Image):
-        raise VLLMValidationError("`image_pil` cannot be sent in a request: send the image as an `image_url`.")
-    _parse_image_pil(parser, image_pil, uuid)
+def decoded(parse: Any) -> Any:
+    """A method of a parser that takes images, and not what JSON can have in their place."""
+
+    def parse_decoded(parser: Any, image_pil: Any, uuid: str | None = None) -> None:
+        if not isinstance(image_pil, Image.Image):
+            raise VLLMValidationError("`image_pil` cannot be sent in a request: send the image as an `image_url`.")
+        parse(parser, image_pil, uuid)
+
+    return parse_decoded
+
+
+def install_speech(admission: Admission) -> None:
+    """Count the sounds of `/v1/audio/…`, and refuse playlists: they reach vLLM's decoder without a connector."""
+
+    async def preprocessed(serving: Any, request: Any, audio_data: bytes, request_id: str) -> Any:
+        try:
+            begin_item(admission)(len(audio_data))
+        except (BadRequest, Overloaded) as error:
+            raise to_vllm_error(error) from error
+        refuse_playlist(audio_data)
+        return await _preprocess_speech(serving, request, audio_data, request_id)
+
+    SpeechToTextBaseServing._preprocess_speech_to_text = preprocessed
+
+
+_preprocess_speech = SpeechToTextBaseServing._preprocess_speech_to_text
+
+
+def install_pooling() -> None:
+    """Have prompts that are pooled rendered as all others are. vLLM renders them without its event loop, or, the media of
+    scores, holds it up."""
+    PoolingBaseServing._preprocessing = _preprocessed
+
+
+RENDERED_AT_ONCE = 256
+"""Prompts to pool whose media may be fetched and encoded at a time; each has a thread, which waits."""
+
+_preprocessing = PoolingBaseServing._preprocessing
+
+
+class InThread:
+    """A renderer for code that calls it in a thread."""
+
+    def __init__(self, renderer: Any) -> None:
+        self._renderer = renderer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._renderer, name)
+
+    def render_chat(self, *args: Any, **kwargs: Any) -> Any:
+        return from_thread.run(partial(self._renderer.render_chat_async, *args, **kwargs))
+
+    def render_cmpl(self, *args: Any, **kwargs: Any) -> Any:
+        return from_thread.run(partial(self._renderer.render_cmpl_async, *args, **kwargs))
+
+    def process_for_engine(self, *args: Any, **kwargs: Any) -> Any:
+        return from_thread.run(partial(self._renderer.process_for_engine_async, *args, **kwargs))
+
+
+async def _preprocessed(serving: Any, io_processor: Any, ctx: Any) -> None:
+    at_once = CapacityLimiter(RENDERED_AT_ONCE)
+    made = await to_thread.run_sync(io_processor.get_request_factory_online, ctx, limiter=at_once)
+    prepared = copy.copy(io_processor)
+    prepared.renderer = InThread(io_processor.renderer)
+    prepared.get_request_factory_online = lambda _: made
+    prepared.render_async = partial(to_thread.run_sync, prepared.render, limiter=at_once)
+    await _preprocessing(serving, prepared, ctx)
 
 
 def install_sessions() -> None:

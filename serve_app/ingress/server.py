@@ -31,7 +31,7 @@ from serve_app.ingress.peers import Peers
 from serve_app.ingress.replies import error_response, of_route, route_of
 from serve_app.ingress.responses import Responses
 from serve_app.ingress.routes import add_routes
-from serve_app.ingress.seams import install_media, install_sessions
+from serve_app.ingress.seams import install_media, install_pooling, install_sessions, install_speech
 from serve_app.media.fetch import Fetcher
 from serve_app.observe.status import Status
 from serve_app.observe.tracing import tracing
@@ -48,6 +48,7 @@ def server_args(config: EPDConfig, engine_args: dict[str, Any]) -> Namespace:
         args.api_key = [args.api_key]
     args.structured_outputs_config = AsyncEngineArgs(**engine_args).create_structured_outputs_config()
     args.disable_log_stats = True  # the engines log their own
+    args.enable_flash_late_interaction = False  # a query's vectors would stay in the one replica that made them
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
@@ -90,8 +91,12 @@ async def make_app(config: EPDConfig, args: Namespace, parts: Parts, status: Sta
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"`media.allowed_local_path: {folder}` is no folder on the node of this ingress replica")
     client = parts.client
+    if (client.model_config.runner_type == "pooling") != config.pools:
+        raise ConfigError(f"{config.model} is a model that pools: set `engine_args: {{runner: pooling}}`")
     fetcher = install_media(config, parts.from_media, client.pipeline.admission, peers)
     install_sessions()
+    install_pooling()
+    install_speech(client.pipeline.admission)
     tasks = await client.get_supported_tasks()
     app = build_app(args, tasks, client.model_config)
     _shape_errors(app)
@@ -102,11 +107,12 @@ async def make_app(config: EPDConfig, args: Namespace, parts: Parts, status: Sta
         each for each in app.user_middleware if each.cls is not PrometheusInstrumentatorMiddleware
     ]
     client.adapters.serve(app.state.openai_serving_models)
-    app.state.openai_serving_responses = Responses(
-        app.state.openai_serving_responses, peers, config.advanced.answers.response_store_bytes
-    )
+    if not config.pools:
+        app.state.openai_serving_responses = Responses(
+            app.state.openai_serving_responses, peers, config.advanced.answers.response_store_bytes
+        )
     add_routes(app, client.pipeline.stages, status)
-    if config.page:
+    if config.page and not config.pools:
         add_page(app)
     return PipelineMiddleware(app, config.media.max_body_bytes, parts.metrics, tracing(config.tracing))
 

@@ -63,6 +63,8 @@ async def start(
     load = parts.client.pipeline.admission.load
     status = Status(stages, readiness.probe, readiness.census, lambda: {"replica": place.replica, **load()})
     server_args = server.server_args(config, args)
+    if config.pools:  # its routes depend on what the engine's model is for
+        await readiness.wait_ready()
     app = await server.make_app(config, server_args, parts, status, peers)
     built = time.perf_counter()
     await readiness.wait_ready()
@@ -72,7 +74,8 @@ async def start(
     encoders = (await readiness.census()).get("encoder", {}).get("RUNNING", 0)  # none: scaled to zero, not to be woken
     key = next(iter(server_args.api_key or ()), os.environ.get("VLLM_API_KEY"))
     with_image = bool(encoders) and "image" in parts.from_media
-    await warm_up(app, config.model_name, key, with_image, config.advanced.kv.min_prompt_tokens)
+    route = "/pooling" if config.pools else "/v1/chat/completions"
+    await warm_up(app, route, config.model_name, key, with_image, config.advanced.kv.min_prompt_tokens)
     freeze_gc_heap()  # see `StageEngine`
     times = {"app": built - began, "stages": ready - built, "warm_up": time.perf_counter() - ready}
     logger.info("start-up ingress: " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in times.items()))
@@ -85,14 +88,16 @@ async def start(
     return front
 
 
-async def warm_up(app: ASGIApp, model: str, api_key: str | None, with_image: bool, tokens: int = 1) -> None:
+async def warm_up(app: ASGIApp, route: str, model: str, api_key: str | None, with_image: bool, tokens: int = 1) -> None:
     """Send the app a prompt of at least ``tokens``, so that no client waits for what happens once: imports, tokenizer,
     processors, connections to replicas, and NIXL's handshake of a prefill and a decode replica. A failure is only logged."""
     content: list[dict[str, object]] = [{"type": "text", "text": " ".join(["Hello"] * max(tokens, 1))}]
     if with_image:
         picture = encode_image_url(Image.new("RGB", (224, 224), "grey"))
         content.insert(0, {"type": "image_url", "image_url": {"url": picture}})
-    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 2, "stream": True}
+    body: dict[str, object] = {"model": model, "messages": [{"role": "user", "content": content}]}
+    if route != "/pooling":
+        body |= {"max_tokens": 2, "stream": True}
     headers = {"x-request-id": "warm-up"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
     try:
         transport = httpx.ASGITransport(app=app)
@@ -100,7 +105,7 @@ async def warm_up(app: ASGIApp, model: str, api_key: str | None, with_image: boo
             asyncio.timeout(WARM_UP_S),
             httpx.AsyncClient(transport=transport, base_url="http://ingress") as client,
         ):
-            answer = await client.post("/v1/chat/completions", json=body, headers=headers)
+            answer = await client.post(route, json=body, headers=headers)
         if answer.status_code != 200:
             logger.warning(f"The request to warm up was answered {answer.status_code}: {answer.text[:300]}")
     except Exception as error:  # Starlette raises an error again after it has answered it

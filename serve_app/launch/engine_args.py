@@ -49,6 +49,8 @@ CPU_ENV = {
 ENGINE_ONLY_ARGS = frozenset({"ec_transfer_config", "kv_transfer_config", "profiler_config", "otlp_traces_endpoint"})
 """Arguments for engine processes, of which the ingress has none."""
 
+POOLING_ARGS = frozenset({"runner", "convert", "pooler_config"})
+
 COMMON_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     # A replica has threads before it starts its engine: forking it could copy a held lock.
@@ -88,6 +90,9 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str, card_gib: floa
     args |= shared_args(config, model_path)
     args |= config.stages[stage].engine_args
     args = {key: value for key, value in args.items() if has_use_for(stage, key, value)}
+    if stage is Stage.ENCODER and config.pools and isinstance(overrides := args.get("hf_overrides"), Mapping):
+        # A model that scores is named by its head, which an encoder has not.
+        args["hf_overrides"] = {key: value for key, value in overrides.items() if key != "architectures"}
     if captures_encoder(args):
         args["enforce_eager"] = False
     if config.stages[stage].world_size > 1 and config.accelerator is Accelerator.CPU:
@@ -107,11 +112,11 @@ def engine_args(config: EPDConfig, stage: Stage, model_path: str, card_gib: floa
 
 
 def has_use_for(stage: Stage, key: str, value: Any) -> bool:
-    """Whether a stage takes an engine argument of all stages. An encoder has no part that adapters change, and decodes
-    nothing; prefill keeps a draft model, whose KV blocks of the prompt decode takes, but guesses nothing itself."""
+    """Whether a stage takes an engine argument of all stages. An encoder has no part that adapters change, pools and
+    decodes nothing; prefill keeps a draft model, whose KV blocks of the prompt decode takes, but guesses nothing itself."""
     if key == "speculative_config":
         return stage is Stage.DECODE or (stage is Stage.PREFILL and not is_guess(value))
-    return stage is not Stage.ENCODER or "lora" not in key
+    return stage is not Stage.ENCODER or not ("lora" in key or key in POOLING_ARGS)
 
 
 def is_guess(speculative_config: Mapping[str, Any]) -> bool:

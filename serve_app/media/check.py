@@ -50,9 +50,14 @@ def check(data: bytes, media_io: MediaIO[Any], limits: MediaLimits) -> MediaIO[A
     if isinstance(media_io, ImageMediaIO):
         check_image(data, limits)
         return media_io
+    refuse_playlist(data)
+    return check_video(data, media_io, limits) if isinstance(media_io, VideoMediaIO) else media_io
+
+
+def refuse_playlist(data: bytes) -> None:
+    """Raise ``VLLMValidationError`` for what FFmpeg would read other files and addresses of."""
     if any(sign in data[:PROBE_BYTES].lower() for sign in MANIFESTS):
         raise VLLMValidationError("Cannot read the media: it is a playlist. Send the file that it points to.")
-    return check_video(data, media_io, limits) if isinstance(media_io, VideoMediaIO) else media_io
 
 
 def check_image(data: bytes, limits: MediaLimits) -> int:

@@ -47,7 +47,7 @@ def is_light(argument: Any) -> bool:
     """
     match argument:
         case StageRequest(prompt=prompt, params=params):
-            if params.prompt_logprobs is not None:
+            if getattr(params, "prompt_logprobs", None) is not None:
                 return False
             size = 8 * len(prompt.token_ids) + sum(item.size_bytes for item in prompt.items)
             return size <= LIGHT_BYTES and size + len(pickle.dumps(params)) <= LIGHT_BYTES

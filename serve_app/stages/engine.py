@@ -17,8 +17,8 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.utils.system_utils import kill_process_tree
@@ -64,6 +64,13 @@ class KVUse(StatLoggerBase):
         pass
 
 
+def failed(output: RequestOutput | PoolingRequestOutput) -> bool:
+    """Whether the engine could not load what another had handed over."""
+    if isinstance(output, PoolingRequestOutput):
+        return output.error is not None
+    return bool(output.outputs[0].finish_reason == "error")
+
+
 class StageEngine:
     """One engine of one stage, in the process of its replica (the engine core is a child process)."""
 
@@ -104,7 +111,7 @@ class StageEngine:
         """vLLM's renderer of this engine's model."""
         return self._llm.renderer
 
-    async def run(self, request: StageRequest, hear: Hear | None = None) -> RequestOutput:
+    async def run(self, request: StageRequest, hear: Hear | None = None) -> RequestOutput | PoolingRequestOutput:
         """Run a request to its end; cancelling aborts it. Returns its last output, without text and logprobs, also after an
         ``abort``. ``hear`` gets the outputs of the engine's core, step by step.
 
@@ -114,7 +121,8 @@ class StageEngine:
         llm = self._llm
         if llm.errored:
             raise EngineDead(self._stage, f"failed: {llm.dead_error}")
-        if llm.vllm_config.cache_config.kv_sharing_fast_prefill and request.params.prompt_logprobs:
+        samples = isinstance(request.params, SamplingParams)
+        if samples and llm.vllm_config.cache_config.kv_sharing_fast_prefill and request.params.prompt_logprobs:
             raise BadRequest("Logprobs of the prompt are wrong with `kv_sharing_fast_prefill`: this engine has none.")
         if llm.output_processor.has_request(request.request_id):  # vLLM would add it to that one's prompt
             raise StageUnavailable(self._stage, "works on the request already: Ray Serve sent it twice")
@@ -124,7 +132,8 @@ class StageEngine:
         queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, request.request_id)
         try:
             core = to_core_request(request, llm.input_processor)
-            request.params._validate_spec_decode(llm.vllm_config.speculative_config)
+            if samples:
+                request.params._validate_spec_decode(llm.vllm_config.speculative_config)
             with self.tap.hears(request.request_id, hear) if hear is not None else nullcontext():
                 await llm._add_request(core, None, None, 0, queue)
                 output = await queue.get()
@@ -138,10 +147,14 @@ class StageEngine:
         except Exception as error:
             await self.abort([request.request_id])
             raise StageUnavailable(self._stage, f"failed: {error}") from error
-        assert isinstance(output, RequestOutput)
-        if output.outputs[0].finish_reason == "error":
+        assert not isinstance(output, Exception)
+        if failed(output):
             raise HandoffLost(self._stage, "could not load what the stage before handed over; send the request again")
         return output
+
+    async def tasks(self) -> tuple[str, ...]:
+        """What vLLM calls the tasks that this engine's model is for."""
+        return tuple(await self._llm.get_supported_tasks())
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests: their ``run`` returns the output so far."""

@@ -153,6 +153,11 @@ def parameters(hf_config: Any) -> tuple[int, int]:
 
 def check(config: EPDConfig, stage: Stage, vllm_config: Any) -> None:
     """Raise ``ConfigError`` if an engine cannot do its part, or does not fit the card of this replica."""
+    if vllm_config.model_config.is_encoder_decoder:
+        raise ConfigError(
+            f"{config.model} is an encoder-decoder model, whose cross-attention no stage can hand on: serve it with "
+            "`vllm serve`, or use a decoder-only model (of speech: Qwen3-ASR, Qwen2-Audio)."
+        )
     if stage is Stage.ENCODER and not vllm_config.model_config.supports_multimodal_inputs:
         raise ConfigError(
             f"nothing is left to encode: `media.limits` allows no item of {config.model}, or it is a model of text alone. "

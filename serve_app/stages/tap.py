@@ -44,6 +44,9 @@ class Tap:
         kept = [(output.new_logprobs, output.new_prompt_logprobs_tensors) for _, output in heard]
         for _, output in heard:
             output.new_logprobs = output.new_prompt_logprobs_tensors = None
+            if output.finish_reason is FinishReason.ERROR and output.pooling_output is None:
+                # Of the ends of pooling requests without a result, vLLM's processor knows this one alone.
+                output.mm_cache_miss_hashes = output.mm_cache_miss_hashes or [""]
         processed = self._process(outputs, *args, **kwargs)
         for (hear, output), (logprobs, prompt_logprobs) in zip(heard, kept, strict=True):
             output.new_logprobs, output.new_prompt_logprobs_tensors = logprobs, prompt_logprobs
@@ -73,12 +76,13 @@ def queued_s(output: EngineCoreOutput | RequestOutput) -> float:
 
 ARRAYS = (
     "new_logprobs",
+    "pooling_output",
     "new_prompt_logprobs_tensors",
     "routed_experts",
     "new_sampling_mask",
     "prompt_token_id_logprobs",
 )
-"""Fields with arrays for each token of an output, or of its prompt."""
+"""Fields with arrays, most for each token of an output, or of its prompt."""
 
 AT_STAGE = ("events", "trace_headers", "kv_transfer_params", "ec_transfer_params")
 """Fields that mean nothing to the ingress."""

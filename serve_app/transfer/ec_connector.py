@@ -64,10 +64,11 @@ class Pin:
 def weights_of(model_config: Any, version: str) -> str:
     """Prefix of the store's keys: what an embedding depends on besides its item's hash, which covers the model's name.
 
-    It names the engine's ``version`` (``launch.fingerprint``), precision and revision, as a folder outlives a deployment.
+    It names the engine's ``version`` (``launch.fingerprint``, which covers overrides of the model's config), precision and
+    revision, as a folder outlives a deployment.
     """
     commit = getattr(model_config.hf_config, "_commit_hash", None)
-    named = repr((version, model_config.revision, commit, model_config.hf_overrides))
+    named = repr((version, model_config.revision, commit))
     return f"{model_config.dtype}:{hashlib.sha256(named.encode()).hexdigest()[:16]}:"
 
 

@@ -19,6 +19,8 @@ TESTS = {
     "MEDIA_CONNECTOR_REGISTRY": "test_media_connectors_are_made_by_name_with_these_arguments",
     "AsyncMultiModalContentParser.parse_image": "test_every_part_with_a_url_and_its_name_pass_three_methods_of_the_parser",
     "AsyncMultiModalContentParser.parse_image_pil": "test_renderer_processes_media_through_the_hooks_that_are_guarded",
+    "PoolingBaseServing._preprocessing": "test_prompts_to_pool_are_rendered_by_calls_that_have_an_asynchronous_twin",
+    "SpeechToTextBaseServing._preprocess_speech_to_text": "test_sounds_to_write_down_reach_the_decoder_through_one_method",
     "vllm.envs.VLLM_MAX_…, Image.MAX_IMAGE_PIXELS": "test_settings_that_the_ingress_writes_exist",
     "GenerateBaseServing._get_session_id": "test_every_api_asks_one_method_for_the_session_of_a_request",
     "AnthropicServingMessages.to_chat_completion_request": "test_messages_become_a_chat_without_their_metadata",

@@ -1,10 +1,12 @@
 """What the ingress leans on in vLLM's server: its arguments, settings and routes."""
 
 import inspect
+import re
 from typing import Any
 
 import pytest
 
+from serve_app.ingress.seams import InThread
 from tests.contracts.looking import fields
 
 
@@ -200,3 +202,41 @@ def test_names_of_adapters_are_where_replicas_share_them() -> None:
     adapter = LoRARequest("x", 1, "/x")
     adapter.lora_int_id = 2**31 - 1  # ours, in the place of vLLM's count
     assert adapter.adapter_id == 2**31 - 1
+
+
+def test_prompts_to_pool_are_rendered_by_calls_that_have_an_asynchronous_twin() -> None:
+    from vllm.entrypoints.pooling.base import io_processor, serving
+    from vllm.entrypoints.pooling.scoring import io_processor as scoring
+    from vllm.renderers.base import BaseRenderer
+
+    where = "serve_app/ingress/seams.py install_pooling"
+    body = inspect.getsource(serving.PoolingBaseServing._preprocessing)
+    assert "requests = io_processor.get_request_factory_online(ctx)" in body, where
+    assert "io_processor.render_async(request)" in body, where
+    called = inspect.getsource(io_processor.PoolingIOProcessor.render) + inspect.getsource(scoring)
+    for name in set(re.findall(r"self\.renderer\.(render_\w+|process_\w+)\(", called)):
+        twins = getattr(BaseRenderer, name), getattr(BaseRenderer, f"{name}_async")
+        assert len({str(inspect.signature(twin).parameters.keys()) for twin in twins}) == 1, f"{where}: {name}"
+        assert hasattr(InThread, name) and name in vars(InThread), f"{where}: {name}"
+
+
+def test_sounds_to_write_down_reach_the_decoder_through_one_method() -> None:
+    from vllm.entrypoints.speech_to_text.base.serving import SpeechToTextBaseServing
+
+    where = "serve_app/ingress/seams.py install_speech"
+    method = SpeechToTextBaseServing._preprocess_speech_to_text
+    assert list(inspect.signature(method).parameters)[1:] == ["request", "audio_data", "request_id"], where
+    source = inspect.getsource(SpeechToTextBaseServing)
+    assert source.count("self._decode_and_chunk_speech_async(audio_data)") == 1, where
+    assert "self._preprocess_speech_to_text(" in source, where
+
+
+def test_only_a_missing_item_ends_a_pooling_request_without_a_result() -> None:
+    """Any other end is taken for one of text, and the process of the engine's front end would end with it."""
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    where = "serve_app/stages/tap.py Tap.process_outputs"
+    assert "mm_cache_miss_hashes" in EngineCoreOutput.__struct_fields__, where
+    source = inspect.getsource(OutputProcessor.process_outputs)
+    assert "and engine_core_output.mm_cache_miss_hashes" in source and "error=request_error" in source, where

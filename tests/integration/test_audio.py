@@ -5,6 +5,7 @@ prefill that pushes its blocks and leaves short prompts to decode, and tracing.
 """
 
 import base64
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +32,14 @@ def input_audio(seed: int) -> dict[str, Any]:
     return {"type": "input_audio", "input_audio": {"data": base64.b64encode(wav(seed)).decode(), "format": "wav"}}
 
 
+CITY = {"type": "object", "properties": {"capital": {"type": "boolean"}}, "required": ["capital"]}
+STRUCTURED: dict[str, Any] = {
+    "response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}},
+    "max_tokens": 40,
+}
+THOUGHT_TOKENS = 6
+"""The model thinks for ever, unless it is told to stop after so many tokens."""
+
 CASES: dict[str, Case] = {
     "text": chat(text("Hello")),
     "audio_url": chat(audio_url(1), text("What do you hear?")),
@@ -38,6 +47,13 @@ CASES: dict[str, Case] = {
     "another rate": chat(audio_url(1, 8000), text("What do you hear?")),
     "input_audio": chat(text("Listen."), input_audio(2)),
     "two sounds": chat(audio_url(3), text("and"), input_audio(4), text("Compare.")),
+    "structured after reasoning": chat(
+        audio_url(6), text("A city?"), thinking_token_budget=THOUGHT_TOKENS, **STRUCTURED
+    ),
+    "structured after reasoning, by decode alone": chat(
+        text("A city?"), thinking_token_budget=THOUGHT_TOKENS, **STRUCTURED
+    ),
+    "reasoning without an end": chat(audio_url(6), text("A city?"), **STRUCTURED),
 }
 STREAMED = "two sounds"
 LONG = 80
@@ -135,6 +151,11 @@ def test_sound_is_known_by_its_name(server: Server, audio_baseline: dict[str, An
 def test_reasoning_is_told_apart(server: Server) -> None:
     message = server.post(*CASES["audio_url"]).json()["choices"][0]["message"]
     assert message["reasoning"] and not message["content"]
+
+
+def test_structure_begins_where_reasoning_ends(server: Server) -> None:
+    message = server.post(*CASES["structured after reasoning"]).json()["choices"][0]["message"]
+    assert message["reasoning"] and isinstance(json.loads(message["content"])["capital"], bool)
 
 
 def test_another_sound_gives_other_tokens(audio_baseline: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from tools.harness.servers import Server, serve_run, vllm_server
 
 LONG_S = 70.0
 """Longer than a clip of the model (30 s): vLLM cuts it, and each piece is an item of a request of its own."""
+MAX_S, MAX_BYTES = 100.0, 4 << 20
 CASES: dict[str, dict[str, Any]] = {
     "json": {},
     "text": {"response_format": "text"},
@@ -67,7 +68,8 @@ def expected(args: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def server(args: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve_run(tmp_path_factory.mktemp("speech"), args) as server:
+    limits = {"advanced": {"media": {"max_seconds": MAX_S, "max_bytes": MAX_BYTES}}}
+    with serve_run(tmp_path_factory.mktemp("speech"), args | limits) as server:
         yield server
 
 
@@ -82,5 +84,12 @@ def test_speech_is_written_down_as_one_engine_does_and_encoders_hear_it(
 def test_what_is_no_sound_or_too_large_is_refused(server: Server) -> None:
     refused = write_down(server, "transcriptions", b"no sound")
     assert refused.status_code == 400 and refused.json()["error"]["message"]
+    playlist = b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:1/sound.ts\n"
+    refused = write_down(server, "transcriptions", playlist)
+    assert refused.status_code == 400 and "playlist" in refused.json()["error"]["message"]
+    refused = write_down(server, "translations", wav(1, seconds=MAX_S + 1))
+    assert refused.status_code == 400 and "duration" in refused.text
+    refused = write_down(server, "transcriptions", bytes(MAX_BYTES + 1))
+    assert refused.status_code == 400 and "size" in refused.text
     refused = write_down(server, "transcriptions", wav(1), response_format="verbose_json")
     assert refused.status_code == 400, "this model tells no times"

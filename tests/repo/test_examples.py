@@ -41,6 +41,7 @@ EXAMPLES = {
     "examples/autoscaling.yaml": ("E+P+D", [GPUS[3], GPUS[8]]),
     "examples/audio.yaml": ("E+P+D", [GPUS[1], GPUS[2], GPUS[3]]),
     "examples/large_encoder.yaml": ("E+P+D", [GPUS[8]]),
+    "examples/pooling.yaml": ("E+pool", [GPUS[1], GPUS[2]]),
 }
 
 every_example = pytest.mark.parametrize("name", EXAMPLES)

@@ -24,7 +24,6 @@ BATCH_TOKENS, SLOTS, KV_TOKENS = 2048, 64, 65_536
 """Of the engines that were measured."""
 
 
-CROWDS = (0.0, 0.1, 0.2, 0.3)
 PULL_STEPS = (1, 2, 4)
 
 
@@ -39,9 +38,6 @@ class Group(StrEnum):
     PREFILL_REPLICA = "prefill replica"
     DECODE_REPLICA = "decode replica"
     AROUND = "around"
-
-
-ENGINES = (Group.ENCODER, Group.PREFILL, Group.DECODE)
 
 
 @dataclass(frozen=True)
@@ -116,32 +112,23 @@ class Check:
 
 
 def fit(runs: list[Run], cores: float) -> tuple[ServiceTimes, float]:
-    """Service times in CPU seconds, and the cores that are busy when nothing is asked. ``crowd`` and
-    ``pull_steps`` are those with which the simulation of these runs is the least wrong."""
+    """Service times in CPU seconds, and the cores that are busy when nothing is asked.
+    ``pull_steps`` is that with which the simulation of these runs is the least wrong."""
 
     def wrong(fitted: tuple[ServiceTimes, float]) -> float:
         checks = [check(run, *fitted, cores) for run in runs]
         return sum(log(1 + each.per_s_error) ** 2 + log(1 + each.ttft_error) ** 2 for each in checks)
 
-    fitted = (fit_with(crowd, runs, cores) for crowd in CROWDS)
-    tried = [
-        (service.model_copy(update={"pull_steps": steps}), idle) for service, idle in fitted for steps in PULL_STEPS
-    ]
-    return min(tried, key=wrong)
+    service, idle = solved(runs, cores)
+    return min(((service.model_copy(update={"pull_steps": steps}), idle) for steps in PULL_STEPS), key=wrong)
 
 
-def crowded(run: Run, cores: float) -> float:
-    """Share of its work that was done while another core worked, if the cores were never idle at the same time."""
-    busy = sum(run.cpu_s.values()) / run.seconds + run.other_cores
-    return min(max(2 * (busy - 1) / busy, 0.0), 1.0) if cores > 1 else 0.0
-
-
-def fit_with(crowd: float, runs: list[Run], cores: float) -> tuple[ServiceTimes, float]:
+def solved(runs: list[Run], cores: float) -> tuple[ServiceTimes, float]:
+    """What least squares find; how long a pull waits is not among it."""
 
     def solve(group: Group, *columns: Iterable[float]) -> list[float]:
         """Coefficients, none below 0, that minimise the squared relative errors; the last one is per second."""
-        slowed = crowd if group in ENGINES else 0.0
-        spent = np.array([run.cpu_s[group] / (1 + slowed * crowded(run, cores)) for run in runs])
+        spent = np.array([run.cpu_s[group] for run in runs])
         table = np.array([*columns, [run.seconds for run in runs]]).T
         return [float(each) for each in nnls(table / spent[:, None], np.ones(len(runs)))[0]]
 
@@ -155,8 +142,9 @@ def fit_with(crowd: float, runs: list[Run], cores: float) -> tuple[ServiceTimes,
     render_s, render_item_s, chunk_s, idle_ingress = solve(Group.INGRESS, requests, items, tokens)
     around_s, around_item_s, around_chunk_s, idle_around = solve(Group.AROUND, requests, items, tokens)
     prepare_s, prepare_embed_s, idle_preparing = solve(Group.ENCODER_REPLICA, items, embeds)
-    encode_step_s, encode_s, encode_embed_s, idle_encoder = solve(
-        Group.ENCODER, [run.encoder_steps for run in runs], items, embeds
+    beside = [each * each / max(run.encoder_steps, 1.0) for each, run in zip(embeds, runs, strict=True)]
+    encode_step_s, encode_s, encode_embed_s, encode_beside_s, idle_encoder = solve(
+        Group.ENCODER, [run.encoder_steps for run in runs], items, embeds, beside
     )
     prefill_call_s, idle_prefill_replica = solve(Group.PREFILL_REPLICA, requests)
     step_s, token_s, embed_s, idle_prefill = solve(Group.PREFILL, [run.prefill_steps for run in runs], words, embeds)
@@ -178,6 +166,7 @@ def fit_with(crowd: float, runs: list[Run], cores: float) -> tuple[ServiceTimes,
         encode_step_s=encode_step_s,
         encode_s=encode_s,
         encode_embed_s=encode_embed_s,
+        encode_beside_s=encode_beside_s,
         prefill_call_s=prefill_call_s,
         prefill_step_s=step_s,
         prefill_token_s=token_s,
@@ -188,7 +177,6 @@ def fit_with(crowd: float, runs: list[Run], cores: float) -> tuple[ServiceTimes,
         decode_step_s=decode_step_s,
         decode_sequence_s=sequence_s + relay_s,
         decode_kv_token_s=0.0,
-        crowd=crowd,
         pull_steps=PULL_STEPS[0],
         encode_embeds=BATCH_TOKENS,
         batch_tokens=BATCH_TOKENS,
@@ -219,8 +207,7 @@ def check(run: Run, service: ServiceTimes, idle: float, cores: float) -> Check:
 def replay(run: Run, service: ServiceTimes, idle: float, cores: float) -> tuple[float, float]:
     """The run in the simulation, on the cores that it had: requests per second, and TTFT p50."""
     loop = Loop()
-    others = idle + run.other_cores
-    shared = SharedCores(loop, max(cores - others, 0.1), others)
+    shared = SharedCores(loop, max(cores - idle - run.other_cores, 0.1))
     app = App(loop, service, Shape(topology=run.topology), 1, shared)
     for pool in app.pools.values():
         pool.scale(1, at_once=True)

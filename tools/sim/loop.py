@@ -66,17 +66,16 @@ class Loop:
 class Work:
     """Work under way."""
 
-    __slots__ = ("began", "crowd", "done", "left", "seconds", "timer")
+    __slots__ = ("began", "done", "left", "seconds", "timer")
 
-    def __init__(self, began: float, seconds: float, done: Action, crowd: float = 0.0) -> None:
-        self.began, self.seconds, self.done, self.crowd = began, seconds, done, crowd
+    def __init__(self, began: float, seconds: float, done: Action) -> None:
+        self.began, self.seconds, self.done = began, seconds, done
         self.left = seconds
         self.timer: Timer | None = None
 
 
 class Cores(Protocol):
-    def start(self, seconds: float, done: Action, crowd: float = 0.0) -> Work:
-        """``crowd``: by what share it takes longer while another core works, where cores are shared."""
+    def start(self, seconds: float, done: Action) -> Work: ...
 
     def stop(self, work: Work) -> float:
         """Stop work before its end; core-seconds that are done of it."""
@@ -86,7 +85,7 @@ class OwnCore:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
 
-    def start(self, seconds: float, done: Action, crowd: float = 0.0) -> Work:
+    def start(self, seconds: float, done: Action) -> Work:
         work = Work(self._loop.now, seconds, done)
         work.timer = self._loop.after(seconds, done)
         return work
@@ -98,17 +97,17 @@ class OwnCore:
 
 
 class SharedCores:
-    """``cores`` may be a fraction: what other programs of the machine leave, which keep ``others`` busy."""
+    """``cores`` may be a fraction: what other programs of the machine leave."""
 
-    def __init__(self, loop: Loop, cores: float, others: float = 0.0) -> None:
-        self._loop, self._cores, self._others = loop, cores, others
+    def __init__(self, loop: Loop, cores: float) -> None:
+        self._loop, self._cores = loop, cores
         self._seen_at = 0.0
         self._active: list[Work] = []
         self._timer: Timer | None = None
 
-    def start(self, seconds: float, done: Action, crowd: float = 0.0) -> Work:
+    def start(self, seconds: float, done: Action) -> Work:
         self._pass_time()
-        work = Work(self._loop.now, seconds, done, crowd)
+        work = Work(self._loop.now, seconds, done)
         self._active.append(work)
         self._schedule()
         return work
@@ -119,22 +118,21 @@ class SharedCores:
         self._schedule()
         return work.seconds - work.left
 
-    def _speed(self, work: Work) -> float:
-        beside = min(self._others + len(self._active) - 1, 1.0)
-        return min(1.0, self._cores / len(self._active)) / (1 + work.crowd * beside)
+    def _speed(self) -> float:
+        return min(1.0, self._cores / len(self._active))
 
     def _pass_time(self) -> None:
         passed, self._seen_at = self._loop.now - self._seen_at, self._loop.now
         for work in self._active:
-            work.left -= passed * self._speed(work)
+            work.left -= passed * self._speed()
 
     def _schedule(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._active:
-            first = min(self._active, key=lambda work: work.left / self._speed(work))
-            self._timer = self._loop.after(max(first.left, 0.0) / self._speed(first), partial(self._ends, first))
+            first = min(self._active, key=lambda work: work.left)
+            self._timer = self._loop.after(max(first.left, 0.0) / self._speed(), partial(self._ends, first))
 
     def _ends(self, work: Work) -> None:
         self._pass_time()

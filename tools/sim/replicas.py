@@ -115,8 +115,8 @@ class Encoder(Replica):
             step.append(self._queue.popleft())
         for call in step:
             self._begins(call)
-        seconds = self.times.encode_step_s + sum(self.times.encode(call.work) for call in step)
-        self.cores.start(seconds, partial(self._done, step), self.times.crowd)
+        seconds = self.times.encode_step([call.work for call in step])
+        self.cores.start(seconds, partial(self._done, step))
 
     def _done(self, step: list[Call]) -> None:
         self._busy = False
@@ -160,7 +160,7 @@ class Prefill(Replica):
                 self._queue.popleft()
                 ending.append(call)
         seconds = encode_s + self.times.prefill(self.times.batch_tokens - room, embeds)
-        self.cores.start(seconds, partial(self._done, ending), self.times.crowd)
+        self.cores.start(seconds, partial(self._done, ending))
 
     def _begin(self, call: Call) -> int:
         """Tokens of a prompt to compute: what the cache has when its first step begins is left out."""
@@ -255,7 +255,7 @@ class Decode(Decodes):
         if self._marks:
             step_s = self.times.decode(self._running, self._kv_tokens)
             seconds = max(self._marks[0][0] - self._steps, 0.0) * step_s
-            self._stretch = self.cores.start(seconds, self._mark, self.times.crowd), step_s
+            self._stretch = self.cores.start(seconds, self._mark), step_s
 
     def _pass_time(self) -> None:
         if self._stretch is not None:
@@ -322,7 +322,7 @@ class PrefillDecode(Decodes):
             seconds += self.times.decode(len(self._answers), self._kv_tokens)
         if tokens:
             seconds += self.times.prefill(tokens, embeds)
-        self.cores.start(seconds, partial(self._done, ended), self.times.crowd)
+        self.cores.start(seconds, partial(self._done, ended))
 
     def _admit(self) -> bool:
         """The next call, if there is room for it."""

@@ -83,7 +83,7 @@ def simulated(document: Mapping[str, Any], times: ServiceTimes, cores: float, se
         times,
         Shape(),
         seed,
-        SharedCores(loop, cores, max(document["machine"]["cpus"] - cores, 0.0)),
+        SharedCores(loop, cores),
     )
     for pool in app.pools.values():
         pool.scale(1, at_once=True)

@@ -28,6 +28,7 @@ class ServiceTimes(BaseModel):
     encode_step_s: float = Field(0.0, description="Encoder: one step of the engine.")
     encode_s: float = Field(description="Encoder: one item.")
     encode_embed_s: float = Field(description="Encoder: one embedding of it.")
+    encode_beside_s: float = Field(0.0, description="The same, for each other embedding in its step.")
     prefill_call_s: float = Field(0.0, description="Prefill, the replica beside its engine: one call.")
     prefill_step_s: float = Field(description="Prefill: one step of the engine.")
     prefill_token_s: float = Field(description="Prefill: one token of it.")
@@ -44,7 +45,6 @@ class ServiceTimes(BaseModel):
     slots: int = Field(description="Sequences that decode runs at a time (max_num_seqs).")
     kv_tokens: int = Field(description="Tokens that the KV cache of a decode replica holds.")
     cache_tokens: int = Field(0, description="Tokens that the prefix cache of a prefill replica holds.")
-    crowd: float = Field(0.0, description="Share that engines' work takes longer while another core works.")
     start_up_cpu_s: float = Field(0.0, description="What of a start is work of one core, where cores are shared.")
     start_up_s: dict[Stage, float] = Field(
         description="From asking for a replica to its first call, without that work."
@@ -55,6 +55,12 @@ class ServiceTimes(BaseModel):
 
     def encode(self, embeds: int) -> float:
         return self.encode_s + self.encode_embed_s * embeds
+
+    def encode_step(self, items: list[int]) -> float:
+        """A step of the engine with items of so many embeddings."""
+        embeds = sum(items)
+        beside_s = self.encode_beside_s * embeds * embeds
+        return self.encode_step_s + sum(self.encode(each) for each in items) + beside_s
 
     def prefill(self, tokens: float, embeds: float = 0.0) -> float:
         """A step with so many tokens, of which ``embeds`` are embeddings."""

@@ -215,6 +215,13 @@ def test_what_fits_is_taken(args: dict[str, Any]) -> None:
     EPDConfig.model_validate(args)
 
 
+def test_what_pools_takes_no_blocks_and_no_embeddings_by_nixl() -> None:
+    pools = {"engine_args": {"runner": "pooling"}}
+    assert "set `prefill: null`" in refusal(pools)
+    assert "use SharedFolderECConnector" in refusal(pools | {"prefill": None, "ec": NIXL})
+    assert "must be equal on all stages" in refusal({"decode": pools})
+
+
 @pytest.mark.parametrize(
     ("args", "name", "stages"),
     [
@@ -222,6 +229,7 @@ def test_what_fits_is_taken(args: dict[str, Any]) -> None:
         ({"prefill": None}, "E+PD", ["encoder", "decode"]),
         ({"encoder": None}, "P+D", ["prefill", "decode"]),
         ({"encoder": None, "prefill": None}, "PD", ["decode"]),
+        ({"prefill": None, "engine_args": {"runner": "pooling"}}, "E+pool", ["encoder", "decode"]),
     ],
 )
 def test_topology_is_named_after_its_stages_in_the_order_of_the_data(

@@ -262,8 +262,6 @@ def test_what_an_ingress_cannot_do_is_refused_as_the_clients_mistake(make_client
     for refused in (client.sleep(), client.reset_prefix_cache(), client.pause_generation()):
         with pytest.raises(VLLMValidationError, match="not available here"):
             asyncio.run(refused)  # type: ignore[arg-type]
-    with pytest.raises(VLLMValidationError, match="Pooling"):
-        client.encode()
 
 
 def test_ingress_itself_is_always_well(make_client: Make) -> None:

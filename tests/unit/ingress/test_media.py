@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from anyio import to_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -167,10 +168,18 @@ def test_refusals_of_fetching_reach_the_client_as_they_are() -> None:
         load("http://example.org/a.png", web=Web({}))
 
 
-def test_offline_way_of_vllm_is_closed() -> None:
+def test_threads_load_media_through_the_same_guard_and_vllms_offline_way_is_closed(red: Path) -> None:
     connector = EPDMediaConnector(None, MediaLimits(), Web({}).fetcher(), MediaNames(0))
-    with pytest.raises(NotImplementedError):
-        connector.fetch_image("http://127.0.0.1/a.png")
+    url = data_url("image/png", red.read_bytes())
+
+    async def in_thread(url: str) -> Any:
+        return await to_thread.run_sync(connector.fetch_image, url)
+
+    assert asyncio.run(in_thread(url)) is not None
+    with pytest.raises(VLLMValidationError, match="open to this server"):
+        asyncio.run(in_thread("http://127.0.0.1/a.png"))
+    with pytest.raises(RuntimeError):
+        connector.fetch_image(url)
 
 
 def test_vllms_cache_of_downloads_is_used_and_guarded(

@@ -29,7 +29,7 @@ def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
 def test_every_stage_is_asked_once(make_api: MakeAPI, make_encoder: Any, told: Any, with_image: bool) -> None:
     pipeline, encoder = FakePipeline(), make_encoder()
     api = make_api(pipeline.stages | {Stage.ENCODER: encoder}, api={"api_key": "secret"})
-    asyncio.run(warm_up(api.app, "demo", "secret", with_image))
+    asyncio.run(warm_up(api.app, "/v1/chat/completions", "demo", "secret", with_image))
     assert warnings(told) == []
     assert [method for method, _ in encoder.calls] == ["encode_media"] * with_image
     assert [call for call in pipeline.log if "release" not in call] == ["prefill", "decode"]
@@ -40,7 +40,7 @@ def test_every_stage_is_asked_once(make_api: MakeAPI, make_encoder: Any, told: A
 )
 def test_refusal_is_told_and_no_more(make_api: MakeAPI, told: Any, model: str, key: str, words: str) -> None:
     api = make_api(FakePipeline().stages, api={"api_key": "secret"})
-    asyncio.run(warm_up(api.app, model, key, False))
+    asyncio.run(warm_up(api.app, "/v1/chat/completions", model, key, False))
     (warning,) = warnings(told)
     assert words in warning
 
@@ -49,5 +49,5 @@ def test_failure_is_told_and_no_more(told: Any) -> None:
     async def broken(*_: Any) -> None:
         raise RuntimeError("no stage")
 
-    asyncio.run(warm_up(broken, "demo", None, False))
+    asyncio.run(warm_up(broken, "/v1/chat/completions", "demo", None, False))
     assert warnings(told) == ["The request to warm up failed: RuntimeError: no stage"]

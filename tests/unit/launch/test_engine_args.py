@@ -46,6 +46,15 @@ def test_encoder_runs_eager_without_prefix_cache() -> None:
     assert "kv_transfer_config" not in args
 
 
+def test_encoder_in_front_of_an_engine_that_pools_is_the_one_it_always_is() -> None:
+    scores = {"architectures": ["ForScores"], "num_labels": 1}
+    pools = {"runner": "pooling", "convert": "classify", "pooler_config": {"use_activation": False}}
+    config = on_cpu(prefill=None, engine_args=pools | {"hf_overrides": scores})
+    encoder, pooling = (engine_args(config, stage, "m") for stage in (Stage.ENCODER, Stage.DECODE))
+    assert encoder["hf_overrides"] == {"num_labels": 1} and not pools.keys() & encoder.keys()
+    assert pooling["hf_overrides"] == scores and {key: pooling[key] for key in pools} == pools
+
+
 def test_decode_on_gpus_is_left_to_vllms_defaults() -> None:
     args = engine_args(on_gpus(model="a/b"), Stage.DECODE, "m")
     assert args.keys() == {

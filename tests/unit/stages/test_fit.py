@@ -151,6 +151,16 @@ def test_an_encoder_with_nothing_to_encode_is_refused_on_any_device(demo_folder:
                 check(config, stage, vllm_config)
 
 
+def test_a_model_with_an_encoder_of_its_own_kind_is_refused(demo_folder: Path) -> None:
+    """Whisper's decoder looks at its encoder in each layer, at every token."""
+    config = resolve(EPDConfig(model=str(demo_folder)), Cluster(0, 2)).config
+    vllm_config = engine_config(AsyncEngineArgs(**engine_args(config, Stage.DECODE, str(demo_folder))))
+    vllm_config.model_config.hf_config.is_encoder_decoder = True
+    vllm_config.model_config.__dict__.pop("is_encoder_decoder", None)  # a cached property
+    with pytest.raises(ConfigError, match="is an encoder-decoder model"):
+        check(config, Stage.DECODE, vllm_config)
+
+
 @pytest.mark.parametrize(
     ("own", "taken", "refused"),
     [("bfloat16", "float16", True), ("bfloat16", "bfloat16", False), ("float16", "float16", False)],

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestOutputCollector
@@ -37,6 +38,13 @@ class Front:
         sampling = SamplingParams(detokenize=False, output_kind=whole, **params)
         core = EngineCoreRequest(name, [1, 2], None, sampling, None, 100.0, None, None, None, external_req_id=name)
         self.queues[name] = RequestOutputCollector(whole, name)
+        self.processor.add_request(core, None, None, 0, self.queues[name])
+
+    def add_pooling(self, name: str) -> None:
+        core = EngineCoreRequest(
+            name, [1, 2], None, None, PoolingParams(), 100.0, None, None, None, external_req_id=name
+        )
+        self.queues[name] = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, name)
         self.processor.add_request(core, None, None, 0, self.queues[name])
 
     def step(self, *outputs: Output) -> OutputProcessorOutput:
@@ -106,6 +114,20 @@ def test_request_that_failed_or_was_ended_is_told_of_by_its_end_alone(reason: Fi
         front.step(ending("a", reason=reason))
     assert [output.new_token_ids for output in heard] == [[1]]
     assert front.end("a").outputs[0].finish_reason == str(reason)
+
+
+def test_pooling_request_that_failed_ends_with_an_error_and_others_go_on() -> None:
+    front, heard = Front(), []
+    tap = install_tap(front.processor)
+    for name in ("a", "b"):
+        front.add_pooling(name)
+    with tap.hears("a", heard.append), tap.hears("b", heard.append):
+        front.step(ending("a", reason=FinishReason.ERROR))
+        front.step(ending("b", reason=FinishReason.STOP, pooling_output=torch.ones(2)))
+    assert [output.request_id for output in heard] == ["b"]
+    assert front.end("a").error is not None
+    whole = front.end("b")
+    assert whole.error is None and whole.outputs.data.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION])

@@ -531,14 +531,14 @@ def test_embeddings_of_other_weights_are_others(demo_vllm_config: Any, tmp_path:
     assert [len(engine.encodings) for engine in engines] == [1, 1, 0]
 
 
-def test_precision_commit_overrides_and_version_name_the_weights() -> None:
+def test_precision_commit_and_version_name_the_weights() -> None:
     def named(dtype: str = "bf16", commit: str | None = None, version: str = "", **more: Any) -> str:
         hf_config = SimpleNamespace() if commit is None else SimpleNamespace(_commit_hash=commit)
-        values = {"dtype": dtype, "revision": None, "hf_overrides": {}, "hf_config": hf_config} | more
+        values = {"dtype": dtype, "revision": None, "hf_config": hf_config} | more
         return weights_of(SimpleNamespace(**values), version)
 
-    others = [named("f32"), named(commit="c"), named(revision="r"), named(hf_overrides={"a": 1}), named(version="v")]
-    assert len({named(), *others}) == 6
+    others = [named("f32"), named(commit="c"), named(revision="r"), named(version="v")]
+    assert len({named(), *others}) == 5
     assert named() == named()
 
 

@@ -1,19 +1,18 @@
 """Service times from measured runs: known ones are found again, and a run is played as it was measured."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from tests.unit.tools.sim.parts import times
-from tools.sim.fit import ENGINES, Group, Run, arrivals, check, crowded, fit_with
+from tools.sim.fit import Group, Run, arrivals, check, solved
 from tools.sim.service import Topology
 
 TRUE = {
     Group.INGRESS: (0.005, 0.002, 0.0001),  # request, item, token
     Group.AROUND: (0.003, 0.001, 0.0002),
     Group.ENCODER_REPLICA: (0.006, 0.00001),  # item, embedding
-    Group.ENCODER: (0.01, 0.02, 0.0004),  # step, item, embedding
+    Group.ENCODER: (0.01, 0.02, 0.0004, 0.0000001),  # step, item, embedding, each other beside it
     Group.PREFILL_REPLICA: (0.002,),  # call
     Group.PREFILL: (0.008, 0.0003),  # step, token
     Group.DECODE_REPLICA: (0.001, 0.0005),  # call, token
@@ -27,11 +26,12 @@ def run(images: int, embeds: int, text: int, output: int, together: int, topolog
     requests, seconds = 20 + 30 * together, 20.0
     items, prompt, tokens = requests * images, text + images * embeds, requests * output
     encoder_steps, prefill_steps, decode_steps = items / together, requests / together, tokens / together
+    beside = (items * embeds) ** 2 / max(encoder_steps, 1)
     work = {
         Group.INGRESS: (requests, items, tokens),
         Group.AROUND: (requests, items, tokens),
         Group.ENCODER_REPLICA: (items, items * embeds),
-        Group.ENCODER: (encoder_steps, items, items * embeds),
+        Group.ENCODER: (encoder_steps, items, items * embeds, beside),
         Group.PREFILL_REPLICA: (requests,),
         Group.PREFILL: (prefill_steps, requests * prompt),
         Group.DECODE_REPLICA: (requests, tokens),
@@ -75,12 +75,13 @@ RUNS = [
 
 
 def test_what_runs_were_made_of_is_found_again() -> None:
-    service, idle = fit_with(0.0, RUNS, cores=2)
+    service, idle = solved(RUNS, cores=2)
 
     assert (service.render_s, service.render_item_s, service.chunk_s) == pytest.approx(TRUE[Group.INGRESS])
     assert (service.around_s, service.around_item_s, service.around_chunk_s) == pytest.approx(TRUE[Group.AROUND])
     assert (service.prepare_s, service.prepare_embed_s) == pytest.approx(TRUE[Group.ENCODER_REPLICA])
-    assert (service.encode_step_s, service.encode_s, service.encode_embed_s) == pytest.approx(TRUE[Group.ENCODER])
+    encode = service.encode_step_s, service.encode_s, service.encode_embed_s, service.encode_beside_s
+    assert encode == pytest.approx(TRUE[Group.ENCODER])
     assert (service.prefill_call_s, service.prefill_step_s, service.prefill_token_s) == pytest.approx(
         (*TRUE[Group.PREFILL_REPLICA], *TRUE[Group.PREFILL])
     )
@@ -90,19 +91,6 @@ def test_what_runs_were_made_of_is_found_again() -> None:
         TRUE[Group.DECODE]
     )
     assert idle == pytest.approx(len(Group) * IDLE)
-
-
-def test_what_a_crowd_adds_is_taken_off_by_how_busy_the_cores_were() -> None:
-    quiet, full = (replace(RUNS[0], other_cores=others) for others in (0.0, 2.0))
-    assert crowded(quiet, cores=2) < crowded(full, cores=2) <= 1.0 and crowded(full, cores=1) == 0.0
-    slowed = [
-        replace(each, cpu_s={group: spent * (1 + 0.3 * (group in ENGINES)) for group, spent in each.cpu_s.items()})
-        for each in (replace(run, other_cores=2.0) for run in RUNS)
-    ]
-    service, _ = fit_with(0.3, slowed, cores=2)
-
-    assert service.encode_embed_s == pytest.approx(TRUE[Group.ENCODER][2], rel=0.02)
-    assert service.render_s == pytest.approx(TRUE[Group.INGRESS][0], rel=0.02)
 
 
 @pytest.mark.parametrize("topology", ["E+P+D", "E+PD"])

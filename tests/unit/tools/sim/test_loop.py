@@ -37,25 +37,6 @@ def test_work_that_is_stopped_says_how_much_is_done() -> None:
     assert done == pytest.approx([1.0]) and loop.now == pytest.approx(5.0)
 
 
-def test_work_takes_longer_while_another_core_works() -> None:
-    loop, ended = Loop(), {}
-    cores = SharedCores(loop, 2.0)
-    cores.start(1.0, lambda: ended.update(engine=loop.now), crowd=0.5)
-    cores.start(0.5, lambda: ended.update(other=loop.now))
-    loop.run()
-
-    # Beside the other a third is done in its 0.5 s; the rest alone.
-    assert ended == pytest.approx({"other": 0.5, "engine": 0.5 + 2 / 3})
-
-
-def test_programs_that_are_not_simulated_are_a_crowd_too() -> None:
-    loop, ended = Loop(), []
-    SharedCores(loop, 1.5, others=0.5).start(1.0, lambda: ended.append(loop.now), crowd=0.4)
-    loop.run()
-
-    assert ended == pytest.approx([1.2])
-
-
 def test_a_thread_does_one_piece_after_the_other() -> None:
     loop, ended = Loop(), []
     thread = Thread(OwnCore(loop))

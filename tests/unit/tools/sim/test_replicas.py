@@ -101,6 +101,17 @@ def test_an_encoder_prepares_one_after_the_other_and_encodes_together_what_fits_
     assert encoder.begun == 4 and encoder.waited_s == pytest.approx(0.1 + 1.5 + 1.5 + 3.3)
 
 
+def test_an_embedding_costs_more_the_more_are_beside_it() -> None:
+    loop, ended = Loop(), []
+    service = times(encode_embed_s=0.001).model_copy(update={"encode_embeds": 1000, "encode_beside_s": 0.00001})
+    encoder = replica(Encoder, loop, service)
+    for _ in range(3):
+        encoder.take(Call(request(), 100, lambda _: ended.append(loop.now)))
+    loop.run()
+
+    assert ended == pytest.approx([0.1 + 0.1, *[0.2 + 0.2 + 0.4] * 2])
+
+
 def test_decode_that_prefills_cuts_a_prompt_by_what_runs_and_holds_up_the_others() -> None:
     loop, firsts, ended = Loop(), {}, {}
     service = times(prefill_token_s=0.001, decode_step_s=0.1).model_copy(update={"batch_tokens": 101, "slots": 2})
