@@ -69,11 +69,13 @@ def ingress_vllm_config(engine_args: dict[str, Any]) -> VllmConfig:
     parsed = AsyncEngineArgs(**engine_args)
     model_config = parsed.create_model_config()
     model_config.quantization = None  # an ingress loads no weights
+    parsed._set_default_reasoning_config_args()  # without it no budget for thinking is taken
     envs.VLLM_CPU_KVCACHE_SPACE = 0
     vllm_config = VllmConfig(
         model_config=model_config,
         logging_config=parsed.create_logging_config(),
         structured_outputs_config=parsed.create_structured_outputs_config(),
+        reasoning_config=parsed.reasoning_config,
         lora_config=LoRAConfig(default_mm_loras=parsed.default_mm_loras) if parsed.enable_lora else None,
     )
     if model_config.multimodal_config is not None:

@@ -240,3 +240,14 @@ def test_only_a_missing_item_ends_a_pooling_request_without_a_result() -> None:
     assert "mm_cache_miss_hashes" in EngineCoreOutput.__struct_fields__, where
     source = inspect.getsource(OutputProcessor.process_outputs)
     assert "and engine_core_output.mm_cache_miss_hashes" in source and "error=request_error" in source, where
+
+
+def test_a_budget_for_thinking_is_taken_where_the_parser_has_its_config() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    where = "serve_app/ingress/server.py ingress_vllm_config"
+    args = AsyncEngineArgs(model="m", reasoning_parser="deepseek_r1")
+    args._set_default_reasoning_config_args()
+    assert args.reasoning_config is not None and args.reasoning_config.reasoning_parser == "deepseek_r1", where
+    assert "self.vllm_config.reasoning_config" in inspect.getsource(InputProcessor._validate_params), where
