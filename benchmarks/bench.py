@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.questions import fanout, faults, goodput, interference, pictures, service_times, start, turns
+from benchmarks.questions import batch, fanout, faults, goodput, interference, pictures, service_times, start, turns
 from benchmarks.questions.question import Question
 from benchmarks.questions.systems import one_queue_per_core
 from tools.harness import record
 
 QUESTIONS = tuple(
-    each.QUESTION for each in (interference, goodput, pictures, turns, fanout, faults, start, service_times)
+    each.QUESTION for each in (interference, goodput, pictures, turns, batch, fanout, faults, start, service_times)
 )
 """In the order of RESULTS.md."""
 RESULTS = Path(__file__).parent / "results"

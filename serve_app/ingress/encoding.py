@@ -174,9 +174,10 @@ class EncodeStage:
         """The prompt with the pixels of all items. No encoder is asked."""
         return Encoded(await self._with_pixels(prompt, frozenset()), None)
 
-    async def encode_media(self, media: list[Media], request_id: str, trace: Trace) -> Replies:
+    async def encode_media(self, media: list[Media], request_id: str, trace: Trace, priority: int = 0) -> Replies:
         """Encode the distinct items of a prompt, in their order, before it is rendered around them."""
-        jobs = [self._media_job(each, request_id, index, {}, self.version) for index, each in enumerate(media)]
+        options = {"priority": priority}
+        jobs = [self._media_job(each, request_id, index, options, self.version) for index, each in enumerate(media)]
         known = {job.key: reply for job in jobs if (reply := self._features_of(job)) is not None}
         return known | await self.run([job for job in jobs if job.key not in known], trace)
 

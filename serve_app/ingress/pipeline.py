@@ -85,7 +85,8 @@ class Pipeline:
         assert self.encoders is not None
         with fails_as_vllm(request), self.admission.admit_media(media):
             deadline = request.deadline(self._config.timeouts.request_s)
-            return await deadline.within(Stage.ENCODER, self.encoders.encode_media(media, request.id, request.trace))
+            work = self.encoders.encode_media(media, request.id, request.trace, request.priority)
+            return await deadline.within(Stage.ENCODER, work)
 
     @asynccontextmanager
     async def answering(

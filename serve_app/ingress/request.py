@@ -63,6 +63,8 @@ class Request:
     """The header `Authorization` that it came with: whose names of media are meant."""
     session: str | None = None
     """What its client calls the conversation."""
+    priority: int = 0
+    """vLLM's: a lower one is served earlier, by engines with ``scheduling_policy: priority``."""
     choices: int = 0
     """The number of choices that its prompts asked for so far."""
     weights: str = ""

@@ -11,6 +11,7 @@ from vllm import envs
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.speech_to_text.base.serving import SpeechToTextBaseServing
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
@@ -22,6 +23,7 @@ from serve_app.ingress.admission import Admission
 from serve_app.ingress.media import EPDMediaConnector, begin_item
 from serve_app.ingress.media_names import MediaNames, Named, salt
 from serve_app.ingress.peers import Peers
+from serve_app.ingress.request import current
 from serve_app.ingress.vllm_errors import to_vllm_error
 from serve_app.media.check import install_limits, refuse_playlist
 from serve_app.media.fetch import Fetcher
@@ -179,6 +181,25 @@ async def _preprocessed(serving: Any, io_processor: Any, ctx: Any) -> None:
     prepared.get_request_factory_online = lambda _: made
     prepared.render_async = partial(to_thread.run_sync, prepared.render, limiter=at_once)
     await _preprocessing(serving, prepared, ctx)
+
+
+def install_priorities() -> None:
+    """Note the priority of a request where vLLM looks for its model, which it does first: items are encoded before vLLM
+    tells its engine."""
+    for serving, check in CHECK_MODEL.items():
+        serving._check_model = noting(check)
+
+
+CHECK_MODEL: dict[Any, Any] = {serving: serving._check_model for serving in (BaseServing, PoolingBaseServing)}
+
+
+def noting(check: Any) -> Any:
+    async def checked(serving: Any, request: Any) -> Any:
+        if (asked := current.get()) is not None:
+            asked.priority = getattr(request, "priority", 0) or 0
+        return await check(serving, request)
+
+    return checked
 
 
 def install_sessions() -> None:

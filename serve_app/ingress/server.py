@@ -31,7 +31,7 @@ from serve_app.ingress.peers import Peers
 from serve_app.ingress.replies import error_response, of_route, route_of
 from serve_app.ingress.responses import Responses
 from serve_app.ingress.routes import add_routes
-from serve_app.ingress.seams import install_media, install_pooling, install_sessions, install_speech
+from serve_app.ingress.seams import install_media, install_pooling, install_priorities, install_sessions, install_speech
 from serve_app.media.fetch import Fetcher
 from serve_app.observe.status import Status
 from serve_app.observe.tracing import tracing
@@ -97,6 +97,7 @@ async def make_app(config: EPDConfig, args: Namespace, parts: Parts, status: Sta
         raise ConfigError(f"{config.model} is a model that pools: set `engine_args: {{runner: pooling}}`")
     fetcher = install_media(config, parts.from_media, client.pipeline.admission, peers)
     install_sessions()
+    install_priorities()
     install_pooling()
     install_speech(client.pipeline.admission)
     tasks = await client.get_supported_tasks()

@@ -19,6 +19,7 @@ TESTS = {
     "MEDIA_CONNECTOR_REGISTRY": "test_media_connectors_are_made_by_name_with_these_arguments",
     "AsyncMultiModalContentParser.parse_image": "test_every_part_with_a_url_and_its_name_pass_three_methods_of_the_parser",
     "AsyncMultiModalContentParser.parse_image_pil": "test_renderer_processes_media_through_the_hooks_that_are_guarded",
+    "BaseServing._check_model": "test_the_model_of_a_request_is_checked_before_its_prompt_is_rendered",
     "PoolingBaseServing._preprocessing": "test_prompts_to_pool_are_rendered_by_calls_that_have_an_asynchronous_twin",
     "SpeechToTextBaseServing._preprocess_speech_to_text": "test_sounds_to_write_down_reach_the_decoder_through_one_method",
     "vllm.envs.VLLM_MAX_…, Image.MAX_IMAGE_PIXELS": "test_settings_that_the_ingress_writes_exist",

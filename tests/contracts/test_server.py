@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.ingress.seams import InThread
+from serve_app.ingress.seams import InThread, _preprocess_speech, _preprocessing
 from tests.contracts.looking import fields
 
 
@@ -205,12 +205,12 @@ def test_names_of_adapters_are_where_replicas_share_them() -> None:
 
 
 def test_prompts_to_pool_are_rendered_by_calls_that_have_an_asynchronous_twin() -> None:
-    from vllm.entrypoints.pooling.base import io_processor, serving
+    from vllm.entrypoints.pooling.base import io_processor
     from vllm.entrypoints.pooling.scoring import io_processor as scoring
     from vllm.renderers.base import BaseRenderer
 
     where = "serve_app/ingress/seams.py install_pooling"
-    body = inspect.getsource(serving.PoolingBaseServing._preprocessing)
+    body = inspect.getsource(_preprocessing)
     assert "requests = io_processor.get_request_factory_online(ctx)" in body, where
     assert "io_processor.render_async(request)" in body, where
     called = inspect.getsource(io_processor.PoolingIOProcessor.render) + inspect.getsource(scoring)
@@ -224,8 +224,7 @@ def test_sounds_to_write_down_reach_the_decoder_through_one_method() -> None:
     from vllm.entrypoints.speech_to_text.base.serving import SpeechToTextBaseServing
 
     where = "serve_app/ingress/seams.py install_speech"
-    method = SpeechToTextBaseServing._preprocess_speech_to_text
-    assert list(inspect.signature(method).parameters)[1:] == ["request", "audio_data", "request_id"], where
+    assert list(inspect.signature(_preprocess_speech).parameters)[1:] == ["request", "audio_data", "request_id"], where
     source = inspect.getsource(SpeechToTextBaseServing)
     assert source.count("self._decode_and_chunk_speech_async(audio_data)") == 1, where
     assert "self._preprocess_speech_to_text(" in source, where
@@ -251,3 +250,26 @@ def test_a_budget_for_thinking_is_taken_where_the_parser_has_its_config() -> Non
     args._set_default_reasoning_config_args()
     assert args.reasoning_config is not None and args.reasoning_config.reasoning_parser == "deepseek_r1", where
     assert "self.vllm_config.reasoning_config" in inspect.getsource(InputProcessor._validate_params), where
+
+
+def test_the_model_of_a_request_is_checked_before_its_prompt_is_rendered() -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    where = "serve_app/ingress/seams.py install_priorities"
+    for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        assert "priority" in request.model_fields, f"{where}: {request}"
+    for serving in (OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses):
+        assert issubclass(serving, BaseServing), f"{where}: {serving}"
+        source = inspect.getsource(serving)
+        rendering = re.search(r"await self\._render_resolved|await self\.online_renderer\.render_", source)
+        assert rendering and -1 < source.find("self._check_model(request)") < source.rfind(rendering[0]), where
+    body = inspect.getsource(PoolingBaseServing.__call__)
+    assert -1 < body.find("self._init_ctx(") < body.find("self._preprocessing("), where
+    assert "self._check_model(request)" in inspect.getsource(PoolingBaseServing._init_ctx), where

@@ -126,6 +126,20 @@ PROMPTS: dict[str, tuple[str, dict[str, list[Media]], dict[str, Any]]] = {
 }
 
 
+def test_items_have_the_priority_of_their_request(make_client: Make) -> None:
+    """They are encoded before vLLM tells its engine the priority: a batch's would stand before everybody's."""
+
+    async def main() -> None:
+        bench = Bench(make_client)
+        request = current.get()
+        assert request is not None
+        request.priority = 100
+        await bench.render(f"{IMAGE}{IMAGE}", {"image": [image(1), image(2)]})
+        assert [call.options for call in bench.encoder.requests("encode_media")] == [{"priority": 100}] * 2
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompt_is_rendered_as_vllm_renders_it_from_decoded_media(make_client: Make, name: str) -> None:
     text, data, more = PROMPTS[name]

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from vllm.renderers.base import BaseRenderer
 
 from serve_app.ingress.client import EPDClient
+from serve_app.ingress.request import current
 from tests.fakes import FakePipeline
 
 Post = Callable[..., Any]
@@ -50,6 +52,25 @@ def post(make_api: Any, told: list[Any]) -> Post:
         return answer
 
     return ask
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETION, RESPONSE])
+@pytest.mark.parametrize("more", [{"priority": 100}, {}], ids=["low", "everybody's"])
+def test_priority_is_known_before_the_prompt_is_rendered(
+    post: Post, monkeypatch: pytest.MonkeyPatch, route: str, more: dict[str, int]
+) -> None:
+    known: list[int] = []
+    process = BaseRenderer.process_for_engine_async
+
+    async def observed(self: Any, *args: Any, **options: Any) -> Any:
+        request = current.get()
+        assert request is not None
+        known.append(request.priority)
+        return await process(self, *args, **options)
+
+    monkeypatch.setattr(BaseRenderer, "process_for_engine_async", observed)
+    post(route, more)
+    assert known == [more.get("priority", 0)]
 
 
 WAYS = [
