@@ -16,17 +16,19 @@ EPD is ready after {seconds:.0f} s: {url}/v1   (model: {model}; {stages})
 
 Try, in another terminal:
 
-  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{{"model": "{model}",
-    "max_tokens": 24, "messages": [{{"role": "user", "content": [
+  curl {url}/v1/{route} -H 'content-type: application/json'{key} -d '{{"model": "{model}",{tokens}
+    "messages": [{{"role": "user", "content": [
 {picture}      {{"type": "text", "text": "What is in this image?"}}]}}]}}'
 
   {python} -m serve_app status{at}
-  {python} -m serve_app ask{at} --timing "What is in this image?" picture.png
-
+{ask}
 {page}  {url}/docs      all routes
   {url}/health    state per stage
 Ctrl-C ends everything.
 ────────────────────────────────────────────────────────────────────────────────
+"""
+
+ASK = """  {python} -m serve_app ask{at} --timing "What is in this image?" picture.png
 """
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -86,6 +88,8 @@ def says_ready(config: Path, began: float) -> bool:
     if (health := get(f"{url}/health")) is None:
         return False
     key = key_of(args)
+    generates = (args.get("engine_args") or {}).get("runner") != "pooling"
+    command = {"python": this_python(), "at": at(url)}
     models = (get(f"{url}/v1/models", key) or {}).get("data")
     example = READY.format(
         seconds=time.time() - began,
@@ -93,10 +97,14 @@ def says_ready(config: Path, began: float) -> bool:
         model=models[0]["id"] if models else "?",
         stages=", ".join(stage for stage in health if stage != "ingress"),
         picture=picture_part(args),
-        page=f"  {url}/          ask, draw pictures, and watch the stages\n" if args.get("page", True) else "",
+        route="chat/completions" if generates else "embeddings",
+        tokens=' "max_tokens": 24,' if generates else "",
+        ask=ASK.format(**command) if generates else "",
+        page=f"  {url}/          ask, draw pictures, and watch the stages\n"
+        if generates and args.get("page", True)
+        else "",
         key=' -H "Authorization: Bearer $VLLM_API_KEY"' if key else "",
-        python=this_python(),
-        at=at(url),
+        **command,
     )
     print(example, flush=True)
     return True

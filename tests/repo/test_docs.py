@@ -325,9 +325,8 @@ def test_the_line_of_the_start_is_the_one_that_is_written() -> None:
 
 def test_the_ready_line_is_the_one_that_is_written() -> None:
     url, stages = "http://127.0.0.1:8000", "encoder, prefill, decode"
-    written = READY.format(
-        seconds=0, url=url, model="demo", stages=stages, picture="", page="", key="", python="", at=""
-    )
+    rest = dict.fromkeys(("picture", "page", "key", "python", "at", "route", "tokens", "ask"), "")
+    written = READY.format(seconds=0, url=url, model="demo", stages=stages, **rest)
     (line,) = re.findall(r"^EPD is ready after .*$", README, re.MULTILINE)
 
     assert line.replace("NN", "0") in written.splitlines()

@@ -239,6 +239,20 @@ def test_server_below_a_prefix_is_ready_there_and_all_that_is_told_names_it(
     assert f"status --url {url}\n" in told and f"ask --url {url} --timing" in told
 
 
+def test_what_to_try_of_a_server_that_pools_is_an_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with HTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = tmp_path / "serve_config.yaml"
+        args = {"api": {"api_key": "secret"}, "engine_args": {"runner": "pooling"}}
+        http = {"host": "127.0.0.1", "port": server.server_port}
+        config.write_text(json.dumps({"http_options": http, "applications": [{"args": args}]}))
+        assert says_ready(config, time.time())
+        server.shutdown()
+    told = capsys.readouterr().out
+    assert "/v1/embeddings" in told and "max_tokens" not in told
+    assert "serve_app ask" not in told and "draw pictures" not in told, "it has neither chats nor the page"
+
+
 def test_what_to_try_at_the_usual_address_needs_no_url() -> None:
     assert at("http://127.0.0.1:8000") == ""
     assert at("http://127.0.0.1:8000/epd") == " --url http://127.0.0.1:8000/epd"
