@@ -29,9 +29,9 @@ def from_engine_input(engine_input: Any) -> Prompt:
 
     items = [
         Item(modality, item_hash, where.offset, where.length, where.is_embed, data)
-        for modality, hashes in engine_input["mm_hashes"].items()
+        for modality, places in engine_input["mm_placeholders"].items()  # vLLM's order of items that begin at one place
         for item_hash, where, data in zip(
-            hashes, engine_input["mm_placeholders"][modality], engine_input["mm_kwargs"][modality], strict=True
+            engine_input["mm_hashes"][modality], places, engine_input["mm_kwargs"][modality], strict=True
         )
     ]
     return Prompt(

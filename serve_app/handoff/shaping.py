@@ -8,6 +8,7 @@ Sources: ``vllm/distributed/ec_transfer/ec_connector/utils.py`` (what a consumer
 
 import copy
 import hashlib
+import itertools
 import uuid
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -73,6 +74,13 @@ def distinct(items: tuple[Item, ...]) -> dict[str, int]:
     for index, item in enumerate(items):
         first.setdefault(item.hash, index)
     return first
+
+
+def interleaved(items: tuple[Item, ...]) -> set[int]:
+    """The items, by index, whose tokens stand among those of another: a video and its sound (`use_audio_in_video`), of which
+    no engine can take one without the other."""
+    pairs = itertools.pairwise(range(len(items)))
+    return {each for a, b in pairs if items[b].offset < items[a].offset + items[a].length for each in (a, b)}
 
 
 def without_pixels(prompt: Prompt, declared: Callable[[str], Collection[str]], encoded: Collection[str]) -> Prompt:

@@ -125,7 +125,9 @@ class EncodeStage:
         ``cached`` is asked where an item may need no encoder; by default nothing is.
         """
         items, version = request.prompt.items, request.version
-        indices = shaping.distinct(items).values()
+        if together := shaping.interleaved(items):
+            trace.rung("encode-at-prefill(interleaved)")
+        indices = [index for index in shaping.distinct(items).values() if index not in together]
         sources = {index: source for index in indices if first and (source := items[index].source) is not None}
         replies = {index: source.reply for index, source in sources.items() if source.reply is not None}
         # Of a remembered item the embedding may be gone.

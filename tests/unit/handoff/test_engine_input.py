@@ -8,13 +8,17 @@ from typing import Any
 import cloudpickle
 import pytest
 import torch
+from vllm.inputs import mm_input
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
     MultiModalFieldElem,
     MultiModalFlatField,
     MultiModalKwargsItem,
+    MultiModalKwargsItems,
     MultiModalSharedField,
+    PlaceholderRange,
 )
+from vllm.multimodal.utils import argsort_mm_positions
 
 from serve_app.handoff.engine_input import from_engine_input
 from serve_app.handoff.types import Item, Prompt
@@ -96,3 +100,16 @@ def test_threads_pickle_at_the_same_time() -> None:
 def test_prompts_without_media_are_taken_as_they_are() -> None:
     rendered = {"type": "token", "prompt_token_ids": [1, 2], "cache_salt": "salt"}
     assert from_engine_input(rendered) == Prompt([1, 2], cache_salt="salt")
+
+
+def test_items_that_begin_at_one_place_are_in_vllms_order() -> None:
+    """Of a video and its sound, whose tokens are interleaved, engines take the first for the first."""
+    item = MultiModalKwargsItem.dummy()
+    made = mm_input(
+        [7, 8, 8],
+        MultiModalKwargsItems({"audio": [item], "video": [item]}),
+        {"audio": ["a"], "video": ["v"]},
+        {"video": [PlaceholderRange(1, 2)], "audio": [PlaceholderRange(1, 2)]},
+    )
+    assert argsort_mm_positions(made["mm_placeholders"]) == [("video", 0), ("audio", 0)]
+    assert [each.hash for each in from_engine_input(made).items] == ["v", "a"]

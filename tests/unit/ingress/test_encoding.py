@@ -121,6 +121,19 @@ def test_only_items_that_an_encoder_has_encoded_go_on_without_their_pixels() -> 
     assert record.rungs == ["encode-at-prefill(small)"]
 
 
+def test_items_whose_tokens_are_interleaved_are_encoded_by_prefill_together() -> None:
+    """An encoder's engine would end by a video without the sound that belongs to it."""
+    asked = request("alone", "video", "sound")
+    video, sound = asked.prompt.items[1:]
+    items = (asked.prompt.items[0], video, msgspec.structs.replace(sound, offset=video.offset))
+    asked = msgspec.structs.replace(asked, prompt=msgspec.structs.replace(asked.prompt, items=items))
+    bench, record = Bench(), Trace("req")
+    result = asyncio.run(bench.stage.encode(asked, record))
+    assert bench.asked == ["alone"]
+    assert with_pixels(result) == ["video", "sound"]
+    assert record.rungs == ["encode-at-prefill(interleaved)"]
+
+
 def test_prompt_whose_items_prefill_encodes_has_nothing_to_load() -> None:
     bench = Bench(min_embeds=5)
     result = asyncio.run(bench.encode("tiny"))
