@@ -43,6 +43,8 @@ class FromMedia:
         self._encode = encode
         self._salted = salted
         self._by_vllm = processor.renderer._process_tokens_async
+        self._unplaced = set[str]()
+        """Modalities of which an item could not be placed by its metadata."""
 
     async def render(self, prompt: dict[str, Any], *, skip_mm_cache: bool = False) -> Any:
         """The engine input of a tokenized prompt. ``skip_mm_cache``: vLLM only counts its tokens; no encoder is asked."""
@@ -52,7 +54,7 @@ class FromMedia:
         if not raw:
             return await self._by_vllm(prompt, skip_mm_cache=skip_mm_cache)
         request = current.get()  # without one nothing could keep what encoders answer
-        if request is None or skip_mm_cache or not stand_alone(prompt, raw):
+        if request is None or skip_mm_cache or not stand_alone(prompt, raw) or self._unplaced & raw.keys():
             return await self._processed_here(prompt, raw, skip_mm_cache)
         media = {modality: [self._keyed(each, prompt) for each in items] for modality, items in raw.items()}
         distinct = {each.key: each for items in media.values() for each in items}
@@ -61,6 +63,12 @@ class FromMedia:
         for key in distinct.keys() - features.keys():
             features[key] = await self._processor.features(distinct[key])
         items = {m: [(each, features[each.key]) for each in those] for m, those in media.items()}
+        if unplaced := {m for m, those in items.items() if not all(self._processor.can_place(of) for _, of in those)}:
+            logger.warning(
+                f"{sorted(unplaced)} go to encoders as tensors from now on, for vLLM cannot place such items"
+            )
+            self._unplaced |= unplaced
+            return await self._processed_here(prompt, raw, skip_mm_cache)
         try:
             placed = await self._processor.in_turn(self._place, prompt, items)
         except Exception as error:

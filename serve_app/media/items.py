@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMClientError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.multimodal.processing import ProcessorInputs
 from vllm.multimodal.processing.context import TimingContext
+from vllm.utils.collection_utils import is_list_of_numbers
 from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from serve_app.config import MediaLimits
@@ -48,7 +49,7 @@ class ItemProcessor:
 
     @property
     def modalities(self) -> frozenset[str]:
-        """The modalities whose items can go as media."""
+        """The modalities whose items can go as media, by what the model declares (see ``can_place``)."""
         return frozenset(modality for modality in MODALITIES if self.declared(modality))
 
     async def features(self, media: Media) -> Features:
@@ -107,6 +108,13 @@ class ItemProcessor:
         )
         metadata = collect_ec_item_metadata([feature], self._resolver)[item.hash]["metadata"]
         return Features(alone, metadata)
+
+    def can_place(self, features: Features) -> bool:
+        """Whether vLLM can render a prompt around the item by its metadata: all that is declared is there, as vLLM reads it
+        back. Of MiniCPM-V 4.6, images lack the declared size, and a video has a list of lists."""
+        metadata = features.metadata
+        complete = self.declared(features.item.modality) <= metadata.keys()
+        return complete and all(map(is_list_of_numbers, metadata.values()))
 
     def without_pixels(self, features: Features) -> Features:
         item = shaping.metadata_only(features.item, self.declared(features.item.modality))

@@ -386,6 +386,32 @@ def test_answer_with_metadata_that_does_not_fit_the_item_is_not_used(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("metadata", [{}, {"image_grid_thw": [[1, 6, 6]]}])
+def test_items_of_a_model_that_does_not_give_what_it_declares_go_as_tensors_from_the_second_on(
+    make_client: Make, caplog: pytest.LogCaptureFixture, metadata: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        bench = Bench(make_client)
+        encode = bench.encode_media
+
+        async def without(request: MediaRequest) -> EncodeReply:
+            reply = await encode(request)
+            assert reply.features is not None
+            features = msgspec.structs.replace(reply.features, metadata=metadata)
+            return msgspec.structs.replace(reply, features=features) if request.media.modality == "image" else reply
+
+        bench.encoder._methods["encode_media"] = without
+        for seed in (1, 2):
+            rendered = await bench.render(IMAGE, {"image": [image(seed)]})
+            assert "pixel_values" in rendered["mm_kwargs"]["image"][0]
+        assert len(bench.encoder.calls) == 1
+        assert caplog.text.count("['image'] go to encoders as tensors from now on") == 1
+        rendered = await bench.render(VIDEO, {"video": [video(1)]})
+        assert "pixel_values_videos" not in rendered["mm_kwargs"]["video"][0]
+
+    asyncio.run(main())
+
+
 def test_key_names_content_and_all_that_its_processing_depends_on() -> None:
     base = image(1)
     others = [
