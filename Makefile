@@ -5,7 +5,7 @@ ARGS ?=
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## Make .venv, or bring it up to date (EPD_EXTRA=cpu|gpu overrides the choice by GPU)
@@ -23,6 +23,10 @@ serve: setup ## Serve (CONFIG=serve_config.yaml)
 test: setup ## Run the tests (ARGS="-k name -x")
 	@bash scripts/chromium.sh
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest $(ARGS)
+
+.PHONY: test-models
+test-models: setup ## Test other families of models, tiny and random, ten minutes (ARGS="-k Gemma"; docs/models.md)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -m models tests/models $(ARGS)
 
 .PHONY: chaos
 chaos: setup ## Break things under load, 3 rounds (EPD_CHAOS_ROUNDS=n), and print what became of the requests

@@ -88,6 +88,27 @@ def recording(
     return bytes(out) if isinstance(out, Pipe) else out.getvalue()
 
 
+def sounding(seed: int, tone: int) -> bytes:
+    """A video of two seconds with a sound."""
+    import av
+
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as file:
+        pictures = file.add_stream("mpeg4", rate=4, width=84, height=84, pix_fmt="yuv420p")
+        sound = file.add_stream("aac", rate=16000, layout="mono")
+        for index in range(8):
+            file.mux(pictures.encode(av.VideoFrame.from_ndarray(np.asarray(picture(seed * 1000 + index)))))
+        file.mux(pictures.encode())
+        wave = 0.4 * np.sin(2 * np.pi * (220 + 110 * tone) * np.arange(32000) / 16000)
+        for start in range(0, len(wave), 1024):
+            samples = wave[None, start : start + 1024].astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, start
+            file.mux(sound.encode(frame))
+        file.mux(sound.encode())
+    return out.getvalue()
+
+
 def cut(video: bytes) -> bytes:
     """A recording that broke off."""
     return video[: len(video) * 2 // 3]
