@@ -16,7 +16,7 @@ from benchmarks.questions import clients
 from benchmarks.questions.model import SIDE
 from benchmarks.questions.question import Document, Question, Run, Target, failure, order, runs_of, spread
 from benchmarks.questions.systems import E_PD, arguments, stages
-from benchmarks.report import Spread, table, text
+from benchmarks.report import Spread, text
 from benchmarks.streams import WORDS, share
 
 PRIORITY, ARRIVAL = "by priority", "in order of arrival"
@@ -121,28 +121,22 @@ def longer(document: Document, name: str, percent: float) -> Spread | None:
 
 
 def answer(document: Document) -> str:
-    rows = [
-        [
-            name,
-            *(
-                text(spread(document, name, ttft_s(kind, percent)), 2)
-                for kind in ("alone", BESIDE)
-                for percent in (50, 99)
-            ),
-            *(text(longer(document, name, percent), 2) for percent in (50, 99)),
-            text(spread(document, name, lambda run: float(run["batch_per_s"])), 1),
-            f"{sum(run['failed'] + run['batch_failed'] for run in runs_of(document, name))}",
-        ]
-        for name in POLICIES
-        if runs_of(document, name)
-    ]
-    head = ["engines take requests", "TTFT p50, s", "p99", "beside the batch: p50", "p99", "×, p50", "×, p99"]
-    by_priority, by_arrival = (text(longer(document, name, 99), 2) for name in POLICIES)
+    def seconds(name: str, kind: str) -> str:
+        at = (text(spread(document, name, ttft_s(kind, percent)), 2) for percent in (50, 99))
+        return " and ".join(at)
+
+    def times(name: str) -> str:
+        return f"{text(longer(document, name, 99), 2)} × at p99"
+
+    runs = [run for name in POLICIES for run in runs_of(document, name)]
+    failed = sum(run["failed"] + run["batch_failed"] for run in runs)
+    per_s = text(spread(document, PRIORITY, lambda run: float(run["batch_per_s"])), 1)
     return (
-        f"People's first tokens take {by_priority} times as long at p99 while the batch runs, and {by_arrival} times with "
-        "engines that take requests in order of arrival. What has begun is not stopped: a person waits for the picture that "
-        "is being encoded and the step that the engine is in, so steps must be short against what people wait for anyway. "
-        "The batch has what people leave.\n\n" + table([*head, "batch: requests/s", "failed"], rows)
+        "Where engines take requests by priority, people's first tokens come after "
+        f"{seconds(PRIORITY, 'alone')} s, p50 and p99, and beside the batch after {seconds(PRIORITY, BESIDE)} s: "
+        f"{times(PRIORITY)}. In order of arrival it is {seconds(ARRIVAL, BESIDE)} s: {times(ARRIVAL)}. What has begun is "
+        "not stopped, a picture at the encoder and a step of the engine, so steps must be short against what people wait "
+        f"for anyway; the batch has what people leave, {per_s} requests/s here. {failed} requests failed."
     )
 
 

@@ -29,6 +29,6 @@ def test_an_answer_says_how_much_longer_people_wait() -> None:
     document = {"runs": [run(PRIORITY, 1.1), run(ARRIVAL, 9.0, failed=2), run(PRIORITY, 1.2, round=1)]}
     found = longer(document, PRIORITY, 99)
     assert found is not None and (found.least, found.most) == pytest.approx((1.1, 1.2))
-    assert "1.15 (1.10 – 1.20) times" in QUESTION.answer(document) and "9.00 times" in QUESTION.answer(document)
+    assert "1.15 (1.10 – 1.20) × at p99" in QUESTION.answer(document) and "9.00 × at p99" in QUESTION.answer(document)
     (target,) = QUESTION.targets
     assert target.line(document)[-1] == "met"  # type: ignore[index]
