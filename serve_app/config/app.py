@@ -162,8 +162,9 @@ class EPDConfig(Strict):
     def _nixl_embeddings_fit(self) -> None:
         if self.pools:
             raise ValueError(
-                "`ec.connector: ECCPUConnector` cannot feed a pooling engine, whose requests vLLM gives no "
-                "`ec_transfer_params`: use SharedFolderECConnector"
+                "`ec.connector: ECCPUConnector` (the default on GPUs of several nodes) cannot feed a pooling engine, whose "
+                "requests vLLM gives no `ec_transfer_params`: use SharedFolderECConnector, with an `ec.storage_path` that all "
+                "nodes share"
             )
         if self.accelerator is Accelerator.CPU:
             raise ValueError(
