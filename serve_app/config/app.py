@@ -163,8 +163,8 @@ class EPDConfig(Strict):
         if self.pools:
             raise ValueError(
                 "`ec.connector: ECCPUConnector` (the default on GPUs of several nodes) cannot feed a pooling engine, whose "
-                "requests vLLM gives no `ec_transfer_params`: use SharedFolderECConnector, with an `ec.storage_path` that all "
-                "nodes share"
+                "requests vLLM gives no `ec_transfer_params`: use SharedFolderECConnector, with an `ec.storage_path` that "
+                "all nodes share"
             )
         if self.accelerator is Accelerator.CPU:
             raise ValueError(
