@@ -40,19 +40,21 @@ class Family:
         """Return the folder of the model, `<root>/<model type>-<version>`, building it first if it is not there."""
         return build_once(root / f"{self.model_type}-{version_of(Path(__file__))}", self._build)
 
+    def ensure_draft(self, root: Path) -> Path:
+        """Return the folder of a model of text with the same tokens, which can guess for this one."""
+        return build_once(root / f"{self.model_type}-draft-{version_of(Path(__file__))}", self._build_draft)
+
+    def _build_draft(self, folder: Path) -> None:
+        tokenizer = train_tokenizer(tuple(self.tokens.values()))
+        model = made("Qwen2ForCausalLM", text_config("qwen2", tokenizer))
+        model.save_pretrained(folder)
+        write_model(folder, model.config.to_dict(), tokenizer, "")
+
     def _build(self, folder: Path) -> None:
-        import torch
-        import transformers
         from safetensors.torch import load_file, save_file
 
         tokenizer = train_tokenizer(tuple(self.tokens.values()))
-        config = transformers.AutoConfig.for_model(self.model_type, dtype="float32", **self.config(tokenizer))
-        torch.manual_seed(0)
-        model = getattr(transformers, self.architecture)(config)
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.ndim > 1:  # loud enough that every token and every pixel changes the answer
-                    weight.normal_(std=weight[0].numel() ** -0.5)
+        model = made(self.architecture, {"model_type": self.model_type, "dtype": "float32", **self.config(tokenizer)})
         model.save_pretrained(folder)
         weights = load_file(folder / "model.safetensors")
         named = {re.sub(r"^vision_tower\.", self.tower, name): weight for name, weight in weights.items()}
@@ -61,6 +63,20 @@ class Family:
         known = json.loads((folder / "tokenizer_config.json").read_text())
         write_json(folder / "tokenizer_config.json", known | dict(self.tokens))
         write_json(folder / "processor_config.json", self.processor)
+
+
+def made(architecture: str, config: dict[str, Any]) -> Any:
+    """A model of transformers with random weights, always the same."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture)(transformers.AutoConfig.for_model(**config))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:  # loud enough that every token and every pixel changes the answer
+                weight.normal_(std=weight[0].numel() ** -0.5)
+    return model
 
 
 TILE = 56
