@@ -141,6 +141,11 @@ class EPDConfig(Strict):
                 )
         if self.pools and self.prefill is not None:
             raise ValueError("`engine_args.runner: pooling` has no stage to prefill for: set `prefill: null`")
+        if self.pools and self.engine_args.get("enable_lora"):
+            raise ValueError(
+                "`enable_lora` with `engine_args.runner: pooling`: vLLM 0.32.0 pools wrongly where requests of several adapters "
+                "share a batch. Merge the adapter into the model"
+            )
         if not self.caches_prefixes and self.routing.prefix and "prefix" in self.routing.model_fields_set:
             raise ValueError(
                 f"`routing.prefix: true` has no effect while `{self.prefilling}` has `enable_prefix_caching: false`"

@@ -220,6 +220,8 @@ def test_what_pools_takes_no_blocks_and_no_embeddings_by_nixl() -> None:
     assert "set `prefill: null`" in refusal(pools)
     assert "use SharedFolderECConnector" in refusal(pools | {"prefill": None, "ec": NIXL})
     assert "must be equal on all stages" in refusal({"decode": pools})
+    adapters = {"prefill": None, "engine_args": pools["engine_args"] | {"enable_lora": True}}
+    assert "pools wrongly where requests of several adapters share a batch" in refusal(adapters)
 
 
 @pytest.mark.parametrize(
