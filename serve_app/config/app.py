@@ -143,8 +143,8 @@ class EPDConfig(Strict):
             raise ValueError("`engine_args.runner: pooling` has no stage to prefill for: set `prefill: null`")
         if self.pools and self.engine_args.get("enable_lora"):
             raise ValueError(
-                "`enable_lora` with `engine_args.runner: pooling`: vLLM 0.32.0 pools wrongly where requests of several adapters "
-                "share a batch. Merge the adapter into the model"
+                "`enable_lora` with `engine_args.runner: pooling`: vLLM 0.32.0 pools wrongly where requests of several "
+                "adapters share a batch. Merge the adapter into the model"
             )
         if not self.caches_prefixes and self.routing.prefix and "prefix" in self.routing.model_fields_set:
             raise ValueError(
