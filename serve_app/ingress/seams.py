@@ -148,7 +148,7 @@ def install_pooling() -> None:
     PoolingBaseServing._preprocessing = _preprocessed
 
 
-RENDERED_AT_ONCE = 256
+RENDERED_AT_ONCE = CapacityLimiter(256)
 """Prompts to pool whose media may be fetched and encoded at a time; each has a thread, which waits."""
 
 _preprocessing = PoolingBaseServing._preprocessing
@@ -174,12 +174,11 @@ class InThread:
 
 
 async def _preprocessed(serving: Any, io_processor: Any, ctx: Any) -> None:
-    at_once = CapacityLimiter(RENDERED_AT_ONCE)
-    made = await to_thread.run_sync(io_processor.get_request_factory_online, ctx, limiter=at_once)
+    made = await to_thread.run_sync(io_processor.get_request_factory_online, ctx, limiter=RENDERED_AT_ONCE)
     prepared = copy.copy(io_processor)
     prepared.renderer = InThread(io_processor.renderer)
     prepared.get_request_factory_online = lambda _: made
-    prepared.render_async = partial(to_thread.run_sync, prepared.render, limiter=at_once)
+    prepared.render_async = partial(to_thread.run_sync, prepared.render, limiter=RENDERED_AT_ONCE)
     await _preprocessing(serving, prepared, ctx)
 
 
