@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
-from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from serve_app.handoff.errors import BadRequest
+from serve_app.handoff.shaping import generates
 from serve_app.handoff.types import Item, Prompt, Source, StageRequest
 
 
@@ -81,17 +81,16 @@ def to_core_request(request: StageRequest, processor: Any) -> EngineCoreRequest:
         )
         for item in request.prompt.items
     ]
-    params = request.params
-    pools = isinstance(params, PoolingParams)
-    if not pools:
+    params, samples = request.params, generates(request.params)
+    if samples:
         processor.apply_watermarking(params, processor.resolve_watermarking(params))
     return EngineCoreRequest(
         request_id=request.request_id,
         external_req_id=request.request_id,
         prompt_token_ids=request.prompt.token_ids,
         mm_features=features or None,
-        sampling_params=None if pools else params,
-        pooling_params=params if pools else None,
+        sampling_params=params if samples else None,
+        pooling_params=None if samples else params,
         arrival_time=time.time(),
         cache_salt=request.prompt.cache_salt,
         data_parallel_rank=None,

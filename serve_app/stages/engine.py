@@ -18,7 +18,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import PoolingRequestOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.utils.system_utils import kill_process_tree
@@ -29,6 +29,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.handoff.engine_input import to_core_request
 from serve_app.handoff.errors import BadRequest, EngineDead, HandoffLost, StageUnavailable
+from serve_app.handoff.shaping import generates
 from serve_app.handoff.types import StageRequest
 from serve_app.observe.engine_metrics import PageLogger, tell_ray
 from serve_app.stage import Stage
@@ -121,7 +122,7 @@ class StageEngine:
         llm = self._llm
         if llm.errored:
             raise EngineDead(self._stage, f"failed: {llm.dead_error}")
-        samples = isinstance(request.params, SamplingParams)
+        samples = generates(request.params)
         if samples and llm.vllm_config.cache_config.kv_sharing_fast_prefill and request.params.prompt_logprobs:
             raise BadRequest("Logprobs of the prompt are wrong with `kv_sharing_fast_prefill`: this engine has none.")
         if llm.output_processor.has_request(request.request_id):  # vLLM would add it to that one's prompt

@@ -123,8 +123,9 @@ class SharedCores:
 
     def _pass_time(self) -> None:
         passed, self._seen_at = self._loop.now - self._seen_at, self._loop.now
+        done = passed * self._speed() if self._active else 0.0
         for work in self._active:
-            work.left -= passed * self._speed()
+            work.left -= done
 
     def _schedule(self) -> None:
         if self._timer is not None:
