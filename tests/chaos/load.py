@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -181,21 +182,21 @@ def leave_before_the_first_token(server: Server, order: random.Random) -> bool:
         return True
 
 
-def leave(server: Server, seconds: float, threads: int = 8) -> dict[str, int]:
-    """Clients that leave one after the other, many at a time; how many left by where they left."""
+def leave(server: Server, each: int, threads: int = 8) -> dict[str, int]:
+    """Clients that leave one after the other, many at a time, until so many have left in each way; how many left in it."""
     ways: list[Callable[[Server, random.Random], bool]] = [leave_in_the_stream, leave_before_the_first_token]
-    left: list[str] = []
-    end = time.monotonic() + seconds
+    left: Counter[str] = Counter()
+    end = time.monotonic() + DEADLINE_S
 
     def work(seed: int) -> None:
         order, way = random.Random(seed), ways[seed % 2]
-        while time.monotonic() < end:
+        while any(left[way.__name__] < each for way in ways) and time.monotonic() < end:
             if way(server, order):
-                left.append(way.__name__)
+                left[way.__name__] += 1
 
     workers = [threading.Thread(target=work, args=(seed,)) for seed in range(threads)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return {way.__name__: left.count(way.__name__) for way in ways}
+    return {way.__name__: left[way.__name__] for way in ways}

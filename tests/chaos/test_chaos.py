@@ -153,8 +153,8 @@ def fill_cache(server: Server, load: Load, baseline: dict[str, Any]) -> float:
 
 def leave_for_a_while(server: Server, load: Load, _: Any) -> float:
     began = time.monotonic()
-    left = leave(server, 8)
-    assert min(left.values()) >= 10, left
+    left = leave(server, 20)
+    assert min(left.values()) >= 20, left
     server.wait_until(
         lambda: server.metric("vllm:num_requests_running", stage="decode") <= load.threads,
         "the others to be aborted",

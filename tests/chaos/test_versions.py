@@ -20,7 +20,7 @@ from serve_app.launch.placement import Cluster as Cpu
 from serve_app.launch.placement import resolve
 from tests.chaos.conftest import Row
 from tests.chaos.load import Ask, Load, Outcome, ask, asks, failed, of_choices, wrong
-from tests.integration.test_lifecycle import BIN, Cluster, cluster
+from tests.integration.test_cluster import BIN, Cluster, cluster
 from tools.harness.servers import Server, serve_config
 
 REQUESTS = 200
@@ -39,7 +39,7 @@ class Application:
         self.args |= {"model": str(self.model), "engine_args": DEMO_DEFAULTS}
         log = folder / "no.log"
         log.write_text("")
-        self.server = Server(f"http://127.0.0.1:{ray.http_port}", None, log)  # type: ignore[arg-type]
+        self.server = Server(f"http://127.0.0.1:{ray.http_port}", None, log, dashboard=ray.dashboard)  # type: ignore[arg-type]
 
     def replace_weights(self) -> None:
         """By others of the same names and shapes, in the folder that the engines were started from."""

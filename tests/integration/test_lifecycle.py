@@ -1,13 +1,10 @@
 """What is started ends, however it ends; what crashes is replaced."""
 
-import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +13,18 @@ import pytest
 import requests
 from ray.serve._private.constants import DEFAULT_HEALTH_CHECK_PERIOD_S
 
-from serve_app.launch.connectors import free_ports
-from tools.harness.answers import arriving, gather
+from tools.harness.answers import events, gather
 from tools.harness.cases import chat, image, text
 from tools.harness.servers import (
-    REPOSITORY,
     Server,
     engine_pids,
-    kill_all,
-    marked_environment,
-    marked_processes,
-    serve_deploy,
     serve_run,
-    wait_gone,
 )
 
 BIN = Path(sys.executable).parent
 ASK = chat(text("Describe."), image(1))
-LOST_AFTER = 600
-"""Tokens of a stream before its decode is lost."""
+LOST_AFTER = 1500
+"""Tokens of three answers before their decode is lost. Its engine counts them: a client may be far behind."""
 
 
 @pytest.fixture(scope="module")
@@ -91,33 +81,32 @@ def test_answers_under_way_go_on_where_their_decode_was_lost(server: Server, way
     expected = server.post(path, detailed).json()["choices"][0]
     replica, below = replica_tree(server, "Decode")
     victim = replica if "replica" in way else engine_core(below)
-    heard: list[dict[str, Any]] = []
-    lost_after = 0
-    with (
-        ThreadPoolExecutor(2) as pool,
-        server.session.post(server.url + path, json=body | {"stream": True}, stream=True, timeout=240) as response,
-    ):
-        unstreamed = [
-            pool.submit(requests.post, server.url + path, json=each, timeout=240) for each in (body, detailed)
-        ]
-        for event in arriving(response):
-            heard.append(event)
-            if not lost_after and (tokens := len(gather(heard)["choices"][0]["token_ids"])) >= LOST_AFTER:
-                lost_after = tokens
-                assert not any(each.done() for each in unstreamed)
-                victim.kill()
-                victim.wait()
-    stream = gather(heard)["choices"][0]
-    whole, whole_detailed = (each.result().json()["choices"][0] for each in unstreamed)
-    made = server.metric("vllm:generation_tokens_total", stage="decode")
-    assert lost_after < length * 2 / 3
+
+    def generated() -> float:
+        return server.metric("vllm:generation_tokens_total", stage="decode")
+
+    def streamed() -> dict[str, Any]:
+        with requests.post(server.url + path, json=body | {"stream": True}, stream=True, timeout=240) as response:
+            return gather(events(response))["choices"][0]
+
+    began = generated()
+    with ThreadPoolExecutor(3) as pool:
+        streaming = pool.submit(streamed)
+        wholes = [pool.submit(requests.post, server.url + path, json=each, timeout=240) for each in (body, detailed)]
+        server.wait_until(lambda: generated() - began >= LOST_AFTER, "tokens of the three", every_s=0.01)
+        assert server.metric("vllm:num_requests_running", stage="decode") == 3
+        victim.kill()
+        victim.wait()
+    stream = streaming.result()
+    whole, whole_detailed = (each.result().json()["choices"][0] for each in wholes)
+    made = generated()
     assert (stream["token_ids"], stream["text"]) == (expected["token_ids"], expected["message"]["content"])
     for each in (whole, whole_detailed):
         assert (each["token_ids"], each["message"]) == (expected["token_ids"], expected["message"])
     assert words(whole_detailed) == words(expected)
     assert stream["finish_reason"] == whole["finish_reason"] == whole_detailed["finish_reason"] == "length"
-    assert all("decode-again" in each.result().headers["x-epd-rungs"] for each in unstreamed)
-    assert made < (length - lost_after) + 2 * length * 0.9, "of the new replica: the rest of all answers"
+    assert all("decode-again" in each.result().headers["x-epd-rungs"] for each in wholes)
+    assert made < 3 * length - LOST_AFTER / 2, "of the new replica: the rest of all answers"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
 
 
@@ -149,91 +138,3 @@ def test_engine_that_hangs_is_killed_with_its_replica_and_replaced(server: Serve
     assert server.post(*ASK).status_code == 200, "it waits for the one that comes"
     server.wait_until(lambda: recovers(server, "Decode", replica.pid), "the replica to be replaced", 180)
     assert not [process for process in below if process.is_running()]
-
-
-# ---- a cluster that is there already
-
-
-class Cluster:
-    """A Ray cluster by `ray start`, with GPUs that are declared only: resources, no devices."""
-
-    def __init__(self, folder: Path) -> None:
-        self.mark = str(folder)
-        self.http_port, gcs, dashboard = free_ports(3)
-        self.dashboard = f"http://127.0.0.1:{dashboard}"
-        self.environment = marked_environment(self.mark) | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}
-        self.environment["RAY_AUTH_MODE"] = "disabled"  # else it depends on whether this user has a token
-        head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=8", "--num-gpus=4"]
-        self.run(BIN / "ray", "start", *head)
-
-    def run(self, *command: Any) -> str:
-        result = subprocess.run(
-            list(map(str, command)), env=self.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout + result.stderr
-
-    def deploy(self, folder: Path, args: dict[str, Any]) -> Server:
-        return serve_deploy(folder, self.dashboard, self.environment, self.http_port, args)
-
-    def resources(self) -> dict[str, float]:
-        """Claimed resources by name."""
-        code = (
-            "import json, ray; ray.init(logging_level='ERROR'); a = ray.available_resources();"
-            "print('##' + json.dumps({k: v - a.get(k, 0) for k, v in ray.cluster_resources().items()}))"
-        )
-        claimed: dict[str, float] = json.loads(self.run(sys.executable, "-c", code).rpartition("##")[2])
-        return claimed
-
-    def names(self) -> list[str]:
-        """Of the processes of this cluster."""
-        return [(" ".join(process.cmdline()) or process.name()).strip()[:80] for process in marked_processes(self.mark)]
-
-    def engines(self) -> list[str]:
-        """Names of the engine processes of this cluster; now and then one keeps that of the program it is spawned as."""
-        return [name for name in self.names() if name.startswith("VLLM") or "multiprocessing.spawn" in name]
-
-    def status(self) -> str:
-        """Of applications, deployments and replicas."""
-        return self.run(BIN / "serve", "status", "-a", self.dashboard)
-
-
-@contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
-    try:
-        yield Cluster(folder)
-    finally:
-        kill_all(str(folder))
-
-
-def test_deploy_claims_what_it_uses_and_shutdown_and_ray_stop_leave_nothing(tmp_path: Path) -> None:
-    args = {
-        "accelerator": "cpu",
-        "encoder": {"gpus_per_replica": 0.25, "cpus_per_replica": 0.5},
-        "prefill": None,
-        "decode": {"gpus_per_replica": 2, "cpus_per_replica": 2},
-        "ingress_cpus": 1,
-        "ec": {"storage_path": str(tmp_path / "ec")},
-    }
-    with cluster(tmp_path) as ray:
-        server = ray.deploy(tmp_path, args)
-        answer = server.post(*ASK)
-        assert answer.status_code == 200 and "x-epd-rungs" not in answer.headers, f"{answer.headers} {ray.status()}"
-        claimed = ray.resources()
-        assert claimed["GPU"] == pytest.approx(2.25)
-        assert claimed["CPU"] == pytest.approx(3.5, abs=0.1)
-        assert len(ray.engines()) == 2, f"{ray.names()} {ray.status()}"
-
-        ray.run(BIN / "serve", "shutdown", "-y", "-a", ray.dashboard)
-        server.wait_until(lambda: not ray.engines(), "all engines to end after `serve shutdown`", 60)
-
-        server = ray.deploy(tmp_path, single(args))
-        assert server.post(*ASK).status_code == 200
-        assert len(ray.engines()) == 1
-        ray.run(BIN / "ray", "stop")
-        assert wait_gone(ray.mark) == []
-
-
-def single(args: dict[str, Any]) -> dict[str, Any]:
-    """The same as one engine."""
-    return {key: value for key, value in args.items() if key != "ec"} | {"encoder": None}

@@ -16,11 +16,12 @@ import pytest
 from serve_app.launch.connectors import free_ports
 from serve_app.stage import Stage
 from tests.chaos.load import Load, asks
-from tests.integration.test_lifecycle import BIN
+from tests.integration.test_cluster import BIN
 from tools.harness.servers import (
     DEPLOYMENTS,
     RAY_ENV,
     Server,
+    forking,
     kill_all,
     marked_environment,
     serve_deploy,
@@ -91,19 +92,21 @@ def server(network: None, baseline: dict[str, Any], tmp_path_factory: pytest.Tem
     stages: dict[str, Any] = {stage: {"cpus_per_replica": 0.1, "resources": {f"{stage}_node": 1}} for stage in STAGES}
     args = {"accelerator": "cpu", "ingress_cpus": 2, "ec": {"storage_path": str(folder / "ec")}} | stages
 
-    def ray_start(*options: str, within: tuple[str, ...] = ()) -> None:
+    def ray_start(env: dict[str, str], *options: str, within: tuple[str, ...] = ()) -> None:
         command = [*within, str(BIN / "ray"), "start", places, *options]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert run.returncode == 0, run.stdout + run.stderr
 
     try:
-        address = (f"--node-ip-address={HEAD}", f"--port={gcs}", f"--dashboard-port={dashboard}")
-        ray_start("--head", "--num-cpus=8", *address)
-        address = (f"--node-ip-address={NODE}", f"--address={HEAD}:{gcs}")
-        ray_start("--num-cpus=1", *address, within=("ip", "netns", "exec", NAMESPACE))
-        two = {name: {"num_replicas": 2} for name in DEPLOYMENTS}
-        server = serve_deploy(folder, f"http://127.0.0.1:{dashboard}", environment, http_port, args, two)
-        wait_for_replicas(server, 2)
+        with forking(folder, args, environment) as forks:
+            address = (f"--node-ip-address={HEAD}", f"--port={gcs}", f"--dashboard-port={dashboard}")
+            ray_start(environment | forks, "--head", "--num-cpus=8", *address)
+            address = (f"--node-ip-address={NODE}", f"--address={HEAD}:{gcs}")
+            # What the head's server forks would be in the head's network.
+            ray_start(environment, "--num-cpus=1", *address, within=("ip", "netns", "exec", NAMESPACE))
+            two = {name: {"num_replicas": 2} for name in DEPLOYMENTS}
+            server = serve_deploy(folder, f"http://127.0.0.1:{dashboard}", environment, http_port, args, two)
+            wait_for_replicas(server, 2)
         yield server
     finally:
         kill_all(mark)

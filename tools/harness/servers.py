@@ -22,6 +22,7 @@ import requests
 import yaml
 
 from serve_app.config import EPDConfig
+from serve_app.hooks.forked_worker import ADDRESS_ENV
 from serve_app.launch.connectors import free_ports
 from serve_app.launch.engine_args import engine_args, model_path, replica_env
 from serve_app.launch.placement import Cluster, resolve
@@ -55,6 +56,8 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
     session: requests.Session = field(default_factory=requests.Session)
+    dashboard: str = ""
+    """Of the cluster that it was deployed on."""
 
     def post(self, path: str, body: Any = None, **kwargs: Any) -> requests.Response:
         return self.session.post(self.url + path, json=body, timeout=kwargs.pop("timeout", 120), **kwargs)
@@ -95,6 +98,14 @@ class Server:
             return self.get("/health").status_code == 200
         except requests.RequestException:
             return False
+
+    def statuses(self) -> dict[str, str]:
+        """What Serve says of each deployment, where there is a dashboard."""
+        if not self.dashboard:
+            return {}
+        told = requests.get(f"{self.dashboard}/api/serve/applications/", timeout=30).json()["applications"]["epd"]
+        states = {name: each["status"] + f": {each['message']}" for name, each in told["deployments"].items()}
+        return {"epd": told["status"] + f": {told['message']}"} | states
 
     def tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -279,6 +290,33 @@ def serve_that_fails(folder: Path, args: dict[str, Any], within_s: float = 120) 
         shutil.rmtree(temp, ignore_errors=True)
 
 
+FORKS = """
+import os, sys
+from pathlib import Path
+from serve_app.launch import fork_server
+
+server = fork_server.start(Path(sys.argv[1]))
+print(os.environ[fork_server.ADDRESS_ENV], flush=True)
+sys.stdin.read()
+server.end()
+"""
+
+
+@contextlib.contextmanager
+def forking(folder: Path, args: dict[str, Any], environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """What to add to ``environment`` for a cluster whose replicas of an application with ``args`` are forked, as those of
+    `make serve` are: else each loads vLLM by itself. Replicas live on afterwards."""
+    path = serve_config(folder, 0, args, None)
+    env = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", FORKS, str(path)]
+    with subprocess.Popen(command, env=env, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout
+        address = server.stdout.readline().decode().strip()
+        assert address, "no server that forks"
+        yield {ADDRESS_ENV: address}
+    assert server.returncode == 0
+
+
 def serve_deploy(
     folder: Path,
     dashboard: str,
@@ -294,8 +332,8 @@ def serve_deploy(
     assert done.returncode == 0, done.stdout + done.stderr
     log = folder / "no.log"
     log.write_text("")
-    server = Server(f"http://127.0.0.1:{port}", None, log)  # type: ignore[arg-type]
-    server.wait_until(server.healthy, "the deployed application", 240)
+    server = Server(f"http://127.0.0.1:{port}", None, log, dashboard=dashboard)  # type: ignore[arg-type]
+    server.wait_until(server.healthy, lambda: f"the deployed application: {server.statuses()}", 240)
     return server
 
 
@@ -375,7 +413,8 @@ def missing(server: Server, replicas: int) -> str:
     processes = engine_pids(server)
     counts = {name: len(processes.get(name, [])) for name in DEPLOYMENTS}
     if set(counts.values()) != {replicas}:
-        return f"{replicas} replicas of each deployment, not {counts}; engines: {len(processes.get('EngineCore', []))}"
+        engines = len(processes.get("EngineCore", []))
+        return f"{replicas} replicas of each deployment, not {counts}; engines: {engines}; {server.statuses()}"
     try:
         page = server.get("/metrics").text
     except requests.RequestException as error:
