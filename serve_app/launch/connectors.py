@@ -6,7 +6,6 @@ each connector at any tensor parallelism, because an engine's scheduler listens.
 """
 
 import contextlib
-import itertools
 import random
 import shutil
 import socket
@@ -106,7 +105,7 @@ def tell_version(config: EPDConfig, vllm_config: Any, version: Version) -> None:
 
 def side_channel_env(host: str) -> dict[str, str]:
     """Environment of one replica's engine. ``host``: the IP of its node, as others reach it."""
-    nixl_port, ec_port = free_ports(2, PORTS)
+    nixl_port, ec_port = free_ports(2)
     return {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(nixl_port),
@@ -115,15 +114,15 @@ def side_channel_env(host: str) -> dict[str, str]:
     }
 
 
-def free_ports(count: int, among: range | None = None) -> list[int]:
-    """Distinct TCP ports that nobody listens on now, ``among`` these or of the kernel's choice."""
+def free_ports(count: int, among: range = PORTS) -> list[int]:
+    """Distinct TCP ports that nobody listens on now."""
     with contextlib.ExitStack() as sockets:  # all stay open until all are found, so that none comes twice
         found: list[int] = []
-        for port in itertools.repeat(0) if among is None else random.sample(among, len(among)):
+        for port in random.sample(among, len(among)):
             sock = sockets.enter_context(socket.socket())
             with contextlib.suppress(OSError):
                 sock.bind(("", port))
-                found.append(sock.getsockname()[1])
+                found.append(port)
             if len(found) == count:
                 return found
     raise OSError(f"no {count} free TCP ports among {among}")

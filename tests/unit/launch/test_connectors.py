@@ -178,9 +178,12 @@ def test_kv_connector_is_the_configured_one() -> None:
     assert settings["kv_connector_module_path"] == "serve_app.transfer.kv_transport"
 
 
-def test_free_ports_are_distinct_and_can_be_bound_together() -> None:
+def test_free_ports_are_distinct_can_be_bound_together_and_are_not_the_kernels_to_give() -> None:
+    """Else the kernel may give one to another process before it is used: a page of metrics has answered for a server."""
     ports = free_ports(50)
     assert len(set(ports)) == 50
+    low, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert all(1024 <= port < low for port in ports)
     sockets = [socket.socket() for _ in ports]
     try:
         for sock, port in zip(sockets, ports, strict=True):
@@ -196,8 +199,6 @@ def test_replica_is_reached_at_its_nodes_address_and_at_ports_of_its_own() -> No
     assert env.keys() == SIDE_CHANNEL_ENV  # what a stage's `env:` may not set
     ports = {int(env["VLLM_NIXL_SIDE_CHANNEL_PORT"]), int(env["VLLM_EC_SIDE_CHANNEL_PORT"])}
     assert len(ports) == 2
-    low, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    assert all(1024 <= port < low for port in ports), "the kernel may give them to others before the engine listens"
 
 
 def test_ports_that_are_taken_are_left_out() -> None:
