@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tools.harness.answers import events, gather, reduce
+from tools.harness.answers import answered, events, gather
 from tools.harness.cases import CASES, LIKE, MANY, STREAMED, one_of_many
 from tools.harness.servers import REPOSITORY, Server, vllm_server
 
@@ -22,13 +22,11 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     answers: dict[str, Any] = {}
     with vllm_server(tmp_path_factory.mktemp("baseline"), {"media": MEDIA_RULES}) as server:
         for name, (path, body) in (CASES | {name: like for name, (_, like) in LIKE.items()}).items():
-            response = server.post(path, body)
-            assert response.status_code == 200, f"{name}: {response.text}"
-            answers[name] = reduce(response.json())
+            answers[name] = answered(server.post(path, body))
         for name in STREAMED:
             answers[f"{name}/stream"] = stream(server, name)
         for index in range(MANY):
-            answers[f"many/{index}"] = reduce(server.post(*one_of_many(index)).json())
+            answers[f"many/{index}"] = answered(server.post(*one_of_many(index)))
     return answers
 
 

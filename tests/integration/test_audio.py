@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tools.harness.answers import differences, events, gather, reduce
+from tools.harness.answers import answered, differences, events, gather
 from tools.harness.cases import Case, chat, text
 from tools.harness.media import data_url, wav
 from tools.harness.models import ensure_audio_model, serving
@@ -74,9 +74,7 @@ def audio_baseline(args: dict[str, Any], tmp_path_factory: pytest.TempPathFactor
     with vllm_server(tmp_path_factory.mktemp("audio-baseline"), args) as server:
         answers: dict[str, Any] = {}
         for name, (path, body) in CASES.items():
-            response = server.post(path, body)
-            assert response.status_code == 200, f"{name}: {response.text}"
-            answers[name] = reduce(response.json())
+            answers[name] = answered(server.post(path, body))
         return answers | {"stream": gather(events(server.post(*stream_case())))}
 
 
@@ -110,9 +108,7 @@ def server(
 
 @pytest.mark.parametrize("name", CASES)
 def test_answers_as_one_engine(server: Server, audio_baseline: dict[str, Any], name: str) -> None:
-    response = server.post(*CASES[name])
-    assert response.status_code == 200, response.text
-    assert differences(reduce(response.json()), audio_baseline[name]) == []
+    assert differences(answered(server.post(*CASES[name])), audio_baseline[name]) == []
 
 
 def test_streams_as_one_engine(server: Server, audio_baseline: dict[str, Any]) -> None:
@@ -138,16 +134,13 @@ def test_sound_from_the_web_is_known_by_its_content(
     for seed, name in ((1, "audio_url"), (5, "another sound")):
         (folder / "sound.wav").write_bytes(wav(seed))  # the same URL with another content
         part = {"type": "audio_url", "audio_url": {"url": f"{url}/sound.wav"}}
-        response = server.post(*chat(part, text("What do you hear?")))
-        assert response.status_code == 200, response.text
-        assert differences(reduce(response.json()), audio_baseline[name]) == []
+        assert differences(answered(server.post(*chat(part, text("What do you hear?")))), audio_baseline[name]) == []
 
 
 def test_sound_is_known_by_its_name(server: Server, audio_baseline: dict[str, Any]) -> None:
     for part in (input_audio(2), {"type": "input_audio", "input_audio": None}):
-        response = server.post(*chat(text("Listen."), part | {"uuid": "sound"}))
-        assert response.status_code == 200, response.text
-        assert differences(reduce(response.json()), audio_baseline["input_audio"]) == []
+        answer = answered(server.post(*chat(text("Listen."), part | {"uuid": "sound"})))
+        assert differences(answer, audio_baseline["input_audio"]) == []
 
 
 def test_reasoning_is_told_apart(server: Server) -> None:

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from tools.harness.adapters import RANK, write_adapter
-from tools.harness.answers import differences, reduce
+from tools.harness.answers import answered, differences, reduce
 from tools.harness.cases import Case, chat, image, text
 from tools.harness.servers import API, Server, cpu_config, engine_pids, engine_server, serve_run
 
@@ -40,7 +40,7 @@ def expected(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     config = cpu_config({"engine_args": ENGINE, "encoder": None, "prefill": None})
     modules = [f"{name}={path}" for name, path in adapters.items()]
     with engine_server(tmp_path_factory.mktemp("one"), config, {"lora_modules": modules}) as server:
-        answers = {name: [reduce(server.post(*case).json()) for case in cases(name)] for name in NAMES}
+        answers = {name: [answered(server.post(*case)) for case in cases(name)] for name in NAMES}
     assert answers[None] != answers[AT_START] != answers[LATER], "the adapters change answers"
     return answers
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import requests
 
-from tools.harness.answers import differences, reduce
+from tools.harness.answers import answered, differences
 from tools.harness.cases import LONG, chat, conversation, image, text
 from tools.harness.servers import Server, serve_run
 
@@ -81,7 +81,7 @@ def test_pictures_in_the_prefix_cache_are_not_encoded_and_the_answer_is_that_of_
     encoded = [True]
     while any(encoded[-3:]):
         response = server.post(path, body)
-        assert differences(reduce(response.json()), baseline[NAME]) == []
+        assert differences(answered(response), baseline[NAME]) == []
         assert "x-epd-rungs" not in response.headers
         encoded.append(was_encoded(response))
         assert len(encoded) < 60, encoded
@@ -101,9 +101,9 @@ def test_pictures_that_are_not_there_after_all_are_encoded(
     for each in (folder / "ec").glob("**/*.safetensors"):
         each.unlink()
     response = server.post(path, body)
-    assert differences(reduce(response.json()), baseline[NAME]) == []
+    assert differences(answered(response), baseline[NAME]) == []
     assert response.headers["x-epd-rungs"] == "encode-after-all"
     assert was_encoded(response)
     again = server.post(path, body)
     assert cached(again)[0] > 0.9 * cached(again)[1]
-    assert differences(reduce(again.json()), baseline[NAME]) == []
+    assert differences(answered(again), baseline[NAME]) == []

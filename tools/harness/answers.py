@@ -30,6 +30,12 @@ def reduce(value: Any) -> Any:
     return value
 
 
+def answered(response: requests.Response) -> Any:
+    """The reduced answer of a request that must not fail."""
+    assert response.status_code == 200, response.text
+    return reduce(response.json())
+
+
 def differences(ours: Any, baseline: Any, where: str = "") -> list[str]:
     """Where two reduced answers differ; log-probabilities only beyond float noise."""
     if isinstance(ours, dict) and isinstance(baseline, dict):
