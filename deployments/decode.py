@@ -8,7 +8,7 @@ from ray import serve
 from serve_app.channel.outlet import Outlets
 from serve_app.channel.wire import First, ReplyTo
 from serve_app.config import EPDConfig
-from serve_app.handoff.shaping import hand_off_id, pulled_blocks
+from serve_app.handoff.shaping import generates, hand_off_id, pulled_blocks
 from serve_app.handoff.types import DecodeReply, StageRequest, Version
 from serve_app.handoff.waits import pulls
 from serve_app.stage import Stage
@@ -43,8 +43,13 @@ class Decode(EngineReplica):
         began, key, blocks = time.perf_counter(), request.request_id, pulled_blocks(request.params)
         hand_off, heard, tokens = hand_off_id(blocks), False, 0
 
+        # Sequences, but what pools does the work of a prefill.
+        pools = not generates(request.params)
+
         def hear(output: "EngineCoreOutput") -> None:
             nonlocal heard, tokens
+            if pools and output.prefill_stats is not None:
+                work.done = work.asked - output.prefill_stats.num_cached_tokens
             first = None
             if not heard:
                 heard, waited = True, queued_s(output)
@@ -54,7 +59,7 @@ class Decode(EngineReplica):
             tokens += len(output.new_token_ids)
             outlet.put(key, output, first, last=output.finished)
 
-        with self.work.call(1):
+        with self.work.call(len(request.prompt.token_ids) if pools else 1) as work:
             # With all slots taken, the wait for a slot cannot be told from the transfer.
             tells = blocks is not None and self.work.under_way <= self.engine.slots
             outlet = await self.outlets.to(reply_to)

@@ -1,7 +1,7 @@
 """How much work a replica has, and how fast it does it: the signals of the autoscaling policies.
 
-Work is counted in the unit of the stage: visual or audio tokens of an encoder, prompt tokens of prefill (less those in its
-prefix cache), sequences of decode.
+Work is counted in the unit of the stage: visual or audio tokens of an encoder, prompt tokens of prefill and of what pools
+(less those in its prefix cache), sequences of decode.
 """
 
 import time

@@ -329,6 +329,39 @@ QWEN2_5_OMNI = Family(
     },
 )
 
+
+# ---- Whisper: an encoder-decoder model, which is refused
+
+
+def whisper_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "num_mel_bins": SPEECH_CONFIG["num_mel_bins"],
+        "d_model": 64,
+        **{f"{part}_layers": 2 for part in ("encoder", "decoder")},
+        **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 128 for part in ("encoder", "decoder")},
+        "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "eos_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "decoder_start_token_id": tokenizer.token_to_id("<|startoftranscript|>"),
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+    }
+
+
+WHISPER = Family(
+    architecture="WhisperForConditionalGeneration",
+    model_type="whisper",
+    tokens={"end_token": "<|endoftext|>", "start_token": "<|startoftranscript|>"},
+    media={},
+    config=whisper_config,
+    processor={
+        "processor_class": "WhisperProcessor",
+        "feature_extractor": mel_features("WhisperProcessor", "WhisperFeatureExtractor", SPEECH_CONFIG),
+    },
+)
+
 FAMILIES = {
     "Qwen3-VL": QWEN3_VL,
     "InternVL3": INTERNVL3,

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import ray
 import torch
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, FinishReason
+from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsTensors
 
 from deployments.decode import Decode
@@ -357,6 +358,18 @@ def test_decode_puts_what_its_engine_makes_and_answers_at_the_end() -> None:
 def test_first_output_tells_even_where_it_has_no_tokens() -> None:
     _, outlets = decoded(DecodeEngine(output(), output(64)))
     assert [first is not None for _, _, first, _ in outlets.put] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("params", "work"), [(SamplingParams(), 1), (PoolingParams(task="embed"), 3 - 2)], ids=["generates", "pools"]
+)
+def test_work_of_decode_is_a_sequence_and_of_what_pools_the_tokens_of_a_prompt_that_were_not_cached(
+    params: Any, work: int
+) -> None:
+    engine = DecodeEngine(output(prefill_stats=PrefillStats(3, 1, 2, 2, 0), finish_reason=FinishReason.STOP))
+    decode: Any = replica("Decode", engine, outlets=FakeOutlets())
+    asyncio.run(decode.decode(StageRequest("r", Prompt([1, 2, 3]), params), REPLY_TO))
+    assert decode.work.stats()["done"] == work
 
 
 def test_decode_that_is_aborted_answers_with_what_it_had_sent() -> None:
