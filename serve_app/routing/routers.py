@@ -25,6 +25,11 @@ class _KnownRouter(RequestRouter):
     def _make_known(self) -> None:
         handles.known.routers[self.app_name, self._deployment_id.name] = self
 
+    # A replica takes the call that it was chosen for, and calls have ids of their own: each is made in a context of its own.
+    # Serve's rule for two choices gives it to the call that waits longest. That loses prefix and version, and where replicas
+    # are full, four calls a second are all that come through: whoever gave its replica away sleeps before it looks again.
+    _fulfill_next_pending_request = RequestRouter._fulfill_next_pending_request
+
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)
         if (call := handles.sending.get()) is not None:

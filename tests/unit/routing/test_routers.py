@@ -1,6 +1,7 @@
 """The order in which an item tries encoder replicas, and the load it is decided on."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,10 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.serve._private.common import DeploymentID, ReplicaID
-from ray.serve._private.request_router.common import ReplicaQueueLengthCache
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve._private.request_router.common import PendingRequest, ReplicaQueueLengthCache
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
+from ray.serve._private.utils import generate_request_id
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.handoff.types import ANY, Item, Prompt, StageRequest, Version
@@ -374,6 +376,74 @@ def test_a_handle_knows_whether_an_encoder_takes_calls(router: LeastCostRouter) 
     assert not handle(Stage.ENCODER, "another").absent
     router._replicas = {"a": Replica("a")}  # type: ignore[dict-item]
     assert not handle(Stage.ENCODER, "shop").absent
+
+
+class Room:
+    """A replica that takes so many calls."""
+
+    def __init__(self, name: str, calls: int) -> None:
+        self.replica_id = ReplicaID(name, DeploymentID("Decode", "shop"))
+        self.max_ongoing_requests, self.calls = 40, 40 - calls
+
+    async def get_queue_len(self, deadline_s: float) -> int:
+        return self.calls
+
+
+def waiting(version: Version = ANY, age_s: float = 0.0) -> PendingRequest:
+    """A call that no replica has taken yet."""
+    request = StageRequest("id", Prompt([1]), None, version=version)
+    metadata = RequestMetadata(generate_request_id(), generate_request_id(), call_method="decode")
+    return PendingRequest([request], {}, metadata, created_at=time.time() - age_s)
+
+
+def full(*replicas: Room) -> Any:
+    """Ray's own router of decode in front of replicas. It looks again after half a second."""
+    made: Any = PrefixRouter(
+        deployment_id=DeploymentID("Decode", "shop"),
+        handle_source=DeploymentHandleSource.REPLICA,
+        initial_backoff_s=0.5,
+        max_backoff_s=0.5,
+    )
+    made._replicas = {replica.replica_id: replica for replica in replicas}
+    made._replicas_list, made._replica_id_set = list(replicas), set(made._replicas)
+    made.initialize_state()
+    return made
+
+
+def test_a_replica_takes_the_call_that_it_was_chosen_for(told: Callable[..., None]) -> None:
+    old, new = Room("a", calls=0), Room("b", calls=1)
+    told(old, OLD)  # type: ignore[arg-type]
+    told(new, NEW)  # type: ignore[arg-type]
+
+    async def places() -> list[Room]:
+        router = full(old, new)
+        first, second = (asyncio.create_task(router._choose_replica_for_request(waiting(each))) for each in (OLD, NEW))
+        await second
+        assert not first.done()
+        old.calls = 0
+        return [await first, await second]
+
+    assert asyncio.run(asyncio.wait_for(places(), 10)) == [old, new]
+
+
+def test_calls_that_waited_come_through_at_once_when_there_is_room(told: Callable[..., None]) -> None:
+    """Those included that had been sent to a replica which then had no room: they are older than what waits already."""
+    replica = Room("a", calls=0)
+
+    async def come() -> float:
+        router = full(replica)
+        calls = [asyncio.create_task(router._choose_replica_for_request(waiting())) for _ in range(2)]
+        await asyncio.sleep(0.1)  # both look for room
+        for _ in range(30):
+            refused = router._choose_replica_for_request(waiting(age_s=1.0), is_retry=True)
+            calls.append(asyncio.create_task(refused))
+        await asyncio.sleep(0.1)
+        assert not any(call.done() for call in calls)
+        replica.calls, began = 0, time.monotonic()
+        await asyncio.gather(*calls)
+        return time.monotonic() - began
+
+    assert asyncio.run(asyncio.wait_for(come(), 60)) < 2, "two come with each look"
 
 
 def as_ray_sends_it(name: str) -> Any:
