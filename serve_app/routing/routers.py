@@ -25,10 +25,13 @@ class _KnownRouter(RequestRouter):
     def _make_known(self) -> None:
         handles.known.routers[self.app_name, self._deployment_id.name] = self
 
-    # A replica takes the call that it was chosen for, and calls have ids of their own: each is made in a context of its own.
-    # Serve's rule for two choices gives it to the call that waits longest. That loses prefix and version, and where replicas
-    # are full, four calls a second are all that come through: whoever gave its replica away sleeps before it looks again.
-    _fulfill_next_pending_request = RequestRouter._fulfill_next_pending_request
+    def _fulfill_next_pending_request(self, replica: Any, request_metadata: Any = None) -> None:
+        """A replica takes the call that it was chosen for. Calls have ids of their own: each is made in its own context.
+
+        Serve's rule of two choices gives it to the call that waits longest. That loses prefix and version; and after a stage
+        was full, four calls a second come through, as whoever gave its replica away sleeps before it looks again.
+        """
+        RequestRouter._fulfill_next_pending_request(self, replica, request_metadata)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)

@@ -73,7 +73,7 @@ def test_serve_ends_the_life_of_the_app_before_anything_else_of_a_replica() -> N
 
 def test_a_request_router_chooses_in_tiers_and_knows_how_long_queues_are() -> None:
     from ray.serve._private.request_router.common import PendingRequest, ReplicaQueueLengthCache, RequestRoutingContext
-    from ray.serve._private.request_router.request_router import RequestRouter
+    from ray.serve._private.request_router.request_router import FIFOMixin, RequestRouter
 
     where = "serve_app/routing/routers.py"
     assert {"candidate_replicas", "pending_request"} <= parameters(RequestRouter.choose_replicas).keys(), where
@@ -81,6 +81,8 @@ def test_a_request_router_chooses_in_tiers_and_knows_how_long_queues_are() -> No
     assert {"replica_id", "internal_request_id"} <= parameters(RequestRouter.on_request_completed).keys(), where
     assert "replicas" in parameters(RequestRouter.update_replicas), where
     assert "replica_id" in parameters(RequestRouter.on_send_request), where
+    for router in (RequestRouter, FIFOMixin):  # replaced: a replica takes the call that it was chosen for
+        assert list(parameters(router._fulfill_next_pending_request)) == ["self", "replica", "request_metadata"], where
     assert {"args", "metadata", "routing_context"} <= fields(PendingRequest), where
     assert "should_backoff" in fields(RequestRoutingContext), where
     assert isinstance(RequestRouter.replica_queue_len_cache, property), "serve_app/routing/handles.py queues_of"

@@ -31,6 +31,7 @@ TESTS = {
     "FastAPI.exception_handlers": "test_bodies_are_read_where_the_ingress_looks_for_it",
     "OpenAIServingModels": "test_names_of_adapters_are_where_replicas_share_them",
     "OpenAIServingResponses": "test_responses_are_stored_where_they_are_counted",
+    "FIFOMixin._fulfill_next_pending_request": "test_a_request_router_chooses_in_tiers_and_knows_how_long_queues_are",
     "vllm.v1.engine.utils.get_mp_context": "test_core_of_an_engine_is_started_by_a_context_that_can_be_another",
     "py_executable": "test_ray_runs_a_worker_with_the_command_that_takes_the_place_of_python",
     "threading.excepthook": "test_thread_that_listens_for_nixl_has_the_name_that_is_looked_for",

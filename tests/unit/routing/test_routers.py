@@ -5,11 +5,14 @@ import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.cloudpickle import cloudpickle
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest, ReplicaQueueLengthCache
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
@@ -396,9 +399,26 @@ def waiting(version: Version = ANY, age_s: float = 0.0) -> PendingRequest:
     return PendingRequest([request], {}, metadata, created_at=time.time() - age_s)
 
 
+def as_ray_sends_it(name: str) -> Any:
+    """The class as it is made anew in the process of an ingress. An attribute that its base has too does not get there."""
+    config = RequestRouterConfig(request_router_class=f"serve_app.routing.routers:{name}")
+    with patch.multiple(
+        cloudpickle,
+        _DYNAMIC_CLASS_TRACKER_BY_CLASS=WeakKeyDictionary(),
+        _DYNAMIC_CLASS_TRACKER_BY_ID=WeakValueDictionary(),
+    ):
+        return config.get_request_router_class()
+
+
+def sent(name: str) -> Any:
+    made: Any = object.__new__(as_ray_sends_it(name))
+    made._deployment_id, made._use_replica_queue_len_cache = DeploymentID("Encoder", "sent"), False
+    return made
+
+
 def full(*replicas: Room) -> Any:
     """Ray's own router of decode in front of replicas. It looks again after half a second."""
-    made: Any = PrefixRouter(
+    made: Any = as_ray_sends_it("PrefixRouter")(
         deployment_id=DeploymentID("Decode", "shop"),
         handle_source=DeploymentHandleSource.REPLICA,
         initial_backoff_s=0.5,
@@ -446,23 +466,16 @@ def test_calls_that_waited_come_through_at_once_when_there_is_room(told: Callabl
     assert asyncio.run(asyncio.wait_for(come(), 60)) < 2, "two come with each look"
 
 
-def as_ray_sends_it(name: str) -> Any:
-    config = RequestRouterConfig(request_router_class=f"serve_app.routing.routers:{name}")
-    made: Any = object.__new__(config.get_request_router_class())
-    made._deployment_id, made._use_replica_queue_len_cache = DeploymentID("Encoder", "sent"), False
-    return made
-
-
 @pytest.mark.parametrize("name", ["LeastCostRouter", "PrefixRouter"])
 def test_the_router_is_known_to_the_handle_as_ray_sends_it(name: str) -> None:
-    made = as_ray_sends_it(name)
+    made = sent(name)
     made.initialize_state()
     assert handles.known.routers["sent", "Encoder"] is made
 
 
 @pytest.mark.parametrize("name", ["LeastCostRouter", "PrefixRouter"])
 def test_a_call_is_told_where_it_is_sent(name: str) -> None:
-    router, call = as_ray_sends_it(name), Call(0.0)
+    router, call = sent(name), Call(0.0)
     first, second, third = (ReplicaID(each, DeploymentID("Decode", "shop")) for each in ("r1", "r2", "r3"))
     token = sending.set(call)
     router.on_send_request(first)
