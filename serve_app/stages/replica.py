@@ -116,8 +116,12 @@ class EngineReplica:
 
     def __init__(self, config: EPDConfig) -> None:
         self._config = config
-        with says_why(self.stage, str(config.model)):
-            self._start(config)
+        try:
+            with says_why(self.stage, str(config.model)):
+                self._start(config)
+        except CannotStart:
+            self._give_back()  # where the application ends, Serve may kill this replica before it lets it end
+            raise
 
     def _start(self, config: EPDConfig) -> None:
         context, worker = serve.get_replica_context(), ray.get_runtime_context()

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.models
 
 
 def test_encoder_decoder_model(tmp_path: Path) -> None:
-    args = serving(WHISPER.ensure(tmp_path)) | {"ec": {"storage_path": str(tmp_path / "ec")}}
+    args = serving(WHISPER.ensure(tmp_path), max_model_len=448) | {"ec": {"storage_path": str(tmp_path / "ec")}}
     failed = serve_that_fails(tmp_path, args)
     said = failed.output.rstrip().splitlines()[-1]
     assert "is an encoder-decoder model, whose cross-attention no stage can hand on: serve it with `vllm serve`" in said
-    assert (failed.status, failed.left) == (1, [])
+    assert failed.status == 1

@@ -353,7 +353,7 @@ def whisper_config(tokenizer: Tokenizer) -> dict[str, Any]:
 WHISPER = Family(
     architecture="WhisperForConditionalGeneration",
     model_type="whisper",
-    tokens={"end_token": "<|endoftext|>", "start_token": "<|startoftranscript|>"},
+    tokens={"start_token": "<|startoftranscript|>"},
     media={},
     config=whisper_config,
     processor={

@@ -188,6 +188,17 @@ with ends_unless_done_in(0.1, "decode does not start"):
 """
 
 
+def test_replica_that_does_not_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, config: EPDConfig) -> None:
+        self.scratch = tempfile.mkdtemp(dir=tmp_path)
+        raise ConfigError("does not fit")
+
+    monkeypatch.setattr(EngineReplica, "_start", fail)
+    with pytest.raises(CannotStart, match="does not fit"):
+        CLASSES["Prefill"](EPDConfig(accelerator="cpu"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_replica_that_does_not_start_in_time_ends() -> None:
     done = subprocess.run([sys.executable, "-c", STARTS], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
