@@ -41,10 +41,7 @@ class Decode(EngineReplica):
 
         self.refuse_other(request.version)
         began, key, blocks = time.perf_counter(), request.request_id, pulled_blocks(request.params)
-        hand_off, heard, tokens = hand_off_id(blocks), False, 0
-
-        # Sequences, but what pools does the work of a prefill.
-        pools = not generates(request.params)
+        hand_off, heard, tokens, pools = hand_off_id(blocks), False, 0, not generates(request.params)
 
         def hear(output: "EngineCoreOutput") -> None:
             nonlocal heard, tokens
@@ -59,6 +56,7 @@ class Decode(EngineReplica):
             tokens += len(output.new_token_ids)
             outlet.put(key, output, first, last=output.finished)
 
+        # Its unit is a sequence, but what pools does the work of a prefill.
         with self.work.call(len(request.prompt.token_ids) if pools else 1) as work:
             # With all slots taken, the wait for a slot cannot be told from the transfer.
             tells = blocks is not None and self.work.under_way <= self.engine.slots

@@ -2,10 +2,8 @@
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,7 +19,6 @@ from tools.harness.servers import (
     serve_run,
 )
 
-BIN = Path(sys.executable).parent
 ASK = chat(text("Describe."), image(1))
 LOST_AFTER = 1500
 """Tokens of three answers before their decode is lost. Its engine counts them: a client may be far behind."""

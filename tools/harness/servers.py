@@ -413,8 +413,7 @@ def missing(server: Server, replicas: int) -> str:
     processes = engine_pids(server)
     counts = {name: len(processes.get(name, [])) for name in DEPLOYMENTS}
     if set(counts.values()) != {replicas}:
-        engines = len(processes.get("EngineCore", []))
-        return f"{replicas} replicas of each deployment, not {counts}; engines: {engines}; {server.statuses()}"
+        return f"{replicas} replicas of each deployment, not {counts}; engines: {len(processes.get('EngineCore', []))}"
     try:
         page = server.get("/metrics").text
     except requests.RequestException as error:
@@ -426,4 +425,7 @@ def missing(server: Server, replicas: int) -> str:
 
 
 def wait_for_replicas(server: Server, replicas: int) -> None:
-    server.wait_until(lambda: not missing(server, replicas), lambda: missing(server, replicas), 240, every_s=1.0)
+    def what() -> str:
+        return f"{missing(server, replicas)}; {server.statuses()}"
+
+    server.wait_until(lambda: not missing(server, replicas), what, 240, every_s=1.0)
